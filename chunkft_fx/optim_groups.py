@@ -1,0 +1,74 @@
+"""What the optimizer is made from: the compiled module, its parameters in groups, checked hyperparameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from chunkft_fx.errors import NoTrainableParameters, OptimizerMismatch, OptionError
+from chunkft_fx.plan import Plan
+from chunkft_fx.slices import ActiveSlice, ChunkSchedule
+
+
+class ChunkedModule(Protocol):
+    """What the optimizer needs of the module that `chunkft_fx.compile` returns."""
+
+    @property
+    def plan(self) -> Plan: ...
+
+    @property
+    def schedule(self) -> ChunkSchedule: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def active_slices(self) -> tuple[ActiveSlice, ...]: ...
+
+    def advance(self) -> bool: ...
+
+    def resume(self, position: Mapping[str, Any]) -> None: ...
+
+
+def require_chunked(model: object) -> None:
+    """Raise `OptimizerMismatch` unless ``model`` is a `ChunkedModule`."""
+    # Looked up on the class: on the object, properties would run, and they raise before there is a plan.
+    if all(hasattr(type(model), name) for name in ("plan", "schedule", "active_slices", "advance", "resume")):
+        return
+    raise OptimizerMismatch(
+        f"AdamW was given a {type(model).__module__}.{type(model).__qualname__}; pass the module returned by "
+        "chunkft_fx.compile itself, not its parameters, the plain model, or what torch.compile returned"
+    )
+
+
+def check_hyperparameters(
+    lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float, max_grad_norm: float | None
+) -> None:
+    """Raise `OptionError` for a value out of its range; NaN is out of every range."""
+    if not float(lr) >= 0:
+        raise OptionError(f"lr={lr!r} must be 0 or more")
+    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        raise OptionError(f"betas={betas!r} must be two numbers from 0 up to, but not, 1")
+    if not eps >= 0:
+        raise OptionError(f"eps={eps!r} must be 0 or more")
+    if not weight_decay >= 0:
+        raise OptionError(f"weight_decay={weight_decay!r} must be 0 or more")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise OptionError(f"max_grad_norm={max_grad_norm!r} must be above 0, or None for no clipping")
+
+
+def parameter_groups(model: ChunkedModule, no_decay: Sequence[str]) -> list[dict[str, Any]]:
+    """One group with all trainable parameters, and a second without weight decay where patterns ask for it."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    if not named:
+        raise NoTrainableParameters(
+            "no parameter of this model has requires_grad=True, so there is nothing to optimize"
+        )
+    for pattern in no_decay:
+        if not any(fnmatchcase(n, pattern) for n, _ in named):
+            raise OptionError(f"no_decay pattern {pattern!r} matches no trainable parameter, such as {named[0][0]!r}")
+    kept = [(n, p) for n, p in named if any(fnmatchcase(n, pattern) for pattern in no_decay)]
+    decayed = [(n, p) for n, p in named if not any(n == k for k, _ in kept)]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
+    return [g for g in groups if g["params"]]

@@ -1,0 +1,82 @@
+"""The plan: the frozen, serialisable decision of the planner, and the slices and chunks it is made of."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from chunkft_fx.errors import CheckpointMismatch
+
+
+@dataclass(frozen=True)
+class Slice:
+    """``parameter.narrow(dim, start, length)``: the unit of gradient, update and streaming.
+
+    ``size`` is the parameter's whole size along ``dim`` (1 for a scalar parameter, whose ``dim`` is 0).
+    """
+
+    name: str
+    dim: int
+    start: int
+    length: int
+    size: int
+
+    @property
+    def is_whole(self) -> bool:
+        """True when the slice is the whole parameter."""
+        return self.length == self.size
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The slices that are active together; ``numel`` elements, ``nbytes`` of weights and optimizer state."""
+
+    slices: tuple[Slice, ...]
+    numel: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, decided before it starts.
+
+    ``save_from[k]`` is the first region that keeps its activations while chunk ``k`` is active; the
+    regions below it (and above the lowest active slice) recompute them in backward.
+    ``terms`` maps each part of the predicted peak to its bytes. ``batch`` says for which input
+    shapes the prediction was made; before the first training batch it and the prediction are empty.
+    """
+
+    budget_bytes: int
+    chunks: tuple[Chunk, ...]
+    order: str
+    interval: int
+    seed: int
+    save_from: tuple[int, ...] = ()
+    predicted_peak_bytes: int | None = None
+    terms: tuple[tuple[str, int], ...] = ()
+    batch: str = ""
+
+    def __str__(self) -> str:
+        """A table for people: budget, predicted peak and its terms, and a line per chunk."""
+        from chunkft_fx.plan_table import render
+
+        return render(self)
+
+    def to_json(self) -> str:
+        """The plan as JSON text; ``Plan.from_json`` gives an equal plan back."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan written by ``to_json``; raises ``CheckpointMismatch`` on anything else."""
+        try:
+            raw: dict[str, Any] = json.loads(text)
+            raw["chunks"] = tuple(
+                Chunk(tuple(Slice(**s) for s in c["slices"]), c["numel"], c["nbytes"]) for c in raw["chunks"]
+            )
+            raw["save_from"] = tuple(raw["save_from"])
+            raw["terms"] = tuple((name, nbytes) for name, nbytes in raw["terms"])
+            return cls(**raw)
+        except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointMismatch(f"this text is not a plan written by Plan.to_json: {error}") from error

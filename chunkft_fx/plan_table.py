@@ -1,0 +1,78 @@
+"""A plan as a table that a person can read: plain text, no colours, of limited width."""
+
+from __future__ import annotations
+
+from io import StringIO
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from chunkft_fx.budget import format_bytes
+
+if TYPE_CHECKING:
+    from chunkft_fx.plan import Chunk, Plan, Slice
+
+WIDTH = 120
+# Longer plans show this many chunks at the beginning and at the end.
+SHOWN = 12
+
+
+def render(plan: Plan) -> str:
+    """The plan's head (budget, prediction, schedule) and one line per chunk, as text of at most 120 columns."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    saved = bool(plan.save_from)
+    table.add_column("chunk", justify="right")
+    table.add_column("slices", overflow="fold")
+    for title in ("elements", "bytes", *(("keeps activations",) if saved else ())):
+        table.add_column(title, justify="right", no_wrap=True)
+    for k in _shown(len(plan.chunks)):
+        if k is None:
+            table.add_row("…", f"… {len(plan.chunks) - 2 * SHOWN} more chunks …")
+            continue
+        chunk = plan.chunks[k]
+        kept = (f"from region {plan.save_from[k]}",) if saved else ()
+        table.add_row(str(k), _slices(chunk), f"{chunk.numel:,}", format_bytes(chunk.nbytes), *kept)
+    out = StringIO()
+    console = Console(file=out, width=WIDTH, color_system=None, markup=False, highlight=False, emoji=False)
+    for line in _head(plan):
+        console.print(line)
+    console.print(table)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def _head(plan: Plan) -> list[str]:
+    if plan.predicted_peak_bytes is None:
+        peak = "predicted peak not known before the first training batch"
+    else:
+        share = plan.predicted_peak_bytes / plan.budget_bytes
+        peak = f"predicted peak {format_bytes(plan.predicted_peak_bytes)} ({share:.0%}) for {plan.batch}"
+    steps = "1 step" if plan.interval == 1 else f"{plan.interval} steps"
+    seed = f" (seed {plan.seed})" if plan.order == "random" else ""
+    terms = [f"  {format_bytes(nbytes):>11}  {name}" for name, nbytes in plan.terms]
+    schedule = f"{len(plan.chunks)} chunk(s), {plan.order} order{seed}, {steps} each"
+    return [f"budget {format_bytes(plan.budget_bytes)}, {peak}", *terms, schedule]
+
+
+def _shown(count: int) -> list[int | None]:
+    """The chunks to show; None stands for those left out."""
+    if count <= 2 * SHOWN + 1:
+        return list(range(count))
+    return [*range(SHOWN), None, *range(count - SHOWN, count)]
+
+
+def _slices(chunk: Chunk) -> str:
+    """The first and the last slice, and how many lie between them."""
+    first, last = _slice(chunk.slices[0]), _slice(chunk.slices[-1])
+    if len(chunk.slices) == 1:
+        return first
+    between = f" … {len(chunk.slices) - 2} more … " if len(chunk.slices) > 2 else ", "
+    return first + between + last
+
+
+def _slice(s: Slice) -> str:
+    """``name`` of a whole parameter, else ``name[128:256 of 512]`` with colons for the dimensions before."""
+    if s.is_whole:
+        return s.name
+    return f"{s.name}[{':, ' * s.dim}{s.start}:{s.start + s.length} of {s.size}]"

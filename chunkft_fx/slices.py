@@ -1,0 +1,134 @@
+"""The slices that are active right now, and the schedule that moves from chunk to chunk."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chunkft_fx.errors import CheckpointMismatch, OptionError
+from chunkft_fx.plan import Slice
+
+ORDERS = ("ascending", "descending", "random")
+
+
+@dataclass(eq=False)
+class ActiveSlice:
+    """One active slice of a parameter and its gradient.
+
+    ``grad`` has the slice's shape, on the parameter's device, in float32 (float64 for a float64
+    parameter); it is ``None`` before the first backward and adds up over backward calls.
+    """
+
+    slice: Slice
+    parameter: nn.Parameter
+    grad: Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        return self.slice.name
+
+    @property
+    def dim(self) -> int:
+        return self.slice.dim
+
+    @property
+    def start(self) -> int:
+        return self.slice.start
+
+    @property
+    def length(self) -> int:
+        return self.slice.length
+
+    def weight(self) -> Tensor:
+        """The slice of the parameter itself: a view that shares its memory, without autograd."""
+        data = self.parameter.detach()
+        return data if self.slice.is_whole else data.narrow(self.dim, self.start, self.length)
+
+    def accumulate(self, gradient: Tensor) -> None:
+        """Add one gradient (the slice's shape, any floating dtype) in the accumulation dtype."""
+        dtype = torch.promote_types(self.parameter.dtype, torch.float32)
+        if self.grad is None:
+            self.grad = gradient.to(dtype, copy=True)
+        else:
+            self.grad.add_(gradient)
+
+
+@dataclass
+class ChunkSchedule:
+    """Which chunk is active: ``interval`` optimizer steps each, every sweep visits every chunk once.
+
+    ``order="random"`` draws a new permutation for each sweep from ``seed``, so that a run can be
+    repeated and resumed: the state is three integers.
+    """
+
+    chunks: int
+    order: str = "ascending"
+    interval: int = 1
+    seed: int = 0
+    sweep: int = 0
+    position: int = 0
+    steps: int = 0
+    _permutations: dict[int, list[int]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise OptionError(f"order={self.order!r} is not known; choose one of {', '.join(ORDERS)}")
+        if not isinstance(self.interval, int) or self.interval < 1:
+            raise OptionError(f"interval={self.interval!r} must be a whole number of optimizer steps, 1 or more")
+
+    def permutation(self, sweep: int) -> list[int]:
+        """The order in which one sweep visits the chunks."""
+        if self.order == "ascending":
+            return list(range(self.chunks))
+        if self.order == "descending":
+            return list(reversed(range(self.chunks)))
+        if sweep not in self._permutations:
+            order = list(range(self.chunks))
+            random.Random(self.seed * 1_000_003 + sweep).shuffle(order)
+            self._permutations = {sweep: order}
+        return self._permutations[sweep]
+
+    @property
+    def chunk(self) -> int:
+        """The index of the active chunk."""
+        return self.permutation(self.sweep)[self.position]
+
+    def advance(self) -> bool:
+        """Count one optimizer step; returns True when another chunk became active."""
+        self.steps += 1
+        if self.steps < self.interval:
+            return False
+        before = self.chunk
+        self.steps = 0
+        self.position += 1
+        if self.position == self.chunks:
+            self.position, self.sweep = 0, self.sweep + 1
+        return self.chunk != before
+
+    def activate(self, chunk: int) -> None:
+        """Make ``chunk`` active within the current sweep, at the start of its interval."""
+        if not 0 <= chunk < self.chunks:
+            raise OptionError(f"chunk {chunk} does not exist; the plan has chunks 0 to {self.chunks - 1}")
+        self.position = self.permutation(self.sweep).index(chunk)
+        self.steps = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The schedule's position, for checkpoints."""
+        return {"sweep": self.sweep, "position": self.position, "steps": self.steps, "chunks": self.chunks}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue at a position saved by `state_dict`, if it was saved with the same number of chunks.
+
+        With another number of chunks the position has no meaning here and nothing changes. Raises
+        `CheckpointMismatch` when ``state`` is not such a position.
+        """
+        values = [state.get(key) for key in ("sweep", "position", "steps", "chunks")]
+        if not all(isinstance(v, int) and v >= 0 for v in values) or state["position"] >= state["chunks"]:
+            raise CheckpointMismatch(f"{dict(state)!r} is not a position saved by ChunkSchedule.state_dict")
+        if state["chunks"] == self.chunks:
+            self.sweep, self.position, self.steps = state["sweep"], state["position"], state["steps"]
