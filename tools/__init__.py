@@ -1,0 +1,1 @@
+"""The command line: one program a file, each a subcommand of ``chunkft``."""
