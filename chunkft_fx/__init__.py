@@ -1,0 +1,8 @@
+"""Full-parameter fine-tuning inside a byte budget: one chunk of the parameters trains at a time."""
+
+from chunkft_fx import errors
+from chunkft_fx.api import CompiledModule, compile
+from chunkft_fx.optim import AdamW
+from chunkft_fx.plan import Chunk, Plan, Slice
+
+__all__ = ["AdamW", "Chunk", "CompiledModule", "Plan", "Slice", "compile", "errors"]

@@ -1,0 +1,209 @@
+"""The public entry point: ``compile`` and the module it returns."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from chunkft_fx.budget import format_bytes, parse_bytes
+from chunkft_fx.capture import capture, trace
+from chunkft_fx.errors import AlreadyCompiled, NotPlanned, OptionError
+from chunkft_fx.outline import Template, block_paths, outline
+from chunkft_fx.plan import Plan
+from chunkft_fx.planner import Options, first_plan, parameter_specs, plan_for_batch
+from chunkft_fx.program import Program
+from chunkft_fx.session import Session
+from chunkft_fx.slices import ActiveSlice, ChunkSchedule
+from chunkft_fx.specialize import Variant
+
+BACKENDS = ("inductor", "eager")
+
+
+def compile(
+    model: nn.Module,
+    budget: str | int,
+    *,
+    chunks: int | str = "auto",
+    order: str = "ascending",
+    interval: int = 1,
+    backend: str = "inductor",
+    seed: int = 0,
+) -> CompiledModule:
+    """Compile a model for full-parameter training in which one chunk of the parameters is active a step.
+
+    ``budget`` is the device memory to stay within (``"24GB"``, ``"24GiB"`` or bytes). ``chunks`` is a
+    number or ``"auto"``, the fewest whose estimated peak fits the budget. ``order`` is how a sweep visits
+    them (``"ascending"``, ``"descending"``, ``"random"`` with ``seed``), ``interval`` the optimizer steps
+    spent on each. ``backend="eager"`` runs the rewritten FX graphs as they are, ``"inductor"`` compiles
+    them. The model is traced at its first call; it must trace with ``torch.compile(fullgraph=True)``.
+
+    Raises `BudgetParseError`, `BudgetInfeasible`, `ChunkCountError`, `OptionError`,
+    `NoTrainableParameters`, `AlreadyCompiled`; the first call can raise `UnsupportedGraph`.
+    """
+    if isinstance(model, CompiledModule):
+        raise AlreadyCompiled("this model was already compiled by chunkft_fx; call compile once, on the plain model")
+    if isinstance(model, torch._dynamo.OptimizedModule) or getattr(model, "_compiled_call_impl", None) is not None:
+        raise AlreadyCompiled("this model was already compiled by torch.compile; pass the plain model instead")
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if backend not in BACKENDS:
+        raise OptionError(f"backend={backend!r} is not known; choose one of {', '.join(BACKENDS)}")
+    if isinstance(chunks, str) and chunks != "auto":
+        raise OptionError(f'chunks={chunks!r} is not known; give a number or "auto"')
+    ChunkSchedule(1, order, interval, seed)
+    options = Options(parse_bytes(budget), chunks, order, interval, seed)
+    return CompiledModule(model, options, backend, first_plan(model, options))
+
+
+class CompiledModule(nn.Module):
+    """A model whose backward fills only the active chunk's slices; everything else is the wrapped model's.
+
+    Parameters, buffers, submodules and their names are those of the wrapped model, in whose place this
+    module can be used; attributes that it does not have itself are looked up there.
+    """
+
+    def __init__(self, model: nn.Module, options: Options, backend: str, plan: Plan | None) -> None:
+        super().__init__()
+        own = self.__dict__
+        own["_model"], own["_options"], own["_backend"], own["_plan"] = model, options, backend, plan
+        own["_sessions"], own["_slices"], own["_schedule"], own["_position"] = [], None, None, None
+        call = trace(model, self._new_session)
+        own["forward"] = functools.wraps(model.forward)(call)  # shows the model's own signature
+        # The registries are shared, not copied: names, state_dict and .to() are the wrapped model's own.
+        own["_parameters"], own["_buffers"], own["_modules"] = model._parameters, model._buffers, model._modules
+        own["_non_persistent_buffers_set"] = model._non_persistent_buffers_set
+        own["training"] = model.training
+
+    def __getattr__(self, name: str) -> Any:
+        model = self.__dict__.get("_model")
+        if model is None:
+            raise AttributeError(name)
+        return getattr(model, name)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Copies and pickles carry the wrapped model and the options; the copy is traced and planned anew."""
+        return _rebuild, (self._model, self._options, self._backend)
+
+    def train(self, mode: bool = True) -> CompiledModule:
+        """Set training mode here and in the wrapped model."""
+        self._model.train(mode)
+        self.__dict__["training"] = mode
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped model's ``state_dict``: same keys, shapes and values as the plain model's."""
+        return self._model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load into the wrapped model."""
+        return self._model.load_state_dict(*args, **kwargs)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan. With ``chunks="auto"`` it exists from the first training batch on, else `NotPlanned`."""
+        if self._plan is None:
+            raise NotPlanned(
+                'with chunks="auto" the plan depends on the batch; call the model once on a training batch, '
+                "or give chunks a number"
+            )
+        return self._plan
+
+    @property
+    def schedule(self) -> ChunkSchedule:
+        """Where in the sweep training is."""
+        if self._schedule is None:
+            plan = self.plan
+            schedule = ChunkSchedule(len(plan.chunks), plan.order, plan.interval, plan.seed)
+            if self._position is not None:
+                schedule.load_state_dict(self._position)
+            self.__dict__["_schedule"] = schedule
+        return self._schedule
+
+    @property
+    def chunk(self) -> int:
+        """The index of the active chunk."""
+        return self.schedule.chunk
+
+    def activate(self, chunk: int) -> None:
+        """Make a chunk active; gradients of the chunk that was active are dropped if it is another one."""
+        before = self.chunk
+        self.schedule.activate(chunk)
+        if chunk != before:
+            self.__dict__["_slices"] = None
+
+    def advance(self) -> bool:
+        """Count one optimizer step; moves to the next chunk when due, and says whether it did."""
+        changed = self.schedule.advance()
+        if changed:
+            self.__dict__["_slices"] = None
+        return changed
+
+    def resume(self, position: Mapping[str, Any]) -> None:
+        """Continue at a schedule position saved by ``schedule.state_dict()``; without a plan, as soon as there is one.
+
+        A position saved with another number of chunks has no meaning here and changes nothing. Raises
+        `CheckpointMismatch` when it is not such a position.
+        """
+        ChunkSchedule(1).load_state_dict(position)
+        self.__dict__["_position"] = dict(position)
+        if self._schedule is not None:
+            self._schedule.load_state_dict(position)
+        self.__dict__["_slices"] = None
+
+    def active_slices(self) -> tuple[ActiveSlice, ...]:
+        """The active slices with their gradients: the same objects until the active chunk changes."""
+        if self._slices is None:
+            parameters = dict(self._model.named_parameters())
+            chosen = self.plan.chunks[self.chunk].slices
+            self.__dict__["_slices"] = tuple(ActiveSlice(s, parameters[s.name]) for s in chosen)
+        return self._slices
+
+    @property
+    def program(self) -> Program:
+        """The program that ran last (or was built last); `NotPlanned` before the first call."""
+        last = next((s.last for s in reversed(self._sessions) if s.last is not None), None)
+        if last is None:
+            raise NotPlanned("there is no program yet; call the model once on a batch")
+        return last.program
+
+    @property
+    def templates(self) -> tuple[Template, ...]:
+        """The distinct region graphs of the latest capture."""
+        if not self._sessions:
+            raise NotPlanned("the model has not been traced yet; call it once on a batch")
+        return self._sessions[-1].outline.templates
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """Every variant made so far, over all captures."""
+        return tuple(v for session in self._sessions for v in session.specializer.variants)
+
+    def _new_session(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Session:
+        names = {id(p): name for name, p in self._model.named_parameters()}
+        captured = capture(gm, inputs, names, self._backend)
+        blocks = block_paths(self._model.named_modules())
+        session = Session(self, captured, outline(captured, blocks), self._backend)
+        if captured.tangents:
+            shapes = [list(t.shape) for t in inputs if isinstance(t, torch.Tensor) and id(t) not in names]
+            plan = plan_for_batch(
+                self._model, self._options, self._plan, session.activation_terms,
+                len(session.outline.regions), f"a batch with inputs of shapes {shapes[:4]}",
+            )  # fmt: skip
+            session.save_from = plan.save_from
+            if self._plan is None or not self._plan.batch:
+                self.__dict__["_plan"] = plan
+        self._sessions.append(session)
+        return session
+
+    def extra_repr(self) -> str:
+        planned = f"{len(self._plan.chunks)} chunks" if self._plan is not None else "not planned yet"
+        return f"budget={format_bytes(self._options.budget_bytes)}, {planned}"
+
+
+def _rebuild(model: nn.Module, options: Options, backend: str) -> CompiledModule:
+    parameter_specs(model)
+    return CompiledModule(model, options, backend, first_plan(model, options))

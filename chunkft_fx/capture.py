@@ -1,0 +1,289 @@
+"""Capture: from a model and a batch to one joint graph with named inputs, outputs and gradients.
+
+This is the only file that touches private torch APIs; what the rest of the library sees is `Capture`
+(a joint forward and backward graph in ATen operators), and three typed helpers that partition and
+compile graphs with torch's own machinery.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch._functorch.config as functorch_config
+import torch._inductor.config as inductor_config
+from torch import Tensor, fx, nn
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+from torch._functorch._aot_autograd.descriptors import (
+    GradAOTOutput,
+    InputMutationAOTOutput,
+    PlainAOTInput,
+    PlainAOTOutput,
+    TangentAOTInput,
+)
+from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._guards import TracingContext, tracing
+from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import free_symbols
+from torch.utils.checkpoint import CheckpointPolicy
+
+from chunkft_fx.errors import ChunkFTError, UnsupportedGraph
+
+Compiled = Callable[[list[Any]], Sequence[Any]]
+
+
+@dataclass
+class Capture:
+    """One joint graph of the whole model, for one set of input shapes and modes.
+
+    ``graph`` has placeholders in call order (``primals``) followed by the tangents; all other fields
+    name its nodes. ``parameters`` maps a primal to the parameter's name (the first of its names when
+    weights are tied), ``constants`` a primal that the trace itself created to its value. ``outputs``
+    are what the caller gets, in order (a node name or a plain constant); ``mutations`` pairs a
+    primal with the node that holds its new value (running statistics of batch norm). ``gradients``
+    maps a primal to the node of its gradient, ``tangents`` a tangent to the index of its output.
+    """
+
+    graph: fx.Graph
+    fake_mode: FakeTensorMode
+    primals: tuple[str, ...]
+    parameters: dict[str, str]
+    constants: dict[str, Any]
+    outputs: tuple[Any, ...]
+    mutations: tuple[tuple[str, str], ...]
+    gradients: dict[str, str]
+    tangents: dict[str, int]
+    is_random: bool = field(default=False)
+
+
+class OutputName(str):
+    """The name of a node among ``Capture.outputs``, to tell it from a constant output."""
+
+
+@contextlib.contextmanager
+def _quiet_logging_calls() -> Iterator[None]:
+    # Some transformers models log inside forward, which would break the graph. One function only:
+    # torch 2.11 sorts this set when it records metrics, and functions have no order.
+    option = (
+        "ignore_logging_functions"
+        if hasattr(torch._dynamo.config, "ignore_logging_functions")
+        else "ignore_logger_methods"
+    )
+    ignored = set(getattr(torch._dynamo.config, option))
+    warning_once = getattr(logging.Logger, "warning_once", None)
+    if warning_once is not None:
+        ignored.add(warning_once)
+    with torch._dynamo.config.patch({option: ignored}):
+        yield
+
+
+def trace(model: nn.Module, backend: Callable[[fx.GraphModule, list[Any]], Any]) -> Callable[..., Any]:
+    """``torch.compile(model, fullgraph=True)`` with our backend; its failures become `UnsupportedGraph`."""
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            with _quiet_logging_calls():
+                return compiled(*args, **kwargs)
+        except BackendCompilerFailed as error:
+            inner = error.inner_exception
+            if isinstance(inner, ChunkFTError):
+                raise inner from None
+            raise UnsupportedGraph(f"this model could not be compiled: {type(inner).__name__}: {inner}") from error
+        except TorchDynamoException as error:
+            raise UnsupportedGraph(
+                "this model cannot be captured as one graph; change the code at the place torch names below, "
+                f"so that torch.compile(fullgraph=True) can trace it.\n{error}"
+            ) from error
+
+    return call
+
+
+def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], names: Mapping[int, str], backend: str) -> Capture:
+    """Trace Dynamo's graph into a joint ATen graph.
+
+    ``names`` maps ``id(parameter)`` to its name. ``backend="inductor"`` decomposes operators to the form
+    that Inductor expects; ``"eager"`` keeps ATen operators whole. Random operators stay ATen's own in
+    both, so that a seed gives the same dropout masks as the plain model.
+    """
+    decompositions: dict[Any, Any] = {}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(inductor_config.patch(fallback_random=True))
+        if backend == "inductor":
+            decompositions = dict(select_decomp_table())
+        joint = aot_export_joint_with_descriptors(stack, gm, tuple(example_inputs), decompositions=decompositions)
+        module, fake_mode = joint.graph_module, joint.fake_mode
+    assert fake_mode is not None
+    return _describe(module, fake_mode, example_inputs, names)
+
+
+def _describe(
+    module: fx.GraphModule, fake_mode: FakeTensorMode, inputs: Sequence[Any], names: Mapping[int, str]
+) -> Capture:
+    graph = module.graph
+    constants = _lift_constants(module, fake_mode)
+    parameters: dict[str, str] = {}
+    tangents: dict[str, int] = {}
+    by_index: dict[int, str] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        description = node.meta.get("desc")
+        if node.name in constants:
+            continue
+        if isinstance(description, PlainAOTInput):
+            by_index[description.idx] = node.name
+            name = names.get(id(inputs[description.idx]))
+            if name is not None:
+                parameters[node.name] = name
+        elif isinstance(description, TangentAOTInput) and isinstance(description.output, PlainAOTOutput):
+            tangents[node.name] = description.output.idx
+        elif isinstance(description, TangentAOTInput) and isinstance(description.output, InputMutationAOTOutput):
+            raise UnsupportedGraph(
+                "forward changes an input in place in a way that gradients flow through; "
+                "return the changed value instead of writing into the input"
+            )
+        else:
+            raise UnsupportedGraph(f"graph input {node.name} is of a kind that is not supported: {description!r}")
+    output = graph.output_node()
+    outputs: dict[int, Any] = {}
+    mutations: list[tuple[str, str]] = []
+    gradients: dict[str, str] = {}
+    flat = output.args[0]
+    assert isinstance(flat, (tuple, list))
+    for value, description in zip(flat, output.meta["desc"], strict=True):
+        if isinstance(description, PlainAOTOutput):
+            outputs[description.idx] = OutputName(value.name) if isinstance(value, fx.Node) else value
+        elif isinstance(description, GradAOTOutput) and isinstance(description.grad_of, PlainAOTInput):
+            if isinstance(value, fx.Node):
+                gradients[by_index[description.grad_of.idx]] = value.name
+        elif isinstance(description, InputMutationAOTOutput) and isinstance(description.mutated_input, PlainAOTInput):
+            mutations.append((by_index[description.mutated_input.idx], value.name))
+        elif value is not None:
+            raise UnsupportedGraph(
+                f"an output of the model is of a kind that is not supported: {description!r}; "
+                "return tensors that are not views of each other, or clone them"
+            )
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            node.meta["partitioner_tag"] = "is_backward" if node.name in tangents else "is_forward"
+        node.meta.setdefault("partitioner_tag", "is_forward")  # a graph traced without gradients has no tags
+    return Capture(
+        graph=graph,
+        fake_mode=fake_mode,
+        primals=tuple(by_index[i] for i in range(len(by_index))),
+        parameters=parameters,
+        constants=constants,
+        outputs=tuple(outputs[i] for i in sorted(outputs)),
+        mutations=tuple(mutations),
+        gradients=gradients,
+        tangents=tangents,
+        is_random=any(is_random(node) for node in graph.nodes),
+    )
+
+
+def _lift_constants(module: fx.GraphModule, fake_mode: FakeTensorMode) -> dict[str, Any]:
+    """Turn tensors that the trace baked in (``get_attr``) into placeholders, so that regions can share them."""
+    graph = module.graph
+    constants: dict[str, Any] = {}
+    by_target: dict[str, fx.Node] = {}
+    first = next(iter(graph.nodes))
+    for node in graph.find_nodes(op="get_attr"):
+        value = module
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        if not isinstance(value, Tensor):
+            raise UnsupportedGraph(
+                f"the model uses a higher-order operator ({node.target}), which is not supported yet"
+            )
+        if str(node.target) not in by_target:
+            with graph.inserting_before(first):
+                lifted = graph.placeholder(f"constant_{len(by_target)}")
+            lifted.meta["val"] = fake_mode.from_tensor(value)
+            by_target[str(node.target)] = lifted
+            constants[lifted.name] = value
+        node.replace_all_uses_with(by_target[str(node.target)])
+        graph.erase_node(node)
+    return constants
+
+
+def is_random(node: fx.Node) -> bool:
+    """True for an operator that draws from torch's random generators (attention does so only with dropout)."""
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    for position, argument in enumerate(node.target._schema.arguments):
+        if argument.name == "dropout_p":
+            given = (
+                node.args[position]
+                if position < len(node.args)
+                else node.kwargs.get("dropout_p", argument.default_value)
+            )
+            return bool(given != 0.0)
+    return True
+
+
+def symbols(value: Any) -> set[str]:
+    """Names of the symbolic sizes in a fake value."""
+    return {s.name for s in free_symbols(value)} if isinstance(value, (Tensor, torch.SymInt)) else set()
+
+
+def partition(
+    module: fx.GraphModule, num_forward_outputs: int, recompute: bool
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Split a region's joint graph with torch's min-cut partitioner; ``module`` is consumed.
+
+    ``recompute`` keeps only the region's inputs (and what random operators drew) for backward. The
+    saved values come last among the forward's outputs, and first, under the same names, among the
+    backward's placeholders.
+    """
+    graph = module.graph
+    output = graph.output_node()
+    values = output.args[0]
+    assert isinstance(values, (tuple, list))
+    output.meta["desc"] = [PlainAOTOutput(i) for i in range(len(values))]
+    budget = 1.0
+    if recompute and not any(is_random(node) for node in graph.nodes):
+        budget = 0.0
+    elif recompute:
+        # A recomputed random operator would draw again: save what it drew, recompute all the rest.
+        for node in graph.nodes:
+            if node.op == "call_function" and node.meta["partitioner_tag"] == "is_forward":
+                drawn = is_random(node) or (node.target is operator.getitem and is_random(node.all_input_nodes[0]))
+                node.meta = dict(node.meta)
+                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE if drawn else CheckpointPolicy.MUST_RECOMPUTE
+    with functorch_config.patch(activation_memory_budget=budget):
+        return min_cut_rematerialization_partition(module, None, num_fwd_outputs=num_forward_outputs)
+
+
+def compile_graph(module: fx.GraphModule, fake_mode: FakeTensorMode, is_backward: bool) -> Compiled:
+    """Compile one partitioned graph with Inductor; the result takes a list of inputs, which it empties."""
+    output = module.graph.output_node()
+    values = output.args[0]
+    assert isinstance(values, (tuple, list))
+    # Regions are compiled apart, so every output must have exactly the strides it was traced with.
+    output.meta["user_visible_output_idxs"] = [i for i, v in enumerate(values) if isinstance(v, fx.Node)]
+    fakes = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
+    with inductor_config.patch(fallback_random=True), tracing(TracingContext(fake_mode)), fake_mode:
+        compiled: Compiled = compile_fx_inner(module, fakes, is_backward=is_backward)
+    return compiled
+
+
+def keeps_graph() -> bool:
+    """True inside a backward pass that was started with ``retain_graph=True``."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def fake_mode_of(values: Iterable[Any]) -> contextlib.AbstractContextManager[Any]:
+    """The fake mode of the first fake tensor among ``values``, or a context that does nothing."""
+    return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), contextlib.nullcontext())
+
+
+def hint(size: int | torch.SymInt) -> int:
+    """A size as a plain number: a symbolic one stands for the value it was traced with."""
+    return size if isinstance(size, int) else int(size.node.hint)

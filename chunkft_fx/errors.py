@@ -1,0 +1,70 @@
+"""Every mistake a user can make has one error class here; each message says what, where and what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+class ChunkFTError(Exception):
+    """Base class of every error that this library raises on purpose."""
+
+
+class BudgetParseError(ChunkFTError, ValueError):
+    """A budget is not a positive number of bytes such as ``"24GB"`` or ``"24GiB"``."""
+
+
+class BudgetInfeasible(ChunkFTError):
+    """No schedule fits the budget.
+
+    ``smallest_budget_bytes`` is the smallest budget that was found feasible; ``terms`` maps each
+    part of the predicted peak of that schedule to its bytes, largest first.
+    """
+
+    def __init__(self, message: str, smallest_budget_bytes: int, terms: Mapping[str, int]) -> None:
+        super().__init__(message)
+        self.smallest_budget_bytes = smallest_budget_bytes
+        self.terms = dict(terms)
+
+
+class ChunkCountError(ChunkFTError, ValueError):
+    """``chunks`` is below 1, or above the number of pieces that the parameters can be cut into."""
+
+
+class OptionError(ChunkFTError, ValueError):
+    """An option of a public function has a value outside its documented set."""
+
+
+class UnsupportedGraph(ChunkFTError):
+    """The model cannot be captured as one exact joint graph; the message carries torch's own reason."""
+
+
+class NoTrainableParameters(ChunkFTError):
+    """No parameter of the model has ``requires_grad=True``."""
+
+
+class AlreadyCompiled(ChunkFTError, TypeError):
+    """The model was already compiled, by this library or by ``torch.compile``."""
+
+
+class NotPlanned(ChunkFTError):
+    """The plan depends on the batch shape and no training batch has been seen yet."""
+
+
+class OptimizerMismatch(ChunkFTError, TypeError):
+    """The optimizer was given something other than a module returned by ``chunkft_fx.compile``."""
+
+
+class StaleBackward(ChunkFTError, RuntimeError):
+    """Backward was called for a forward whose chunk, weights or buffers are gone."""
+
+
+class CheckpointMismatch(ChunkFTError, ValueError):
+    """A checkpoint belongs to another model, optimizer or layout."""
+
+
+class DataError(ChunkFTError, ValueError):
+    """Training data is missing, empty or not readable as text."""
+
+
+class VerificationError(ChunkFTError):
+    """A graph pass broke an invariant: a defect of this library, never of the user's model."""

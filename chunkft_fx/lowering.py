@@ -1,0 +1,46 @@
+"""Lowering: from a variant's partitioned FX graphs to callables, once for each variant and direction."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+
+from chunkft_fx.capture import compile_graph
+from chunkft_fx.specialize import Variant
+
+log = logging.getLogger("chunkft_fx.lowering")
+
+Run = Callable[[list[Any]], Sequence[Any]]
+
+
+def lower(variant: Variant, backend: str, fake_mode: Any, is_backward: bool) -> Run:
+    """The callable for one direction of a variant: it takes a list of inputs, which it may empty.
+
+    ``backend="eager"`` runs the FX graph as it is; ``"inductor"`` compiles it. Made on first use.
+    """
+    made = variant.run_backward if is_backward else variant.run_forward
+    if made is not None:
+        return made
+    module = variant.backward if is_backward else variant.forward
+    assert module is not None
+    start = time.perf_counter()
+    run = _eager(module) if backend == "eager" else compile_graph(module, fake_mode, is_backward)
+    seconds = time.perf_counter() - start
+    log.debug("variant %d %s: lowered in %.2f s", variant.index, "backward" if is_backward else "forward", seconds)
+    if is_backward:
+        variant.run_backward = run
+    else:
+        variant.run_forward = run
+    return run
+
+
+def _eager(module: fx.GraphModule) -> Run:
+    def run(inputs: list[Any]) -> Sequence[Any]:
+        results: Sequence[Any] = module(*inputs)
+        return results
+
+    return run

@@ -1,0 +1,342 @@
+"""Outline: cut the joint graph of a model into regions, and give equal regions one template.
+
+Contract: regions are contiguous runs of the forward graph's order, so they are convex and each needs
+only values of earlier ones. Labels from the recorded module stacks say where to cut; they decide how
+good the outline is, never whether it is right. Backward nodes follow the forward node they belong to;
+a backward node never runs before a region that feeds it.
+
+A weight gradient that is a sum of contributions from several regions (tied weights) is not summed in
+the graph: each region returns its own contribution and the run time adds the slices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from chunkft_fx.capture import Capture, OutputName, symbols
+from chunkft_fx.region import RegionGraph
+
+aten = torch.ops.aten
+
+
+@dataclass(eq=False)
+class Template:
+    """One distinct region graph; ``key`` is the structural hash that equal regions share."""
+
+    index: int
+    key: str
+    graph: RegionGraph
+    regions: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Region:
+    """One occurrence of a template. All fields name nodes of the captured joint graph, in template order.
+
+    ``gradients`` pairs each weight-gradient output (they come first among the backward outputs) with
+    the primal it is the gradient of; ``values`` are the other backward outputs, wanted by lower regions.
+    """
+
+    index: int
+    label: str
+    template: Template
+    primals: tuple[str, ...]
+    tangents: tuple[str, ...]
+    forward: tuple[str, ...]
+    gradients: tuple[tuple[str, str], ...]
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Outline:
+    """The regions of a capture, in forward order, and its distinct templates."""
+
+    regions: tuple[Region, ...]
+    templates: tuple[Template, ...]
+
+
+def module_path(node: fx.Node) -> str | None:
+    """The dotted path of the innermost module a node belongs to, or None when torch recorded none."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+    if not stack:
+        return None
+    return normal_path(list(stack.values())[-1][0])
+
+
+def normal_path(path: str) -> str:
+    """Dynamo's spelling of a module path (``L['self'].layers[0]``) as ``named_modules`` spells it."""
+    path = re.sub(r"^L\['[^']*'\]\.?", "", path)
+    path = re.sub(r"_modules\[['\"](.+?)['\"]\]", r"\1", path)
+    path = re.sub(r"\[['\"]?(.+?)['\"]?\]", r".\1", path)
+    return path.strip(".")
+
+
+def block_paths(modules: Iterable[tuple[str, torch.nn.Module]]) -> tuple[str, ...]:
+    """Module paths that become regions: numbered modules with children of their own, outermost first.
+
+    A model with no such blocks falls back to its outermost modules that own parameters directly.
+    """
+    named = [(name, module) for name, module in modules if name]
+    blocks: list[str] = []
+    for name, module in named:
+        is_block = name.rsplit(".", 1)[-1].isdigit() and any(True for _ in module.children())
+        if is_block and not any(name.startswith(f"{b}.") for b in blocks):
+            blocks.append(name)
+    if len(blocks) > 1:
+        return tuple(blocks)
+    return tuple(name for name, module in named if any(True for _ in module.parameters(recurse=False)))
+
+
+def region_of_parameters(names: Sequence[str], blocks: Sequence[str]) -> list[int]:
+    """For each parameter in order, the number of its part: a block, or a run of parameters between blocks."""
+    labels = [_label(name, blocks) for name in names]
+    numbers, current = [], -1
+    for i, label in enumerate(labels):
+        if i == 0 or label != labels[i - 1]:
+            current += 1
+        numbers.append(current)
+    return numbers
+
+
+def _label(path: str, blocks: Iterable[str]) -> str:
+    return next((b for b in blocks if path == b or path.startswith(f"{b}.")), "")
+
+
+def outline(capture: Capture, blocks: Sequence[str]) -> Outline:
+    """Cut a capture into regions at the borders of ``blocks`` (see `block_paths`)."""
+    forward, labels = _forward_regions(capture, blocks)
+    assignment = _backward_regions(capture, forward)
+    contributions = _contributions(capture, assignment)
+    return _build(capture, labels, assignment, contributions)
+
+
+def _is_forward(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.meta["partitioner_tag"] != "is_backward"
+
+
+def _forward_regions(capture: Capture, blocks: Sequence[str]) -> tuple[dict[fx.Node, int], list[str]]:
+    """Assign each forward node to a contiguous segment; segments without a parameter join their neighbour."""
+    segments: list[tuple[str, list[fx.Node]]] = []
+    for node in capture.graph.nodes:
+        if not _is_forward(node):
+            continue
+        path = module_path(node)
+        source = node.args[0] if node.target is operator.getitem else None
+        stays = path is None or (isinstance(source, fx.Node) and source.op == "call_function")
+        label = segments[-1][0] if stays and segments else _label(path or "", blocks)
+        if not segments or segments[-1][0] != label:
+            segments.append((label, []))
+        segments[-1][1].append(node)
+    parameters = set(capture.parameters)
+    merged: list[tuple[str, list[fx.Node]]] = []
+    for label, nodes in segments:
+        owns = any(n.name in parameters for node in nodes for n in node.all_input_nodes)
+        if merged and not owns:
+            merged[-1][1].extend(nodes)
+        elif (
+            merged
+            and not merged[-1][0]
+            and not any(n.name in parameters for node in merged[-1][1] for n in node.all_input_nodes)
+        ):
+            merged[-1] = (label, merged[-1][1] + nodes)
+        else:
+            merged.append((label, nodes))
+    assignment = {node: i for i, (_, nodes) in enumerate(merged) for node in nodes}
+    return assignment, [
+        label or ("input" if i == 0 else "output" if i == len(merged) - 1 else "between")
+        for i, (label, _) in enumerate(merged)
+    ]
+
+
+def _backward_regions(capture: Capture, forward: dict[fx.Node, int]) -> dict[fx.Node, int]:
+    """Extend the assignment to backward nodes: the region of the forward operator a node belongs to.
+
+    Gradient accumulations belong to no operator; they run in the lowest region that feeds them, as
+    does every node whose recorded owner is above a region that it needs.
+    """
+    owner: dict[int, int] = {}
+    for node, region in forward.items():
+        if "seq_nr" in node.meta:
+            owner.setdefault(node.meta["seq_nr"], region)
+    assignment = dict(forward)
+    top = max(forward.values(), default=0)
+    for node in capture.graph.nodes:
+        if node.op != "call_function" or node in forward:
+            continue
+        sources = [assignment[n] for n in node.all_input_nodes if n in assignment and n not in forward]
+        lowest = min(sources, default=top)
+        if node.target is operator.getitem:
+            assignment[node] = assignment[node.all_input_nodes[0]]
+            continue
+        assignment[node] = min(owner.get(node.meta.get("seq_nr", -1), lowest), lowest)
+    return assignment
+
+
+def _contributions(capture: Capture, assignment: dict[fx.Node, int]) -> dict[int, list[tuple[fx.Node, str]]]:
+    """For each region the weight gradients it returns: sums over regions are taken apart."""
+    by_name = {node.name: node for node in capture.graph.nodes}
+    result: dict[int, list[tuple[fx.Node, str]]] = defaultdict(list)
+    for primal, name in capture.gradients.items():
+        pending = [by_name[name]]
+        apart: set[fx.Node] = set()
+        while pending:
+            node = pending.pop()
+            parts = _summands(node, assignment, apart) if primal in capture.parameters else None
+            if parts is None:
+                result[assignment.get(node, 0)].append((node, primal))
+            else:
+                apart.add(node)
+                pending.extend(reversed(parts))
+    return result
+
+
+def _summands(node: fx.Node, assignment: dict[fx.Node, int], apart: set[fx.Node]) -> list[fx.Node] | None:
+    """The two operands of a sum over regions that only the gradient (and sums in ``apart``) needs, else None."""
+    if node.target is not aten.add.Tensor or node.kwargs:
+        return None
+    if any(user.op != "output" and user not in apart for user in node.users):
+        return None
+    parts = [a for a in node.args if isinstance(a, fx.Node) and a.op == "call_function"]
+    if len(parts) != 2 or assignment[parts[0]] == assignment[parts[1]]:
+        return None
+    values = [p.meta["val"] for p in [*parts, node]]
+    alike = all(v.shape == values[2].shape and v.dtype == values[2].dtype for v in values)
+    return parts if alike else None
+
+
+def _build(
+    capture: Capture,
+    labels: list[str],
+    assignment: dict[fx.Node, int],
+    contributions: dict[int, list[tuple[fx.Node, str]]],
+) -> Outline:
+    alive = _alive(capture, contributions)
+    members: dict[int, list[fx.Node]] = defaultdict(list)
+    for node in capture.graph.nodes:
+        if node in assignment and node in alive:
+            members[assignment[node]].append(node)
+    outside = {str(o) for o in capture.outputs if isinstance(o, OutputName)} | {name for _, name in capture.mutations}
+    symbol_nodes = {
+        str(n.meta["val"]): n
+        for n in capture.graph.find_nodes(op="placeholder")
+        if isinstance(n.meta["val"], torch.SymInt)
+    }
+    split = {
+        n
+        for n in alive
+        if n in assignment and any(assignment.get(u, assignment[n]) != assignment[n] for u in n.users if u in alive)
+    }
+    templates: dict[str, Template] = {}
+    regions: list[Region] = []
+    for index in range(len(labels)):
+        nodes = members[index]
+        inside = set(nodes)
+        gradients = contributions.get(index, [])
+        used = sorted({s for node in nodes for s in symbols(node.meta.get("val"))})
+        # In the order of first use, so that equal regions list equal inputs at equal places.
+        candidates = [n for node in nodes for n in node.all_input_nodes] + [
+            n for n, _ in gradients if n.op == "placeholder"
+        ]
+        inputs = [
+            n
+            for n in dict.fromkeys([*candidates, *(symbol_nodes[s] for s in used if s in symbol_nodes)])
+            if n not in inside
+        ]
+        primals = [n for n in inputs if not _comes_late(n, index, assignment, capture)]
+        tangents = [n for n in inputs if _comes_late(n, index, assignment, capture)]
+        forward = [n for n in nodes if _is_forward(n) and (n in split or n.name in outside)]
+        values = [n for n in nodes if not _is_forward(n) and n in split]
+        graph = _extract(capture, nodes, primals, tangents, forward, [n for n, _ in gradients] + values)
+        key = structural_key(graph)
+        template = templates.setdefault(key, Template(len(templates), key, graph))
+        template.regions.append(index)
+        regions.append(
+            Region(
+                index, labels[index], template,
+                tuple(n.name for n in primals), tuple(n.name for n in tangents), tuple(n.name for n in forward),
+                tuple((n.name, primal) for n, primal in gradients), tuple(n.name for n in values),
+            )
+        )  # fmt: skip
+    return Outline(tuple(regions), tuple(templates.values()))
+
+
+def _alive(capture: Capture, contributions: dict[int, list[tuple[fx.Node, str]]]) -> set[fx.Node]:
+    """Nodes that an output or a gradient contribution needs; the taken-apart sums are not among them."""
+    by_name = {node.name: node for node in capture.graph.nodes}
+    pending = [node for parts in contributions.values() for node, _ in parts]
+    pending += [by_name[str(o)] for o in capture.outputs if isinstance(o, OutputName)]
+    pending += [by_name[name] for _, name in capture.mutations]
+    alive: set[fx.Node] = set()
+    while pending:
+        node = pending.pop()
+        if node not in alive:
+            alive.add(node)
+            pending.extend(node.all_input_nodes)
+    return alive
+
+
+def _comes_late(node: fx.Node, region: int, assignment: dict[fx.Node, int], capture: Capture) -> bool:
+    """True for an input that exists only once the region's backward starts."""
+    if node.name in capture.tangents:
+        return True
+    if node.op == "placeholder":
+        return False
+    return not _is_forward(node) or assignment[node] > region
+
+
+def _extract(
+    capture: Capture,
+    nodes: list[fx.Node],
+    primals: list[fx.Node],
+    tangents: list[fx.Node],
+    forward: list[fx.Node],
+    backward: list[fx.Node],
+) -> RegionGraph:
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for kind, tag, sources in (("primal", "is_forward", primals), ("tangent", "is_backward", tangents)):
+        for i, source in enumerate(sources):
+            node = graph.placeholder(f"{kind}s_{i}")
+            is_parameter = source.name in capture.parameters
+            node.meta = {"val": source.meta["val"], "kind": kind, "partitioner_tag": tag, "is_parameter": is_parameter}
+            env[source] = node
+    for source in nodes:
+        env[source] = graph.node_copy(source, env.__getitem__)
+    graph.output(tuple(env[n] for n in [*forward, *backward]))
+    return RegionGraph(fx.GraphModule({}, graph), len(forward))
+
+
+def structural_key(region: RegionGraph) -> str:
+    """A hash of operators, arguments, shapes, dtypes, strides, devices, tags and outputs; names do not count."""
+    numbers: dict[fx.Node, int] = {}
+    digest = hashlib.sha256(str(region.num_forward_outputs).encode())
+    for i, node in enumerate(region.graph.nodes):
+        numbers[node] = i
+        args = fx.map_arg((node.args, node.kwargs), _numbering(numbers))
+        kind = (node.meta.get("kind"), node.meta.get("partitioner_tag"), node.meta.get("is_parameter"))
+        digest.update(repr((node.op, str(node.target) if node.op == "call_function" else "", args, kind)).encode())
+        digest.update(describe(node.meta.get("val")).encode())
+    return digest.hexdigest()[:16]
+
+
+def _numbering(numbers: dict[fx.Node, int]) -> Callable[[fx.Node], Any]:
+    return lambda node: f"%{numbers[node]}"
+
+
+def describe(value: Any) -> str:
+    """A value's dtype, shape, strides and device as text, such as ``bf16[8, s0] (s0, 1) cuda:0``."""
+    if isinstance(value, Tensor):
+        strides = tuple(value.stride()) if value.layout is torch.strided else ()
+        return f"{value.dtype}{list(value.shape)}{strides}{value.device}"
+    if isinstance(value, (tuple, list)):
+        return "(" + ", ".join(describe(v) for v in value) + ")"
+    return repr(value)

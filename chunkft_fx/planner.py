@@ -1,0 +1,155 @@
+"""Planner: how many chunks, where they are cut, and which regions keep their activations, under a budget.
+
+The rule of this version: the fewest chunks whose estimated peak fits; then, from the last region
+down, as many regions as fit keep their activations, the others recompute them. The estimate adds
+weights and buffers, the active chunk's gradients and staged optimizer state, and the memory model's
+activations and workspace of the step that runs deepest (the one whose chunk holds the first region).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from chunkft_fx.budget import format_bytes
+from chunkft_fx.cuts import ParameterSpec, cut, max_chunks
+from chunkft_fx.errors import BudgetInfeasible, NoTrainableParameters
+from chunkft_fx.outline import block_paths, region_of_parameters
+from chunkft_fx.plan import Chunk, Plan
+
+# Bytes that one trainable element of the active chunk needs beside its weight: a float32 gradient,
+# float32 moments, and a float32 master when the weight itself is not float32.
+Terms = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked of `chunkft_fx.compile`, checked and parsed."""
+
+    budget_bytes: int
+    chunks: int | str
+    order: str
+    interval: int
+    seed: int
+
+
+def state_nbytes(dtype: torch.dtype) -> int:
+    """Optimizer-state bytes per element of a parameter: two moments, and a master for low precision."""
+    wide = torch.promote_types(dtype, torch.float32).itemsize
+    return 2 * wide if dtype.itemsize >= 4 else 3 * wide
+
+
+def parameter_specs(model: nn.Module) -> tuple[ParameterSpec, ...]:
+    """The trainable parameters as the planner sees them, in ``named_parameters`` order (tied ones once)."""
+    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    if not trainable:
+        raise NoTrainableParameters(
+            "no parameter of this model has requires_grad=True; call model.requires_grad_(True) before compile"
+        )
+    regions = region_of_parameters([n for n, _ in trainable], block_paths(model.named_modules()))
+    return tuple(
+        ParameterSpec(name, tuple(p.shape), p.dtype.itemsize + state_nbytes(p.dtype), region)
+        for (name, p), region in zip(trainable, regions, strict=True)
+    )
+
+
+def resident_nbytes(model: nn.Module) -> int:
+    """Bytes of all weights and buffers."""
+    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+
+
+def fixed_terms(model: nn.Module, chunks: Sequence[Chunk]) -> Terms:
+    """The terms that need no batch: weights, and gradients and states of the largest chunk."""
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+
+    def total(chunk: Chunk, per_element: Callable[[torch.dtype], int]) -> int:
+        return sum(sizes[s.name] * s.length // s.size * per_element(dtypes[s.name]) for s in chunk.slices)
+
+    return {
+        "weights and buffers": resident_nbytes(model),
+        "optimizer state of the active chunk": max(total(c, state_nbytes) for c in chunks),
+        "gradients of the active chunk": max(
+            total(c, lambda d: torch.promote_types(d, torch.float32).itemsize) for c in chunks
+        ),
+    }
+
+
+def first_plan(model: nn.Module, options: Options) -> Plan | None:
+    """The plan as far as it can be made before a batch is seen; None when ``chunks="auto"`` needs one.
+
+    Raises `BudgetInfeasible` when the budget cannot even hold weights and one chunk's states.
+    """
+    parameters = parameter_specs(model)
+    finest = max_chunks(parameters) if options.chunks == "auto" else options.chunks
+    chunks = cut(parameters, int(finest))
+    _require(options.budget_bytes, fixed_terms(model, chunks), len(chunks), "before any activation")
+    if options.chunks == "auto":
+        return None
+    return Plan(options.budget_bytes, chunks, options.order, options.interval, options.seed)
+
+
+def plan_for_batch(
+    model: nn.Module,
+    options: Options,
+    known: Plan | None,
+    activations: Callable[[tuple[Chunk, ...], int], Terms],
+    num_regions: int,
+    batch: str,
+) -> Plan:
+    """Complete a plan for a batch: choose the number of chunks if still open, then the saving policy.
+
+    ``activations(chunks, save_from)`` predicts the step terms when regions below ``save_from`` recompute.
+    """
+    parameters = parameter_specs(model)
+
+    def terms(chunks: tuple[Chunk, ...], save_from: int) -> Terms:
+        return fixed_terms(model, chunks) | activations(chunks, save_from)
+
+    def fits(chunks: tuple[Chunk, ...], save_from: int) -> bool:
+        return sum(terms(chunks, save_from).values()) <= options.budget_bytes
+
+    chunks = known.chunks if known is not None else _fewest(parameters, lambda c: fits(c, num_regions))
+    low = 0
+    if not fits(chunks, 0):
+        _require(options.budget_bytes, terms(chunks, num_regions), len(chunks), f"for {batch}")
+        low, high = 1, num_regions
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if fits(chunks, middle) else (middle + 1, high)
+    save_from = (low,) * len(chunks)
+    final = terms(chunks, low)
+    plan = known or Plan(options.budget_bytes, chunks, options.order, options.interval, options.seed)
+    ordered = tuple(sorted(final.items(), key=lambda item: -item[1]))
+    return replace(plan, save_from=save_from, predicted_peak_bytes=sum(final.values()), terms=ordered, batch=batch)
+
+
+def _fewest(parameters: Sequence[ParameterSpec], fits: Callable[[tuple[Chunk, ...]], bool]) -> tuple[Chunk, ...]:
+    """The cut with the fewest chunks that fits, or the finest one when none does."""
+    low, high = 1, max_chunks(parameters)
+    count = 1
+    while count < high and not fits(cut(parameters, count)):
+        low, count = count + 1, count * 2
+    high = min(count, high)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(cut(parameters, middle)) else (middle + 1, high)
+    return cut(parameters, low)
+
+
+def _require(budget: int, terms: Terms, chunks: int, when: str) -> None:
+    needed = sum(terms.values())
+    if needed <= budget:
+        return
+    largest = sorted(terms.items(), key=lambda item: -item[1])
+    listed = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in largest)
+    raise BudgetInfeasible(
+        f"budget {format_bytes(budget)} is too small {when}: with {chunks} chunk(s) the step needs "
+        f"{format_bytes(needed)} ({listed}); raise the budget to at least {needed} bytes, use more chunks, "
+        "or a smaller batch or sequence",
+        needed,
+        dict(largest),
+    )

@@ -1,0 +1,198 @@
+"""The program: the outer FX graph of one step for one chunk, region calls in the order they run.
+
+Placeholders are the captured inputs (parameters, batch, constants), then the gradients that the caller
+provides. Each region is called once forward, and once backward if a gradient is asked of it. The
+output node holds three tuples: what the caller gets, the new values of mutated buffers, and the
+gradients named by ``Program.gradients``.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from chunkft_fx.capture import Capture, OutputName
+from chunkft_fx.outline import Outline, Region
+from chunkft_fx.plan import Slice
+from chunkft_fx.region import OutputDemand, SliceDemand
+from chunkft_fx.specialize import Demand, Specializer, Variant
+
+
+class RegionCall(nn.Module):
+    """One direction of one region, as the program calls it: ``variant`` says what it computes."""
+
+    def __init__(self, region: Region, variant: Variant, is_backward: bool) -> None:
+        super().__init__()
+        self.region = region
+        self.variant = variant
+        self.is_backward = is_backward
+
+    def extra_repr(self) -> str:
+        return f"template={self.region.template.index}, variant={self.variant.index}"
+
+
+@dataclass(frozen=True)
+class Program:
+    """A step's graph and what its gradient outputs mean.
+
+    ``gradients`` gives for each gradient output the primal it belongs to (several outputs may name the
+    same one: contributions to add up). ``variants`` lists the variant of every region, in order;
+    ``lowest`` is the first region with a backward (the number of regions when there is none).
+    """
+
+    module: fx.GraphModule
+    gradients: tuple[str, ...]
+    variants: tuple[Variant, ...]
+    lowest: int
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    @property
+    def code(self) -> str:
+        """The program as Python text."""
+        return str(self.module.code)
+
+
+@dataclass(frozen=True)
+class ProgramSpec:
+    """What is asked of a program.
+
+    ``slices`` maps the names of parameters in the active chunk to their slices; ``absent`` names the
+    tangents that will not be provided; ``inputs`` the non-parameter primals whose gradient is wanted;
+    regions below ``save_from`` recompute their activations.
+    """
+
+    slices: Mapping[str, Slice]
+    absent: frozenset[str]
+    inputs: frozenset[str]
+    save_from: int = 0
+
+
+def build(capture: Capture, outline: Outline, specializer: Specializer, spec: ProgramSpec) -> Program:
+    """Decide every region's demand, get its variant, and write the calls down as one graph."""
+    demands = region_demands(capture, outline, specializer, spec)
+    variants = [specializer.variant(r.template, d) for r, d in zip(outline.regions, demands, strict=True)]
+    return _write(capture, outline, spec, variants)
+
+
+def region_demands(capture: Capture, outline: Outline, specializer: Specializer, spec: ProgramSpec) -> list[Demand]:
+    """For each region what the step asks of it; see `specialize` for the two directions demand flows."""
+    zero = set(spec.absent)
+    absent: dict[int, tuple[bool, ...]] = {}
+    dead: dict[int, tuple[bool, ...]] = {}
+    for region in reversed(outline.regions):
+        absent[region.index] = tuple(name in zero for name in region.tangents)
+        dead[region.index] = specializer.zero_outputs(region.template, absent[region.index])
+        values_dead = dead[region.index][len(region.gradients) :]
+        zero |= {name for name, is_zero in zip(region.values, values_dead, strict=True) if is_zero}
+    wanted: set[str] = set()
+    demands: list[Demand] = []
+    for region in outline.regions:
+        asked: list[OutputDemand] = [_gradient_demand(capture, primal, spec) for _, primal in region.gradients]
+        asked += ["whole" if name in wanted else None for name in region.values]
+        backward = tuple(None if z else d for d, z in zip(asked, dead[region.index], strict=True))
+        demand = Demand(backward, absent[region.index], recompute=region.index < spec.save_from)
+        if demand.forward_only:
+            demand = Demand(backward, (False,) * len(region.tangents))
+        else:
+            reads = specializer.specialize(region.template, backward, demand.absent).tangents
+            wanted |= {name for name, is_read in zip(region.tangents, reads, strict=True) if is_read}
+        demands.append(demand)
+    return demands
+
+
+def _gradient_demand(capture: Capture, primal: str, spec: ProgramSpec) -> OutputDemand:
+    name = capture.parameters.get(primal)
+    if name is None:
+        return "whole" if primal in spec.inputs else None
+    part = spec.slices.get(name)
+    if part is None:
+        return None
+    return "whole" if part.is_whole else SliceDemand(part.dim, part.length)
+
+
+def _write(capture: Capture, outline: Outline, spec: ProgramSpec, variants: list[Variant]) -> Program:
+    graph = fx.Graph()
+    modules: dict[str, nn.Module] = {}
+    env: dict[str, fx.Node] = {}
+    for name in [*capture.primals, *capture.constants]:
+        env[name] = graph.placeholder(_readable(capture.parameters.get(name, name)))
+    for name in capture.tangents:
+        if name not in spec.absent:
+            env[name] = graph.placeholder(name)
+    saved: dict[int, fx.Node] = {}
+    for region, variant in zip(outline.regions, variants, strict=True):
+        call = _call(graph, modules, region, variant, [env[name] for name in region.primals], is_backward=False)
+        saved[region.index] = call
+        for i, name in enumerate(region.forward):
+            env[name] = _item(graph, call, i)
+    outputs = tuple(env[str(o)] if isinstance(o, OutputName) else o for o in capture.outputs)
+    mutations = tuple(env[new] for _, new in capture.mutations)
+    gradients: list[tuple[str, fx.Node]] = []
+    for region, variant in reversed(list(zip(outline.regions, variants, strict=True))):
+        if variant.backward is None:
+            continue
+        arguments = [
+            _argument(graph, capture, region, saved[region.index], source.kind, source.index, env, spec)
+            for source in variant.sources
+        ]
+        call = _call(graph, modules, region, variant, arguments, is_backward=True)
+        asked = [i for i, d in enumerate(variant.demand.backward) if d is not None]
+        for position, i in enumerate(asked):
+            item = _item(graph, call, position)
+            if i < len(region.gradients):
+                gradients.append((region.gradients[i][1], item))
+            else:
+                env[region.values[i - len(region.gradients)]] = item
+    graph.output((outputs, mutations, tuple(node for _, node in gradients)))
+    for node in list(graph.nodes):
+        if node.target is operator.getitem and not node.users:
+            graph.erase_node(node)
+    lowest = next((i for i, v in enumerate(variants) if v.backward is not None), len(variants))
+    root = nn.Module()
+    for name, module in modules.items():
+        root.add_module(name, module)
+    return Program(fx.GraphModule(root, graph), tuple(p for p, _ in gradients), tuple(variants), lowest)
+
+
+def _call(
+    graph: fx.Graph, modules: dict[str, nn.Module], region: Region, variant: Variant, args: list[Any], is_backward: bool
+) -> fx.Node:
+    name = f"{_readable(region.label)}_{region.index}_{'backward' if is_backward else 'forward'}"
+    modules[name] = RegionCall(region, variant, is_backward)
+    return graph.call_module(name, tuple(args))
+
+
+def _item(graph: fx.Graph, call: fx.Node, index: int) -> fx.Node:
+    getitem: Callable[..., Any] = operator.getitem
+    return graph.call_function(getitem, (call, index))
+
+
+def _argument(
+    graph: fx.Graph,
+    capture: Capture,
+    region: Region,
+    forward: fx.Node,
+    kind: str,
+    index: int,
+    env: dict[str, fx.Node],
+    spec: ProgramSpec,
+) -> Any:
+    if kind == "primal":
+        return env[region.primals[index]]
+    if kind == "saved":
+        return env[region.forward[index]] if index < len(region.forward) else _item(graph, forward, index)
+    if kind == "tangent":
+        return env[region.tangents[index]]
+    return spec.slices[capture.parameters[region.gradients[index][1]]].start
+
+
+def _readable(path: str) -> str:
+    return re.sub(r"\W", "_", path)

@@ -1,0 +1,217 @@
+"""Run: execute a program inside autograd, keep what backward needs, and hand gradients to the active slices.
+
+A program's graph becomes a flat list of instructions over numbered slots; a value is dropped as soon
+as its last instruction has taken it, so the memory of a step is what the graph says it is. Forward and
+backward are two parts of that list; the slots that are alive between them belong to one `Step`, which
+is everything that a pending backward owns.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from chunkft_fx.capture import keeps_graph
+from chunkft_fx.errors import StaleBackward
+from chunkft_fx.lowering import lower
+from chunkft_fx.program import Program, RegionCall
+from chunkft_fx.slices import ActiveSlice
+
+Slots = dict[int, Any]
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One region call: slots in, slots out, and the input slots that die with it."""
+
+    call: RegionCall
+    inputs: tuple[int, ...]
+    outputs: tuple[tuple[int, int], ...]
+    last_use: tuple[int, ...]
+
+
+@dataclass
+class Executable:
+    """A program compiled to instructions; ``gradients`` maps a slot to the gradients it is the value of."""
+
+    program: Program
+    forward: list[Instruction]
+    backward: list[Instruction]
+    constants: Slots
+    inputs: tuple[int, ...]
+    tangents: tuple[int, ...]
+    outputs: tuple[Any, ...]
+    mutations: tuple[int, ...]
+    gradients: dict[int, list[str]]
+    unused: frozenset[int] = field(default_factory=frozenset)
+
+
+class Slot(int):
+    """The number of a slot, to tell it from a plain constant among the outputs."""
+
+
+def assemble(program: Program, num_inputs: int) -> Executable:
+    """Turn a program's graph into instructions with exact lifetimes."""
+    slots: dict[fx.Node, int] = {}
+    constants: Slots = {}
+
+    def slot(value: Any) -> int:
+        if isinstance(value, fx.Node):
+            return slots.setdefault(value, Slot(len(slots) + len(constants)))
+        number = Slot(len(slots) + len(constants))
+        constants[number] = torch.tensor(value)  # the run-time start of a slice
+        return number
+
+    placeholders = [slot(n) for n in program.graph.find_nodes(op="placeholder")]
+    results: Any = program.graph.output_node().args[0]
+    outputs, mutations, gradients = results
+    raw: list[tuple[RegionCall, tuple[int, ...], tuple[tuple[int, int], ...]]] = []
+    for node in program.graph.nodes:
+        if node.op != "call_module":
+            continue
+        items = [u for u in node.users if u.target is operator.getitem]
+        call = program.module.get_submodule(str(node.target))
+        assert isinstance(call, RegionCall)
+        taken: list[Any] = [(u.args[1], slot(u)) for u in items]
+        raw.append((call, tuple(slot(a) for a in node.args), tuple(taken)))
+    keep = {slot(n) for n in (*outputs, *mutations, *gradients) if isinstance(n, fx.Node)}
+    instructions: list[Instruction] = []
+    alive: set[int] = set()
+    for call, inputs, results in reversed(raw):
+        dying = tuple(s for s in dict.fromkeys(inputs) if s not in alive and s not in keep and s not in constants)
+        alive |= set(inputs)
+        instructions.append(Instruction(call, inputs, results, dying))
+    instructions.reverse()
+    backward = [i for i in instructions if i.call.is_backward]
+    by_slot: dict[int, list[str]] = {}
+    for node, primal in zip(gradients, program.gradients, strict=True):
+        by_slot.setdefault(slot(node), []).append(primal)
+    needed = {s for i in backward for s in i.inputs} | set(by_slot)
+    return Executable(
+        program=program,
+        forward=[i for i in instructions if not i.call.is_backward],
+        backward=backward,
+        constants=constants,
+        inputs=tuple(placeholders[:num_inputs]),
+        tangents=tuple(placeholders[num_inputs:]),
+        outputs=tuple(Slot(slots[o]) if isinstance(o, fx.Node) else o for o in outputs),
+        mutations=tuple(slots[m] for m in mutations),
+        gradients=by_slot,
+        unused=frozenset(range(len(slots) + len(constants))) - needed,
+    )
+
+
+def execute(
+    instructions: Sequence[Instruction],
+    slots: Slots,
+    backend: str,
+    fake_mode: Any,
+    after: Callable[[Slots, Instruction], None],
+) -> None:
+    """Run instructions over ``slots``, dropping each value with its last use; ``after`` sees every result."""
+    for instruction in instructions:
+        run = lower(instruction.call.variant, backend, fake_mode, instruction.call.is_backward)
+        arguments = [slots[s] for s in instruction.inputs]
+        for s in instruction.last_use:
+            del slots[s]
+        results = run(arguments)
+        arguments.clear()
+        for index, s in instruction.outputs:
+            slots[s] = results[index]
+        del results
+        after(slots, instruction)
+
+
+@dataclass
+class Step:
+    """What one forward leaves for its backward: live slots, and what must still hold when it comes.
+
+    ``owner`` is the tuple of active slices at forward time; a backward after a chunk switch has nowhere
+    to put its gradients. ``versions`` pairs the tensors that backward reads with their version
+    counters, as autograd's own saved tensors do. ``provided`` names the tangents that this step's
+    program takes, ``shapes`` describes the outputs; ``replay`` runs the forward again for others.
+    """
+
+    executable: Executable
+    slots: Slots | None
+    owner: tuple[ActiveSlice, ...]
+    versions: list[tuple[Tensor, int]]
+    replay: Callable[[frozenset[str]], Step]
+    provided: frozenset[str]
+    shapes: list[tuple[torch.Size, torch.dtype, torch.device] | None]
+
+    def zeros(self, output: int) -> Tensor:
+        """The gradient of an output that was expected to get one and did not."""
+        described = self.shapes[output]
+        assert described is not None
+        shape, dtype, device = described
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    def check(self, owner: tuple[ActiveSlice, ...]) -> None:
+        """Raise `StaleBackward` unless this step can still be run backward."""
+        if self.slots is None:
+            raise StaleBackward(
+                "backward was called a second time for the same forward, whose saved activations are freed; "
+                "call the model again, or pass retain_graph=True to the first backward"
+            )
+        if owner is not self.owner:
+            raise StaleBackward(
+                "the active chunk changed between this forward and its backward; "
+                "call backward before optimizer.step() or activate(), or call the model again"
+            )
+        for tensor, version in self.versions:
+            if tensor._version != version:
+                raise StaleBackward(
+                    f"a tensor of shape {list(tensor.shape)} that backward needs was changed in place "
+                    "since the forward; call backward before optimizer.step(), or call the model again"
+                )
+
+
+def run_forward(
+    executable: Executable, arguments: Sequence[Any], backend: str, fake_mode: Any
+) -> tuple[list[Any], list[Tensor], Slots]:
+    """Run the forward part; returns the outputs, the new values of mutated buffers, and the slots left for backward."""
+    slots: Slots = dict(zip(executable.inputs, arguments, strict=True))
+    execute(executable.forward, slots, backend, fake_mode, lambda _slots, _instruction: None)
+    outputs = [slots[o] if isinstance(o, Slot) else o for o in executable.outputs]
+    mutated = [slots[m] for m in executable.mutations]
+    left = {s: v for s, v in slots.items() if s not in executable.unused}
+    return outputs, mutated, left | executable.constants
+
+
+def run_backward(step: Step, tangents: dict[int, Tensor], backend: str, fake_mode: Any) -> dict[str, Tensor]:
+    """Run the backward part; returns the sum of the contributions to each primal's gradient.
+
+    Nothing outside is touched before all of it has run, so an exception leaves gradients as they were.
+    """
+    assert step.slots is not None
+    slots = dict(step.slots)
+    if not keeps_graph():
+        step.slots = None
+    slots.update(tangents)
+    totals: dict[str, Tensor] = {}
+
+    def collect(values: Slots, instruction: Instruction) -> None:
+        for _, s in instruction.outputs:
+            for primal in step.executable.gradients.get(s, ()):
+                value = values[s]
+                if primal in totals:
+                    wide = torch.promote_types(value.dtype, torch.float32)
+                    totals[primal] = totals[primal].to(wide) + value
+                else:
+                    totals[primal] = value
+            if s in step.executable.gradients and s not in later:
+                del values[s]
+
+    later = {s for i in step.executable.backward for s in i.inputs}
+    execute(step.executable.backward, slots, backend, fake_mode, collect)
+    for s, primals in step.executable.gradients.items():
+        produced = any(s == o for i in step.executable.backward for _, o in i.outputs)
+        if not produced:
+            totals.update(dict.fromkeys(primals, slots[s]))
+    return totals

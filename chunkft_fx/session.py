@@ -1,0 +1,203 @@
+"""A session: one captured graph of a model, with everything made from it, called once a step.
+
+Dynamo makes a session for each set of modes and shapes it has to tell apart (training, evaluation,
+static and dynamic lengths). A session picks the program of the active chunk, runs it as one autograd
+function, and gives the gradients to the active slices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from chunkft_fx.capture import Capture, OutputName, hint
+from chunkft_fx.memory_model import step_peak
+from chunkft_fx.outline import Outline
+from chunkft_fx.plan import Chunk
+from chunkft_fx.program import ProgramSpec, build
+from chunkft_fx.runtime import Executable, Step, assemble, run_backward, run_forward
+from chunkft_fx.slices import ActiveSlice
+from chunkft_fx.specialize import Specializer
+
+
+class Owner(Protocol):
+    """What a session needs of the compiled module: which chunk is active, and its slices."""
+
+    @property
+    def chunk(self) -> int: ...
+
+    def active_slices(self) -> tuple[ActiveSlice, ...]: ...
+
+
+class Session:
+    """Programs of one capture, run for whatever chunk is active."""
+
+    def __init__(self, owner: Owner, capture: Capture, outline: Outline, backend: str) -> None:
+        self.owner = owner
+        self.capture = capture
+        self.outline = outline
+        self.backend = backend
+        self.specializer = Specializer()
+        self.executables: dict[tuple[tuple[Any, ...], frozenset[str], int], Executable] = {}
+        self.last: Executable | None = None
+        self.save_from: tuple[int, ...] = ()
+        self.expected = self._first_guess()
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._inputs = tuple(
+            i for i, p in enumerate(capture.primals) if p in capture.gradients and p not in capture.parameters
+        )
+        self._constants = list(capture.constants.values())
+
+    def _first_guess(self) -> frozenset[str]:
+        """Tangents expected in backward: the scalar outputs' (a loss) if there are any, else all."""
+        tangents = {
+            n.name: n for n in self.capture.graph.find_nodes(op="placeholder") if n.name in self.capture.tangents
+        }
+        scalars = frozenset(name for name, node in tangents.items() if node.meta["val"].ndim == 0)
+        return scalars or frozenset(tangents)
+
+    def __call__(self, *arguments: Any) -> tuple[Any, ...]:
+        """Run the model on the captured graph's flat inputs; returns its flat outputs."""
+        if not torch.is_grad_enabled() or not self.capture.tangents:
+            outputs, mutated, _ = self._forward(self._executable((), frozenset(), 0), self._private(arguments))
+            self._write_back(arguments, mutated)
+        else:
+            differentiable = [arguments[i] for i in self._inputs]
+            outputs = list(_StepFunction.apply(self, arguments, self._anchor, *differentiable))
+        for i, o in enumerate(self.capture.outputs):
+            # an output that is an input is the caller's own object, as in the plain model
+            if isinstance(o, OutputName) and str(o) in self.capture.primals:
+                outputs[i] = arguments[self.capture.primals.index(str(o))]
+        return tuple(outputs)
+
+    def executable(self, slices: Sequence[ActiveSlice], absent: frozenset[str], save_from: int) -> Executable:
+        """The program of a chunk, assembled; cached by what it depends on."""
+        return self._executable(tuple(s.slice for s in slices), absent, save_from)
+
+    def _executable(self, slices: tuple[Any, ...], absent: frozenset[str], save_from: int) -> Executable:
+        key = (slices, absent, save_from)
+        if key not in self.executables:
+            inputs = frozenset(self.capture.primals[i] for i in self._inputs) if slices else frozenset()
+            spec = ProgramSpec({s.name: s for s in slices}, absent, inputs, save_from)
+            program = build(self.capture, self.outline, self.specializer, spec)
+            count = len(self.capture.primals) + len(self.capture.constants)
+            self.executables[key] = assemble(program, count)
+        self.last = self.executables[key]
+        return self.last
+
+    def _forward(self, executable: Executable, values: Sequence[Any]) -> tuple[list[Any], list[Tensor], Any]:
+        return run_forward(executable, [*values, *self._constants], self.backend, self.capture.fake_mode)
+
+    def _private(self, arguments: Sequence[Any]) -> list[Any]:
+        """The arguments, with a copy of each buffer that forward writes: backward must see its old value."""
+        written = {self.capture.primals.index(p) for p, _ in self.capture.mutations}
+        return [a.clone() if i in written else a for i, a in enumerate(arguments)]
+
+    def _write_back(self, arguments: Sequence[Any], mutated: Sequence[Tensor]) -> None:
+        for (primal, _), value in zip(self.capture.mutations, mutated, strict=True):
+            arguments[self.capture.primals.index(primal)].copy_(value)
+
+    def begin(self, arguments: Sequence[Any], expected: frozenset[str]) -> tuple[list[Any], list[Tensor], Step]:
+        """Run forward for the active chunk; the step is what backward needs, given the expected tangents."""
+        owner = self.owner.active_slices()
+        absent = frozenset(self.capture.tangents) - expected
+        executable = self.executable(owner, absent, self.save_from[self.owner.chunk])
+        draws = _random_state() if self.capture.is_random else None
+        values = self._private(arguments)
+        outputs, mutated, slots = self._forward(executable, values)
+        versions = [(v, v._version) for s, v in slots.items() if isinstance(v, Tensor) and s in executable.inputs]
+
+        def replay(wanted: frozenset[str]) -> Step:
+            with _restored(draws), torch.no_grad():
+                return self.begin(values, wanted)[2]
+
+        shapes = [(o.shape, o.dtype, o.device) if isinstance(o, Tensor) else None for o in outputs]
+        return outputs, mutated, Step(executable, slots, owner, versions, replay, expected, shapes)
+
+    def finish(self, step: Step, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Run backward with the tangents that came; returns the gradients of non-parameter inputs."""
+        step.check(self.owner.active_slices())
+        present = frozenset(gradients)
+        if not present <= step.provided:
+            # Saved for fewer gradients than came: run the forward again for exactly these.
+            step = step.replay(present)
+        self.expected = present
+        names = [n for n in self.capture.tangents if n in step.provided]
+        by_name = {n.name: n for n in self.capture.graph.find_nodes(op="placeholder")}
+        tangents = {}
+        for name, slot in zip(names, step.executable.tangents, strict=True):
+            like = by_name[name].meta["val"]
+            tangents[slot] = (
+                _restride(gradients[name], like) if name in gradients else step.zeros(self.capture.tangents[name])
+            )
+        totals = run_backward(step, tangents, self.backend, self.capture.fake_mode)
+        slices = {s.name: s for s in step.owner}
+        for primal in list(totals):
+            if primal in self.capture.parameters:
+                slices[self.capture.parameters[primal]].accumulate(totals.pop(primal))
+        return totals
+
+    def activation_terms(self, chunks: tuple[Chunk, ...], save_from: int) -> dict[str, int]:
+        """Predicted activation bytes of the first chunk's step, whose backward runs deepest, for the planner."""
+        absent = frozenset(self.capture.tangents) - self.expected
+        return step_peak(self._executable(chunks[0].slices, absent, save_from))
+
+
+class _StepFunction(torch.autograd.Function):
+    """One step as one autograd node; the anchor makes autograd call backward, parameters stay outside."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, session: Session, arguments: Sequence[Any], anchor: Tensor, *inputs: Tensor
+    ) -> tuple[Any, ...]:
+        outputs, mutated, step = session.begin(arguments, session.expected)
+        session._write_back(arguments, mutated)
+        ctx.session, ctx.step = session, step
+        with_gradient = set(session.capture.tangents.values())
+        ctx.mark_non_differentiable(
+            *(o for i, o in enumerate(outputs) if isinstance(o, Tensor) and i not in with_gradient)
+        )
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        session: Session = ctx.session
+        came = {name: g for name, i in session.capture.tangents.items() if (g := gradients[i]) is not None}
+        totals = session.finish(ctx.step, came)
+        return (None, None, None, *(totals.get(session.capture.primals[i]) for i in session._inputs))
+
+
+def _restride(gradient: Tensor, like: Tensor) -> Tensor:
+    """A gradient laid out in the dimension order that the graph was traced with."""
+    strides = like.stride()
+    order = sorted(range(like.ndim), key=lambda d: (-hint(strides[d]), d))
+    inverse = [order.index(d) for d in range(like.ndim)]
+    return gradient.to(like.dtype).permute(order).contiguous().permute(inverse)
+
+
+def _random_state() -> list[tuple[Any, Tensor]]:
+    states: list[tuple[Any, Tensor]] = [(torch.random, torch.random.get_rng_state())]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states.append((torch.cuda, torch.cuda.get_rng_state()))
+    return states
+
+
+@contextlib.contextmanager
+def _restored(states: list[tuple[Any, Tensor]] | None) -> Any:
+    """Run with earlier random states, and put the present ones back afterwards."""
+    if states is None:
+        yield
+        return
+    now = _random_state()
+    for module, state in states:
+        module.set_rng_state(state)
+    try:
+        yield
+    finally:
+        for module, state in now:
+            module.set_rng_state(state)

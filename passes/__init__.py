@@ -1,0 +1,21 @@
+"""Graph passes over region graphs, one a file, and the order in which they run."""
+
+from __future__ import annotations
+
+if __name__ != "chunkft_fx.passes":
+    # Two copies of this package would mean two sets of rules and classes that do not know each other.
+    raise ImportError(f"import this package as chunkft_fx.passes, not as {__name__}")
+
+from chunkft_fx.passes.canonicalize import Canonicalize
+from chunkft_fx.passes.eliminate import Eliminate
+from chunkft_fx.passes.prune_tangents import PruneTangents
+from chunkft_fx.passes.select_slices import SelectSlices
+from chunkft_fx.passes.sink_slices import SinkSlices
+from chunkft_fx.region import OutputDemand, Pass
+
+__all__ = ["Canonicalize", "Eliminate", "PruneTangents", "SelectSlices", "SinkSlices", "default_pipeline"]
+
+
+def default_pipeline(demand: tuple[OutputDemand, ...]) -> tuple[Pass, ...]:
+    """The passes that turn a region's joint graph into one that computes just ``demand``, in order."""
+    return (Canonicalize(), SelectSlices(demand), Eliminate(), SinkSlices(), Eliminate())

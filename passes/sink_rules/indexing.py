@@ -1,0 +1,104 @@
+"""Rules of operators that add rows at given places: embedding backward, index_put, scatter_add.
+
+Along the indexed dimension, indices outside the slice must be dropped. They are sent to one extra row
+behind the slice, which is then cut off, so that nothing has to be known about them at compile time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from chunkft_fx.passes.rewrite import same, shape
+from chunkft_fx.passes.sink_rules.table import Cut, replaced, rule
+
+aten = torch.ops.aten
+
+
+def moved_indices(cut: Cut, indices: Any, like: fx.Node, size: Any = None) -> fx.Node:
+    """Indices relative to the slice's start; those outside it, or equal to nothing in it, become ``length``.
+
+    ``size`` is given where negative indices count from the end.
+    """
+    if size is not None:
+        wrapped = cut.emit(aten.add.Tensor, indices, size, like=like)
+        negative = cut.emit(aten.lt.Scalar, indices, 0, like=like)
+        indices = cut.emit(aten.where.self, negative, wrapped, indices, like=like)
+    relative = cut.emit(aten.sub.Tensor, indices, cut.start, like=like)
+    above = cut.emit(aten.ge.Scalar, relative, 0, like=like)
+    below = cut.emit(aten.lt.Scalar, relative, cut.length, like=like)
+    inside = cut.emit(aten.logical_and.default, above, below, like=like)
+    dropped = cut.emit(aten.full_like.default, relative, cut.length, like=like)
+    return cut.emit(aten.where.self, inside, relative, dropped, like=like)
+
+
+def without_last(cut: Cut, node: fx.Node, dim: int) -> fx.Node:
+    return cut.emit(aten.slice.Tensor, node, dim, 0, cut.length, like=node)
+
+
+@rule(aten.embedding_dense_backward.default, contracts=True)
+def embedding_dense_backward(cut: Cut, node: fx.Node) -> fx.Node | None:
+    gradient, indices, rows, padding, by_frequency = node.args
+    if cut.dim == 1:
+        inner = cut.take(gradient, len(shape(gradient)) - 1)  # type: ignore[arg-type]
+        return cut.emit(node.target, inner, indices, rows, padding, by_frequency, like=node)  # type: ignore[arg-type]
+    moved = moved_indices(cut, indices, node)
+    if isinstance(padding, int) and padding >= 0:
+        is_padding = cut.emit(aten.eq.Scalar, indices, padding, like=node)
+        dropped = cut.emit(aten.full_like.default, moved, cut.length, like=node)
+        moved = cut.emit(aten.where.self, is_padding, dropped, moved, like=node)
+    # the extra row is a padding row: its gradient is not even added up
+    result = cut.emit(node.target, gradient, moved, cut.length + 1, cut.length, by_frequency, like=node)  # type: ignore[arg-type]
+    return without_last(cut, result, 0)
+
+
+@rule(aten.index_put.default, aten._unsafe_index_put.default, contracts=True)
+def index_put(cut: Cut, node: fx.Node) -> fx.Node | None:
+    """``base[indices] += values`` with one index tensor, for the first dimension."""
+    base, indices, values, *rest = node.args
+    assert isinstance(indices, (list, tuple)) and isinstance(base, fx.Node) and isinstance(values, fx.Node)
+    accumulate = bool(rest[0]) if rest else bool(node.kwargs.get("accumulate", False))
+    places = [i for i in indices if i is not None]
+    if not accumulate or len(places) != 1 or indices[0] is None:
+        return None
+    place = places[0]
+    assert isinstance(place, fx.Node)
+    if place.meta["val"].dtype not in (torch.int64, torch.int32):
+        return None
+    rank = len(shape(place)) + len(shape(base)) - 1
+    if len(shape(values)) != rank:
+        return None
+    if cut.dim > 0:
+        source = len(shape(place)) + cut.dim - 1
+        if not same(shape(values)[source], shape(node)[cut.dim]):
+            return None
+        inner = cut.take(values, source)
+        return cut.emit(aten.index_put.default, cut.take(base, cut.dim), [place], inner, True, like=node)
+    moved = moved_indices(cut, place, node, shape(node)[0])
+    grown = _with_extra_row(cut, cut.take(base, 0), 0, node)
+    result = cut.emit(aten.index_put.default, grown, [moved], values, True, like=node)
+    return without_last(cut, result, 0)
+
+
+@rule(aten.scatter_add.default, contracts=True)
+def scatter_add(cut: Cut, node: fx.Node) -> fx.Node | None:
+    base, dim, indices, source = node.args
+    assert isinstance(dim, int) and isinstance(indices, fx.Node) and isinstance(source, fx.Node)
+    if dim == cut.dim:
+        moved = moved_indices(cut, indices, node)
+        grown = _with_extra_row(cut, cut.take(base, dim), dim, node)
+        result = cut.emit(aten.scatter_add.default, grown, dim, moved, source, like=node)
+        return without_last(cut, result, dim)
+    if not all(same(shape(n)[cut.dim], shape(node)[cut.dim]) for n in (indices, source)):
+        return None
+    parts = (cut.take(n, cut.dim) for n in (base, indices, source))
+    new_base, new_indices, new_source = parts
+    return cut.emit(aten.scatter_add.default, new_base, dim, new_indices, new_source, like=node)
+
+
+def _with_extra_row(cut: Cut, base: fx.Node, dim: int, like: fx.Node) -> fx.Node:
+    sizes = replaced(list(base.meta["val"].shape), dim, 1)
+    row = cut.emit(aten.new_zeros.default, base, sizes, like=like)
+    return cut.emit(aten.cat.default, [base, row], dim, like=like)

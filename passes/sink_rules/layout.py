@@ -1,0 +1,153 @@
+"""Rules of operators that move or copy elements: permutations, views, expansion, casts, slices, joins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from chunkft_fx.passes.rewrite import same, shape
+from chunkft_fx.passes.sink_rules.table import Cut, replaced, rule
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+
+@rule(aten.permute.default)
+def permute(cut: Cut, node: fx.Node) -> fx.Node | None:
+    x, order = node.args
+    assert isinstance(order, (list, tuple))
+    return cut.emit(aten.permute.default, cut.take(x, order[cut.dim]), order, like=node)  # type: ignore[arg-type]
+
+
+@rule(aten.view.default, aten.reshape.default)
+def view(cut: Cut, node: fx.Node) -> fx.Node | None:
+    """A view sinks if its cut dimension is one dimension of the operand; merged and split ones are refused."""
+    x: Any = node.args[0]
+    sizes: Any = node.args[1]
+    source = source_dim(shape(x), shape(node), cut.dim)
+    if source is None:
+        return None
+    # reshape, not view: further down the slice may lose contiguity
+    return cut.emit(aten.reshape.default, cut.take(x, source), replaced(sizes, cut.dim, cut.length), like=node)
+
+
+def source_dim(before: tuple[Any, ...], after: tuple[Any, ...], dim: int) -> int | None:
+    """The dimension of a viewed tensor that is ``dim`` of its view, or None if there is no such one.
+
+    It has the same size, and as many elements in front of it.
+    """
+    front = product(after[:dim])
+    for candidate, size in enumerate(before):
+        if same(size, after[dim]) and same(product(before[:candidate]), front):
+            return candidate
+    return None
+
+
+def product(sizes: tuple[Any, ...]) -> Any:
+    total: Any = 1
+    for size in sizes:
+        total = total * size
+    return total
+
+
+@rule(aten.expand.default)
+def expand(cut: Cut, node: fx.Node) -> fx.Node | None:
+    x: Any = node.args[0]
+    sizes: Any = node.args[1]
+    source = cut.dim - (len(shape(node)) - len(shape(x)))
+    is_broadcast = source < 0 or same(shape(x)[source], 1)
+    inner = x if is_broadcast else cut.take(x, source)
+    return cut.emit(aten.expand.default, inner, replaced(sizes, cut.dim, cut.length), like=node)
+
+
+@rule(aten.unsqueeze.default)
+def unsqueeze(cut: Cut, node: fx.Node) -> fx.Node | None:
+    x: Any = node.args[0]
+    added: Any = node.args[1]
+    if cut.dim == added:
+        return None
+    return cut.emit(aten.unsqueeze.default, cut.take(x, cut.dim - (cut.dim > added)), added, like=node)
+
+
+@rule(aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
+def squeeze(cut: Cut, node: fx.Node) -> fx.Node | None:
+    x: Any = node.args[0]
+    named: Any = node.args[1] if len(node.args) > 1 else range(len(shape(x)))
+    removed = {d for d in ([named] if isinstance(named, int) else named) if same(shape(x)[d], 1)}
+    kept = [d for d in range(len(shape(x))) if d not in removed]
+    if len(kept) != len(shape(node)):
+        return None  # a symbolic size decided what was removed
+    # by name: a slice of length 1 must not be removed as well
+    return cut.emit(aten.squeeze.dims, cut.take(x, kept[cut.dim]), sorted(removed), like=node)
+
+
+@rule(aten._to_copy.default, aten.clone.default, prims.convert_element_type.default, aten.lift_fresh_copy.default)
+def copy(cut: Cut, node: fx.Node) -> fx.Node | None:
+    assert callable(node.target)
+    x, *rest = node.args
+    return cut.emit(node.target, cut.take(x, cut.dim), *rest, like=node, **node.kwargs)
+
+
+@rule(aten.slice.Tensor)
+def slice_(cut: Cut, node: fx.Node) -> fx.Node | None:
+    x, dim, start, *rest = [*node.args, *(0, 0)[len(node.args) - 1 :]] if len(node.args) < 3 else list(node.args)
+    if dim != cut.dim:
+        return cut.emit(aten.slice.Tensor, cut.take(x, cut.dim), dim, start, *rest, like=node)
+    step = rest[1] if len(rest) > 1 else 1
+    offset = 0 if start is None else start
+    if step != 1 or not isinstance(offset, int) or offset < 0:
+        return None
+    moved = cut.emit(aten.add.Tensor, cut.start, offset, like=node)
+    return cut.take(x, cut.dim, moved)
+
+
+@rule(aten.slice_backward.default)
+def slice_backward(cut: Cut, node: fx.Node) -> fx.Node | None:
+    gradient, sizes, dim, *rest = node.args
+    rank = len(shape(node))
+    assert isinstance(dim, int)
+    if dim % rank == cut.dim:
+        return None
+    inner = cut.take(gradient, cut.dim)
+    return cut.emit(aten.slice_backward.default, inner, replaced(sizes, cut.dim, cut.length), dim, *rest, like=node)  # type: ignore[arg-type]
+
+
+@rule(aten.select.int)
+def select(cut: Cut, node: fx.Node) -> fx.Node | None:
+    x, dim, index = node.args
+    assert isinstance(dim, int)
+    source = cut.dim + (cut.dim >= dim)
+    return cut.emit(aten.select.int, cut.take(x, source), dim, index, like=node)
+
+
+@rule(aten.select_backward.default)
+def select_backward(cut: Cut, node: fx.Node) -> fx.Node | None:
+    gradient, sizes, dim, index = node.args
+    assert isinstance(dim, int)
+    dim %= len(shape(node))
+    if dim == cut.dim:
+        return None
+    inner = cut.take(gradient, cut.dim - (cut.dim > dim))
+    return cut.emit(aten.select_backward.default, inner, replaced(sizes, cut.dim, cut.length), dim, index, like=node)  # type: ignore[arg-type]
+
+
+@rule(aten.cat.default)
+def cat(cut: Cut, node: fx.Node) -> fx.Node | None:
+    """A join along another dimension sinks into every part; along the cut one, where it falls is not known."""
+    parts: Any = node.args[0]
+    dim = node.args[1] if len(node.args) > 1 else 0
+    if dim == cut.dim or any(len(shape(p)) != len(shape(node)) for p in parts):
+        return None
+    return cut.emit(aten.cat.default, [cut.take(p, cut.dim) for p in parts], dim, like=node)
+
+
+@rule(aten.constant_pad_nd.default)
+def constant_pad_nd(cut: Cut, node: fx.Node) -> fx.Node | None:
+    x, pad, *rest = node.args
+    assert isinstance(pad, (list, tuple))
+    before = 2 * (len(shape(node)) - 1 - cut.dim)
+    if any(p != 0 for p in pad[before : before + 2]):
+        return None
+    return cut.emit(aten.constant_pad_nd.default, cut.take(x, cut.dim), pad, *rest, like=node)

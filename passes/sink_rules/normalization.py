@@ -1,0 +1,103 @@
+"""Rules of normalisation backwards: the weight and bias gradients, written out for a slice of the channels.
+
+They fire only if nobody needs the input gradient that the same operator computes; otherwise the whole
+weight gradient, one value a channel, comes with it at no cost and is sliced afterwards.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from chunkft_fx.passes.rewrite import same, shape
+from chunkft_fx.passes.sink_rules.table import Cut
+
+aten = torch.ops.aten
+
+
+def _wide(cut: Cut, x: fx.Node, like: fx.Node) -> fx.Node:
+    """The value in the precision in which normalisation kernels sum: float32 for low-precision inputs."""
+    dtype = torch.promote_types(x.meta["val"].dtype, torch.float32)
+    return x if x.meta["val"].dtype == dtype else cut.emit(aten._to_copy.default, x, like=like, dtype=dtype)
+
+
+def _sum(cut: Cut, x: fx.Node, keep: int, item: fx.Node) -> fx.Node:
+    """Sum over all dimensions but one, in the dtype that the operator's own result had."""
+    over = [d for d in range(len(shape(x))) if d != keep]
+    total = cut.emit(aten.sum.dim_IntList, x, over, like=item) if over else x
+    dtype = _result(item).dtype
+    return total if total.meta["val"].dtype == dtype else cut.emit(aten._to_copy.default, total, like=item, dtype=dtype)
+
+
+def _result(item: fx.Node) -> Tensor:
+    value = item.meta["val"]
+    assert isinstance(value, Tensor)
+    return value
+
+
+def layer_norm(cut: Cut, item: fx.Node) -> fx.Node | None:
+    node = item.all_input_nodes[0]
+    gradient, x, normalized, mean, rstd, *_ = node.args
+    if len(normalized) != 1 or item.args[1] == 0:  # type: ignore[arg-type]
+        return None
+    last = len(shape(x)) - 1  # type: ignore[arg-type]
+    dy = _wide(cut, cut.take(gradient, last), item)
+    if item.args[1] == 2:
+        return _sum(cut, dy, last, item)
+    centred = cut.emit(aten.sub.Tensor, _wide(cut, cut.take(x, last), item), mean, like=item)
+    scaled = cut.emit(aten.mul.Tensor, centred, rstd, like=item)
+    return _sum(cut, cut.emit(aten.mul.Tensor, dy, scaled, like=item), last, item)
+
+
+def rms_norm(cut: Cut, item: fx.Node) -> fx.Node | None:
+    node = item.all_input_nodes[0]
+    gradient, x, normalized, rstd, *_ = node.args
+    if len(normalized) != 1 or item.args[1] != 1:  # type: ignore[arg-type]
+        return None
+    last = len(shape(x)) - 1  # type: ignore[arg-type]
+    dy = _wide(cut, cut.take(gradient, last), item)
+    scaled = cut.emit(aten.mul.Tensor, _wide(cut, cut.take(x, last), item), rstd, like=item)
+    return _sum(cut, cut.emit(aten.mul.Tensor, dy, scaled, like=item), last, item)
+
+
+def group_norm(cut: Cut, item: fx.Node) -> fx.Node | None:
+    node = item.all_input_nodes[0]
+    gradient, x, mean, rstd, _, n, channels, _, groups, _ = node.args
+    if item.args[1] == 0 or not isinstance(channels, int) or not isinstance(groups, int):
+        return None
+    rank = len(shape(x))  # type: ignore[arg-type]
+    dy = _wide(cut, cut.take(gradient, 1), item)
+    if item.args[1] == 2:
+        return _sum(cut, dy, 1, item)
+
+    def per_channel(statistic: Any) -> fx.Node:
+        """``[n, groups]`` to the slice's ``[n, length, 1, ...]``."""
+        column = cut.emit(aten.unsqueeze.default, statistic, 2, like=item)
+        spread = cut.emit(aten.expand.default, column, [-1, -1, channels // groups], like=item)
+        flat = cut.emit(aten.reshape.default, spread, [n, channels], like=item)
+        part = cut.take(flat, 1)
+        return cut.emit(aten.reshape.default, part, [n, cut.length] + [1] * (rank - 2), like=item)
+
+    centred = cut.emit(aten.sub.Tensor, _wide(cut, cut.take(x, 1), item), per_channel(mean), like=item)
+    scaled = cut.emit(aten.mul.Tensor, centred, per_channel(rstd), like=item)
+    return _sum(cut, cut.emit(aten.mul.Tensor, dy, scaled, like=item), 1, item)
+
+
+def batch_norm(cut: Cut, item: fx.Node) -> fx.Node | None:
+    node = item.all_input_nodes[0]
+    gradient, x, _, _, _, mean, invstd, train, *_ = node.args
+    if item.args[1] == 0 or not train or mean is None or not same(shape(mean)[0], shape(x)[1]):  # type: ignore[arg-type]
+        return None
+    rank = len(shape(x))  # type: ignore[arg-type]
+    dy = _wide(cut, cut.take(gradient, 1), item)
+    if item.args[1] == 2:
+        return _sum(cut, dy, 1, item)
+
+    def per_channel(statistic: Any) -> fx.Node:
+        return cut.emit(aten.reshape.default, cut.take(statistic, 0), [cut.length] + [1] * (rank - 2), like=item)
+
+    centred = cut.emit(aten.sub.Tensor, _wide(cut, cut.take(x, 1), item), per_channel(mean), like=item)
+    scaled = cut.emit(aten.mul.Tensor, centred, per_channel(invstd), like=item)
+    return _sum(cut, cut.emit(aten.mul.Tensor, dy, scaled, like=item), 1, item)

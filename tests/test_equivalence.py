@@ -1,0 +1,87 @@
+"""The slices of all chunks together are the dense gradient, for every family of models."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import chunkft_fx
+from chunkft_fx.tools.zoo import FAMILIES, tiny
+from tests.equivalence import assert_same_gradients
+
+WITH_DROPOUT = tuple(name for name in FAMILIES if name not in ("llama", "qwen3", "mistral", "mlp", "cnn"))
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 7])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_eager_slices_equal_dense_gradient(family: str, chunks: int) -> None:
+    model, batch = tiny(family, dtype=torch.float64)
+    model.train()
+    compiled = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=chunks, backend="eager")
+    assert_same_gradients(compiled, model, batch(2, 12, 0), 1e-9)
+
+
+@pytest.mark.parametrize("family", WITH_DROPOUT)
+def test_dropout_agrees_under_a_fixed_seed(family: str) -> None:
+    model, batch = tiny(family, dtype=torch.float64, dropout=0.2)
+    model.train()
+    compiled = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=3, backend="eager")
+    assert_same_gradients(compiled, model, batch(2, 12, 0), 1e-9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inductor_slices_equal_dense_gradient(family: str) -> None:
+    model, batch = tiny(family)
+    model.train()
+    compiled = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=3)
+    assert_same_gradients(compiled, model, batch(2, 12, 0), 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunks", [1, 7])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inductor_slices_equal_dense_gradient_at_other_cuts(family: str, chunks: int) -> None:
+    model, batch = tiny(family)
+    model.train()
+    compiled = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=chunks)
+    assert_same_gradients(compiled, model, batch(2, 12, 0), 1e-4)
+
+
+def test_inductor_dropout_agrees_under_a_fixed_seed() -> None:
+    model, batch = tiny("gpt2", dropout=0.2)
+    model.train()
+    compiled = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=3)
+    assert_same_gradients(compiled, model, batch(2, 12, 0), 1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_recomputed_activations_give_the_same_gradient(family: str) -> None:
+    """A budget just above the smallest feasible one forces every region to recompute, dropout included."""
+    dropout = 0.2 if family == "gpt2" else 0.0
+    model, batch = tiny(family, dtype=torch.float64, dropout=dropout)
+    model.train()
+    with pytest.raises(chunkft_fx.errors.BudgetInfeasible) as caught:
+        probe = chunkft_fx.compile(copy.deepcopy(model), _smallest(model), chunks=3, backend="eager")
+        probe(**batch(4, 32, 0))
+    compiled = chunkft_fx.compile(copy.deepcopy(model), caught.value.smallest_budget_bytes, chunks=3, backend="eager")
+    assert_same_gradients(compiled, model, batch(4, 32, 0), 1e-9)
+    assert max(compiled.plan.save_from) > 0
+    assert any(v.demand.recompute for v in compiled.variants)
+
+
+def _smallest(model: torch.nn.Module) -> int:
+    """A budget that holds weights and one chunk's states, but no activations."""
+    with pytest.raises(chunkft_fx.errors.BudgetInfeasible) as caught:
+        chunkft_fx.compile(copy.deepcopy(model), 1, chunks=3, backend="eager")
+    return caught.value.smallest_budget_bytes
+
+
+@pytest.mark.parametrize("frozen", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_frozen_parameters_are_left_out(frozen: str) -> None:
+    model, batch = tiny("llama", dtype=torch.float64)
+    model.get_parameter(frozen).requires_grad_(False)
+    compiled = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=3, backend="eager")
+    assert frozen not in {s.name for c in compiled.plan.chunks for s in c.slices}
+    assert_same_gradients(compiled, model, batch(2, 12, 0), 1e-9)
