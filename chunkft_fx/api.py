@@ -52,7 +52,7 @@ def compile(
         raise OptionError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if backend not in BACKENDS:
         raise OptionError(f"backend={backend!r} is not known; choose one of {', '.join(BACKENDS)}")
-    if isinstance(chunks, str) and chunks != "auto":
+    if chunks != "auto" and (isinstance(chunks, bool) or not isinstance(chunks, int)):
         raise OptionError(f'chunks={chunks!r} is not known; give a number or "auto"')
     ChunkSchedule(1, order, interval, seed)
     options = Options(parse_bytes(budget), chunks, order, interval, seed)

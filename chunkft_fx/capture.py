@@ -257,8 +257,13 @@ def partition(
                 drawn = is_random(node) or (node.target is operator.getitem and is_random(node.all_input_nodes[0]))
                 node.meta = dict(node.meta)
                 node.meta["recompute"] = CheckpointPolicy.MUST_SAVE if drawn else CheckpointPolicy.MUST_RECOMPUTE
-    with functorch_config.patch(activation_memory_budget=budget):
-        return min_cut_rematerialization_partition(module, None, num_fwd_outputs=num_forward_outputs)
+    # Weights are alive anyway: save them rather than a view of them, which would hide that it is a weight.
+    primals = [node for node in graph.find_nodes(op="placeholder") if node.meta["partitioner_tag"] == "is_forward"]
+    weights = [i for i, node in enumerate(primals) if node.meta.get("is_parameter")]
+    with functorch_config.patch(activation_memory_budget=budget, recompute_views=True):
+        return min_cut_rematerialization_partition(
+            module, None, num_fwd_outputs=num_forward_outputs, static_lifetime_input_indices=weights
+        )
 
 
 def compile_graph(module: fx.GraphModule, fake_mode: FakeTensorMode, is_backward: bool) -> Compiled:
@@ -279,9 +284,20 @@ def keeps_graph() -> bool:
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
-def fake_mode_of(values: Iterable[Any]) -> contextlib.AbstractContextManager[Any]:
-    """The fake mode of the first fake tensor among ``values``, or a context that does nothing."""
-    return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), contextlib.nullcontext())
+@contextlib.contextmanager
+def fake_mode_of(values: Iterable[Any]) -> Iterator[None]:
+    """The fake mode of the first fake tensor among ``values``, if there is one.
+
+    Running an operator on fake values must not narrow down the sizes that the capture holds for, so
+    guards are suppressed.
+    """
+    mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+    with contextlib.ExitStack() as stack:
+        if mode is not None:
+            stack.enter_context(mode)
+        if mode is not None and mode.shape_env is not None:
+            stack.enter_context(mode.shape_env.suppress_guards())
+        yield
 
 
 def hint(size: int | torch.SymInt) -> int:

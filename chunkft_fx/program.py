@@ -195,4 +195,5 @@ def _argument(
 
 
 def _readable(path: str) -> str:
-    return re.sub(r"\W", "_", path)
+    name = re.sub(r"\W", "_", path)
+    return f"part_{name}" if name[:1].isdigit() else name

@@ -109,7 +109,7 @@ class Session:
         draws = _random_state() if self.capture.is_random else None
         values = self._private(arguments)
         outputs, mutated, slots = self._forward(executable, values)
-        versions = [(v, v._version) for s, v in slots.items() if isinstance(v, Tensor) and s in executable.inputs]
+        versions = [(v, v._version) for v in slots.values() if isinstance(v, Tensor)]
 
         def replay(wanted: frozenset[str]) -> Step:
             with _restored(draws), torch.no_grad():

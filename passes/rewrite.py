@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -38,10 +39,12 @@ def insert_before(
 
 
 def fake_value(node: fx.Node) -> Any:
-    """Run a node's target on the fake values of its operands, under their own fake mode."""
+    """Run a node's target on the fake values of its operands, under their graph's fake mode."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     assert callable(node.target)
-    with fake_mode_of(tree_leaves((args, kwargs))):
+    # operators without operands, such as full, take the mode from the graph's inputs
+    inputs = (n.meta["val"] for n in node.graph.find_nodes(op="placeholder"))
+    with fake_mode_of(chain(tree_leaves((args, kwargs)), inputs)):
         return node.target(*args, **kwargs)
 
 

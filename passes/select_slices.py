@@ -54,11 +54,18 @@ def _select(region: RegionGraph, index: int, value: fx.Node | None, demand: Outp
     if demand == "whole":
         return value
     start = _start_placeholder(region, index, value)
-    output = region.graph.output_node()
-    part = insert_before(output, narrow, (value, demand.dim, start, demand.length), like=value)
+    part = insert_before(_behind(value), narrow, (value, demand.dim, start, demand.length), like=value)
     part.meta["partitioner_tag"] = "is_backward"
     part.meta["output"] = index
     return part
+
+
+def _behind(value: fx.Node) -> fx.Node:
+    """The first operator after a value: a slice taken there lets go of the whole value at once."""
+    node = value.next
+    while node.op == "placeholder":
+        node = node.next
+    return node
 
 
 def _start_placeholder(region: RegionGraph, index: int, value: fx.Node) -> fx.Node:

@@ -47,13 +47,16 @@ class SinkSlices:
         pending = [n for n in region.graph.nodes if n.target is narrow]
         sunk = 0
         while pending:
-            part = pending.pop()
+            # The latest value first: whatever else reads it has then moved away already, or never will.
+            part = max(pending, key=_source)
+            pending.remove(part)
+            part = _merge_equal(part, pending)
             replacement = _sink(part)
             if isinstance(replacement, str):
                 _report(region, part, replacement)
                 continue
             new, taken = replacement
-            source: Any = part.args[0]
+            source = _source(part)
             part.replace_all_uses_with(new)
             region.graph.erase_node(part)
             _erase_unused(source)
@@ -61,6 +64,25 @@ class SinkSlices:
             sunk += 1
         _refresh(region.graph)
         return sunk
+
+
+def _source(part: fx.Node) -> fx.Node:
+    source = part.args[0]
+    assert isinstance(source, fx.Node)
+    return source
+
+
+def _merge_equal(part: fx.Node, pending: list[fx.Node]) -> fx.Node:
+    """Let one slice stand for all equal ones, and take those off the list."""
+    for twin in [n for n in pending if n.args == part.args]:
+        pending.remove(twin)
+        is_contracted = bool(part.meta.get("contracted") and twin.meta.get("contracted"))
+        kept, other = (part, twin) if part < twin else (twin, part)
+        other.replace_all_uses_with(kept)
+        other.graph.erase_node(other)
+        kept.meta["contracted"] = is_contracted
+        part = kept
+    return part
 
 
 def _sink(part: fx.Node) -> tuple[fx.Node, list[fx.Node]] | str:
@@ -80,8 +102,13 @@ def _sink(part: fx.Node) -> tuple[fx.Node, list[fx.Node]] | str:
     if new is None or not _equal_form(new, part):
         for node in reversed(cut.taken):
             _erase_unused(node)
-        return f"the rule of {x.target} does not hold for this slice along dimension {dim}"
+        return f"the rule of {_operator(x)} does not hold for a slice along dimension {dim}"
     return new, cut.taken
+
+
+def _operator(x: fx.Node) -> Any:
+    """The operator that computes a value, seen through getitem."""
+    return x.all_input_nodes[0].target if x.target is operator.getitem else x.target
 
 
 def _rule(x: fx.Node) -> Rule | str:
@@ -107,15 +134,24 @@ def _report(region: RegionGraph, part: fx.Node, reason: str) -> None:
     if part.meta.get("contracted") or x.op != "call_function" or not isinstance(x.meta["val"], Tensor):
         return
     shared = any(user.target is not narrow for user in x.users) or reason.startswith("the operator is needed whole")
-    if shared or _is_constant(x):
+    if shared or not _is_gradient(x):
         return
-    op = str(x.all_input_nodes[0].target if x.target is operator.getitem else x.target)
-    dense = DenseGradient(part.meta["output"], op, module_path(x) or "", tensor_nbytes(x.meta["val"]), reason)
+    dense = DenseGradient(
+        part.meta["output"], str(_operator(x)), module_path(x) or "", tensor_nbytes(x.meta["val"]), reason
+    )
     region.dense.append(dense)
 
 
-def _is_constant(x: fx.Node) -> bool:
-    return not x.all_input_nodes
+def _is_gradient(x: fx.Node) -> bool:
+    """True if a tangent flows into the value: forward values and constants are no dense gradients."""
+    pending, seen = [x], {x}
+    while pending:
+        node = pending.pop()
+        if node.meta.get("kind") == "tangent":
+            return True
+        pending.extend(n for n in node.all_input_nodes if n not in seen)
+        seen.update(node.all_input_nodes)
+    return False
 
 
 def _erase_unused(node: fx.Node) -> None:

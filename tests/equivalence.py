@@ -39,7 +39,8 @@ def chunk_gradients(
     Fails if the chunks' slices do not cover every element exactly once.
     """
     parameters = {n: p for n, p in compiled.named_parameters() if p.requires_grad}
-    whole = {n: torch.zeros(p.shape, dtype=torch.promote_types(p.dtype, torch.float32)) for n, p in parameters.items()}
+    wide = {n: torch.promote_types(p.dtype, torch.float32) for n, p in parameters.items()}
+    whole = {n: torch.zeros(p.shape, dtype=wide[n], device=p.device) for n, p in parameters.items()}
     visits = {n: torch.zeros(p.shape, dtype=torch.int64) for n, p in parameters.items()}
     losses = []
     for k in range(len(compiled.plan.chunks)):

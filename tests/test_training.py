@@ -18,9 +18,10 @@ SETTINGS: dict[str, Any] = {"lr": 3e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weig
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "cnn"])
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_one_chunk_equals_torch_adamw(family: str, backend: str) -> None:
-    model, batch = tiny(family)
+@pytest.mark.parametrize(("backend", "dtype"), [("eager", torch.float32), ("inductor", torch.float64)])
+def test_one_chunk_equals_torch_adamw(family: str, backend: str, dtype: torch.dtype) -> None:
+    """In float32 where operators are torch's own; compiled code sums in another order, so it is held in float64."""
+    model, batch = tiny(family, dtype=dtype)
     plain = copy.deepcopy(model)
     compiled = chunkft_fx.compile(model, "64GB", chunks=1, backend=backend)
     ours = chunkft_fx.AdamW(compiled, **SETTINGS)
@@ -33,7 +34,8 @@ def test_one_chunk_equals_torch_adamw(family: str, backend: str) -> None:
             optimizer.zero_grad()
         for schedule in schedules:
             schedule.step()
-    worst = max(float((a - b).abs().max()) for a, b in zip(compiled.parameters(), plain.parameters(), strict=True))
+    ours_after, theirs_after = ([p.detach() for p in m.parameters()] for m in (compiled, plain))
+    worst = max(float((a - b).abs().max()) for a, b in zip(ours_after, theirs_after, strict=True))
     assert worst <= 1e-6
 
 

@@ -17,7 +17,20 @@ from chunkft_fx.passes.sink_rules.table import Cut, Rule, replaced, rule
 aten = torch.ops.aten
 
 # Elementwise, but without torch's tag in some supported version.
-_UNTAGGED = (aten.gelu_backward.default, aten.threshold_backward.default, aten.native_dropout_backward.default)
+_UNTAGGED = (
+    aten.elu_backward.default,
+    aten.fill.Scalar,
+    aten.fill.Tensor,
+    aten.gelu_backward.default,
+    aten.hardsigmoid_backward.default,
+    aten.hardswish_backward.default,
+    aten.hardtanh_backward.default,
+    aten.leaky_relu_backward.default,
+    aten.mish_backward.default,
+    aten.native_dropout_backward.default,
+    aten.softplus_backward.default,
+    aten.threshold_backward.default,
+)
 
 
 def elementwise(cut: Cut, node: fx.Node) -> fx.Node | None:
@@ -64,7 +77,7 @@ def new_constant(cut: Cut, node: fx.Node) -> fx.Node | None:
     return cut.emit(node.target, like, replaced(sizes, cut.dim, cut.length), *rest, like=node, **node.kwargs)  # type: ignore[arg-type]
 
 
-@rule(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default)
+@rule(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default)
 def constant_like(cut: Cut, node: fx.Node) -> fx.Node | None:
     assert callable(node.target)
     x, *rest = node.args

@@ -82,6 +82,39 @@ def index_put(cut: Cut, node: fx.Node) -> fx.Node | None:
     return without_last(cut, result, 0)
 
 
+@rule(aten._unsafe_masked_index_put_accumulate.default, contracts=True)
+def masked_index_put(cut: Cut, node: fx.Node) -> fx.Node | None:
+    """``base[indices] += where(mask, values, 0)``: what falls outside the slice is masked as well."""
+    base, mask, indices, values = node.args
+    assert isinstance(indices, (list, tuple)) and isinstance(base, fx.Node)
+    assert isinstance(mask, fx.Node) and isinstance(values, fx.Node)
+    if len(indices) != 1 or not isinstance(indices[0], fx.Node):
+        return None
+    place = indices[0]
+    trailing = len(shape(base)) - 1
+    if len(shape(values)) != len(shape(place)) + trailing:
+        return None
+    if cut.dim > 0:
+        source = len(shape(place)) + cut.dim - 1
+        if not same(shape(values)[source], shape(node)[cut.dim]):
+            return None
+        mask = sliced_if_wide(cut, mask, source, len(shape(values)))
+        parts = (cut.take(base, cut.dim), mask, [place], cut.take(values, source))
+        return cut.emit(node.target, *parts, like=node)  # type: ignore[arg-type]
+    moved = moved_indices(cut, place, node, shape(node)[0])
+    inside = cut.emit(aten.lt.Scalar, moved, cut.length, like=node)
+    for _ in range(trailing):
+        inside = cut.emit(aten.unsqueeze.default, inside, -1, like=node)
+    mask = cut.emit(aten.logical_and.default, mask, inside, like=node)
+    return cut.emit(node.target, cut.take(base, 0), mask, [moved], values, like=node)  # type: ignore[arg-type]
+
+
+def sliced_if_wide(cut: Cut, operand: fx.Node, dim: int, rank: int) -> fx.Node:
+    """The slice of an operand that is broadcast to ``rank`` dimensions, unless it is broadcast along ``dim``."""
+    own = dim - (rank - len(shape(operand)))
+    return operand if own < 0 or same(shape(operand)[own], 1) else cut.take(operand, own)
+
+
 @rule(aten.scatter_add.default, contracts=True)
 def scatter_add(cut: Cut, node: fx.Node) -> fx.Node | None:
     base, dim, indices, source = node.args

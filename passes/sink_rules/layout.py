@@ -133,6 +133,29 @@ def select_backward(cut: Cut, node: fx.Node) -> fx.Node | None:
     return cut.emit(aten.select_backward.default, inner, replaced(sizes, cut.dim, cut.length), dim, index, like=node)  # type: ignore[arg-type]
 
 
+@rule(aten.slice_scatter.default, aten.select_scatter.default)
+def scatter(cut: Cut, node: fx.Node) -> fx.Node | None:
+    """A tensor with a slice or one index of it replaced: sinks into both along any other dimension."""
+    assert callable(node.target)
+    base, part, *place = node.args
+    dim: Any = place[0] if place else 0
+    dim %= len(shape(node))
+    if dim == cut.dim:
+        return None
+    source = cut.dim - (cut.dim > dim and node.target is aten.select_scatter.default)
+    return cut.emit(node.target, cut.take(base, cut.dim), cut.take(part, source), *place, like=node)
+
+
+@rule(aten.flip.default, prims.rev.default)
+def flip(cut: Cut, node: fx.Node) -> fx.Node | None:
+    assert callable(node.target)
+    x: Any = node.args[0]
+    dims: Any = node.args[1]
+    if cut.dim in [d % len(shape(node)) for d in dims]:
+        return None
+    return cut.emit(node.target, cut.take(x, cut.dim), dims, like=node)
+
+
 @rule(aten.cat.default)
 def cat(cut: Cut, node: fx.Node) -> fx.Node | None:
     """A join along another dimension sinks into every part; along the cut one, where it falls is not known."""
