@@ -20,7 +20,7 @@ def on_cuda(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.cuda() for name, value in batch.items()}
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5", "vit", "cnn", "mlp"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "vit", "cnn", "mlp"])
 def test_eager_slices_equal_dense_gradient_on_cuda(family: str) -> None:
     model, batch = tiny(family, dtype=torch.float64)
     model.cuda()
@@ -28,7 +28,7 @@ def test_eager_slices_equal_dense_gradient_on_cuda(family: str) -> None:
     assert_same_gradients(compiled, model, on_cuda(batch(2, 12, 0)), 1e-9)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "vit", "cnn"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "vit", "cnn"])
 def test_inductor_slices_equal_dense_gradient_on_cuda(family: str) -> None:
     model, batch = tiny(family)
     model.cuda()
@@ -48,7 +48,7 @@ def test_training_on_cuda_equals_training_on_the_cpu() -> None:
     """Three sweeps in float64: fetching, updating and writing back states on the GPU changes nothing."""
     runs = []
     for device in ("cpu", "cuda"):
-        model, batch = tiny("llama", dtype=torch.float64)
+        model, batch = tiny("bert", dtype=torch.float64)
         compiled = chunkft_fx.compile(model.to(device), "8GB", chunks=5, backend="eager")
         optimizer = chunkft_fx.AdamW(compiled, lr=1e-3, max_grad_norm=1.0)
         for step in range(15):
