@@ -1,0 +1,21 @@
+"""``chunkft``: the programs of this folder as subcommands."""
+
+from __future__ import annotations
+
+import typer
+
+from chunkft_fx.tools import console, demo, inspect, train
+
+app = typer.Typer(help="Full-parameter fine-tuning inside a byte budget.", no_args_is_help=True, add_completion=False)
+app.command("train")(train.command)
+app.command("inspect")(inspect.command)
+app.command("demo")(demo.command)
+
+
+def main() -> None:
+    """The entry point ``chunkft``."""
+    console.run(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""What the command-line programs share: the entry point, errors without traceback, and a progress bar."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from chunkft_fx.budget import format_bytes
+from chunkft_fx.errors import ChunkFTError
+from chunkft_fx.tools.loop import StepInfo
+
+# Where there is no terminal to draw a bar on, this many lines report a run.
+LINES = 10
+
+
+def run(program: Callable[[], Any]) -> None:
+    """Run a typer app; a mistake of the user ends in one message and exit code 2, not in a traceback."""
+    try:
+        program()
+    except ChunkFTError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run_command(command: Callable[..., None]) -> None:
+    """Run one program alone, as ``python -m`` does."""
+    app = typer.Typer(add_completion=False)
+    app.command()(command)
+    run(app)
+
+
+def quiet() -> None:
+    """Keep the chatter of transformers and its loaders out of a program's output."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+@contextmanager
+def progress(title: str, steps: int) -> Iterator[Callable[[StepInfo], None]]:
+    """A progress bar with loss, tokens/s, active chunk and memory; plain lines where there is no terminal."""
+    console = Console()
+    if not console.is_terminal:
+        yield lambda info: _line(info, steps)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[info]}"), console=console) as bar:
+        task = bar.add_task(title, total=steps, info="compiling")
+        yield lambda info: bar.update(task, completed=info.step, info=describe(info))
+
+
+def describe(info: StepInfo) -> str:
+    """One step in one line."""
+    return (
+        f"loss {info.loss:.3f}  {info.tokens_per_s:,.0f} tokens/s  chunk {info.chunk}  "
+        f"lr {info.lr:.2e}  peak {format_bytes(info.peak_nbytes)}"
+    )
+
+
+def _line(info: StepInfo, steps: int) -> None:
+    if info.step == 1 or info.step % max(1, steps // LINES) == 0 or info.step == steps:
+        print(f"step {info.step}/{steps}  {describe(info)}", flush=True)

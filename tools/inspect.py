@@ -1,0 +1,214 @@
+"""``chunkft inspect``: show the plan, the program and the region graphs, before and after each pass."""
+
+from __future__ import annotations
+
+import collections
+import json
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor, fx, nn
+
+import chunkft_fx
+from chunkft_fx import pipeline
+from chunkft_fx.api import CompiledModule
+from chunkft_fx.budget import format_bytes
+from chunkft_fx.errors import NotPlanned, OptionError
+from chunkft_fx.outline import Template
+from chunkft_fx.passes import Eliminate, PruneTangents, default_pipeline
+from chunkft_fx.region import RegionGraph
+from chunkft_fx.specialize import Variant
+from chunkft_fx.tools.console import quiet, run_command
+from chunkft_fx.tools.load import pick_device, pick_dtype, source
+
+# Smaller weight gradients (norms, biases) cost nothing worth reporting when they stay dense.
+REPORTED_NUMEL = 4096
+
+Inputs = dict[str, Tensor]
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="tiny:NAME (random weights), a folder, a hub name or a .gguf file.")],
+    config: Annotated[str, typer.Option(help="Changes to the model's config as a JSON object: random weights.")] = "",
+    budget: Annotated[str, typer.Option(help='Device memory to stay within, such as "24GB".')] = "24GB",
+    chunks: Annotated[str, typer.Option(help='A number of chunks, or "auto".')] = "8",
+    chunk: Annotated[int, typer.Option(help="The chunk whose program is shown.")] = 0,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Sequences in the batch.")] = 2,
+    template: Annotated[int | None, typer.Option(help="Show this template's graph before and after each pass.")] = None,
+    pass_name: Annotated[str, typer.Option("--pass", help="Only this pass (with --template).")] = "",
+    ops: Annotated[bool, typer.Option(help="Differences of operator counts instead of graphs.")] = False,
+    coverage: Annotated[bool, typer.Option(help="List weight gradients that stay dense; exit 1 if any.")] = False,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    backend: Annotated[str, typer.Option(help="Whose operators to show: inductor (decomposed) or eager.")] = "inductor",
+) -> None:
+    """Print the plan and program of MODEL for one chunk, or what --template or --coverage ask for."""
+    quiet()
+    where = pick_device(device)
+    plain, inputs = build(model, config, pick_dtype(dtype, where), where, batch_size, seq_len)
+    count = int(chunks) if chunks.isdecimal() else chunks
+    compiled = chunkft_fx.compile(plain, budget, chunks=count, backend=backend)
+    if coverage:
+        raise typer.Exit(1 if print_coverage(compiled, inputs) else 0)
+    forward(compiled, inputs, chunk)
+    if template is not None:
+        print_passes(variant_of(compiled, template), pass_name, ops)
+        return
+    print(compiled.plan)
+    print(compiled.program.code)
+    for line in summary(compiled):
+        print(line)
+
+
+def build(
+    model: str, config: str, dtype: torch.dtype, device: torch.device, batch_size: int, seq_len: int
+) -> tuple[nn.Module, Inputs]:
+    """The model to look at, in training mode, and inputs that give it a loss."""
+    from chunkft_fx.tools import zoo
+
+    if model.startswith("tiny:"):
+        name = model.removeprefix("tiny:")
+        if name not in zoo.FAMILIES:
+            raise OptionError(f"{model!r} is not known; choose one of {', '.join(f'tiny:{n}' for n in zoo.FAMILIES)}")
+        if config:
+            raise OptionError(f"--config changes the config of a folder or hub name; {model!r} has none")
+        tiny, batch = zoo.tiny(name, dtype)
+        return tiny.to(device), {k: v.to(device) for k, v in batch(batch_size, seq_len, 0).items()}
+    plain = _from_transformers(model, config, dtype).to(device).train()
+    ids = torch.randint(0, plain.config.vocab_size, (batch_size, seq_len), generator=torch.Generator().manual_seed(0))
+    return plain, {"input_ids": ids.to(device), "labels": ids.to(device)}
+
+
+def _from_transformers(model: str, config: str, dtype: torch.dtype) -> Any:
+    """A model of the class that its config names: with its weights, or with random ones when ``config`` changes it."""
+    import transformers
+
+    place, options = source(model)
+    try:
+        changes = json.loads(config or "{}")
+        settings = transformers.AutoConfig.from_pretrained(place, **options, **changes)
+        kind = getattr(transformers, (settings.architectures or ["AutoModelForCausalLM"])[0])
+        if not config:
+            return kind.from_pretrained(place, dtype=dtype, **options)
+        make = getattr(kind, "from_config", kind)
+        return make(settings).to(dtype)
+    except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
+        raise OptionError(f"model {model!r} with config {config!r} could not be built: {error}") from error
+
+
+def forward(compiled: CompiledModule, inputs: Inputs, chunk: int) -> None:
+    """Build and run the forward part of a chunk's program; with chunks="auto" the first call also makes the plan."""
+    try:
+        compiled.activate(chunk)
+    except NotPlanned:
+        compiled(**inputs)
+        compiled.activate(chunk)
+    compiled(**inputs)
+
+
+def summary(compiled: CompiledModule) -> list[str]:
+    """A line for each region of the program: its template and variant, what each pass did, and what it saves."""
+    lines = []
+    for v in compiled.program.variants:
+        graph = v.template.graph.graph
+        done = ", ".join(f"{name} {count}" for name, count in v.counts.items() if count) or "forward only"
+        lines.append(
+            f"template {v.template.index} ({len(graph.nodes)} nodes), variant {v.index}: {done}; "
+            f"saves {format_bytes(v.saved_nbytes)}"
+        )
+    return lines
+
+
+def variant_of(compiled: CompiledModule, template: int) -> Variant:
+    """The program's first variant of a template, one with a backward if there is any."""
+    found = [v for v in compiled.program.variants if v.template.index == template]
+    if not found:
+        raise OptionError(f"template {template} does not exist; there are {len(compiled.templates)}, from 0")
+    return next((v for v in found if v.backward is not None), found[0])
+
+
+def print_passes(variant: Variant, pass_name: str, ops: bool) -> None:
+    """Run the passes on a variant's template again, and print what each made of it."""
+    demand = variant.demand
+    steps = (PruneTangents(demand.absent), Eliminate(), *default_pipeline(demand.backward))
+    names = list(dict.fromkeys(step.name for step in steps))
+    if pass_name and pass_name not in names:
+        raise OptionError(f"pass {pass_name!r} is not in the pipeline; it has {', '.join(names)}")
+    print(f"demand: {demand}")
+    region = variant.template.graph.copy()
+    show = _show_ops if ops else _show_graphs
+    pipeline.run(region, steps, _Printer(region, pass_name, show))
+
+
+class _Printer:
+    """A pipeline hook that keeps the graph as it was before the pass that comes next."""
+
+    def __init__(self, region: RegionGraph, only: str, show: Callable[[fx.Graph, fx.Graph], None]) -> None:
+        self.before = region.copy()
+        self.only = only
+        self.show = show
+
+    def __call__(self, name: str, region: RegionGraph, rewrites: int, seconds: float) -> None:
+        if self.only in ("", name):
+            print(f"\n== {name}: {rewrites} rewrites in {seconds * 1e3:.1f} ms")
+            self.show(self.before.graph, region.graph)
+        self.before = region.copy()
+
+
+def _show_graphs(before: fx.Graph, after: fx.Graph) -> None:
+    if str(before) == str(after):
+        print("the graph did not change")
+        return
+    print(f"-- before\n{_text(before)}\n-- after\n{_text(after)}")
+
+
+def _show_ops(before: fx.Graph, after: fx.Graph) -> None:
+    counts = op_differences(before, after)
+    for op, (was, now) in counts.items():
+        print(f"{op}: {was} -> {now}")
+    if not counts:
+        print("the same operators")
+
+
+def op_differences(before: fx.Graph, after: fx.Graph) -> dict[str, tuple[int, int]]:
+    """How often each operator was and is called, where that changed."""
+    was, now = (collections.Counter(str(n.target) for n in g.nodes if n.op == "call_function") for g in (before, after))
+    return {op: (was[op], now[op]) for op in sorted(was | now) if was[op] != now[op]}
+
+
+def _text(graph: fx.Graph) -> str:
+    module = fx.GraphModule(nn.Module(), graph)
+    return str(module.print_readable(print_output=False))
+
+
+def dense_gradients(compiled: CompiledModule, inputs: Inputs) -> list[tuple[Template, Any]]:
+    """Over all chunks, the weight gradients of at least `REPORTED_NUMEL` elements that are computed whole to be cut."""
+    forward(compiled, inputs, 0)
+    for k in range(1, len(compiled.plan.chunks)):
+        forward(compiled, inputs, k)
+    found = {}
+    for variant in compiled.variants:
+        for dense in variant.dense:
+            gradient = variant.template.graph.backward_outputs[dense.output]
+            if gradient is not None and gradient.meta["val"].numel() >= REPORTED_NUMEL:
+                found[variant.template.index, dense.output, dense.op] = (variant.template, dense)
+    return list(found.values())
+
+
+def print_coverage(compiled: CompiledModule, inputs: Inputs) -> int:
+    """Print the weight gradients that stay dense; returns how many there are."""
+    found = dense_gradients(compiled, inputs)
+    for template, dense in found:
+        print(
+            f"dense: {dense.op} in {dense.module or 'the model itself'} (template {template.index}), "
+            f"{format_bytes(dense.nbytes)}: {dense.reason}"
+        )
+    print(f"{len(found)} weight gradient(s) of {REPORTED_NUMEL} elements or more stay dense")
+    return len(found)
+
+
+if __name__ == "__main__":
+    run_command(command)

@@ -1,0 +1,84 @@
+"""``chunkft train``: fine-tune all parameters of a causal language model on text, inside a budget."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import chunkft_fx
+from chunkft_fx.budget import format_bytes
+from chunkft_fx.errors import OptionError
+from chunkft_fx.tools.console import progress, quiet, run_command
+from chunkft_fx.tools.data import pack, read_documents
+from chunkft_fx.tools.load import load, pick_device, pick_dtype
+from chunkft_fx.tools.loop import TrainOptions, train
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="A folder, a name on the Hugging Face hub, or a .gguf file.")],
+    data: Annotated[Path, typer.Argument(help="A text file, or a .jsonl file with a text or chat on each line.")],
+    budget: Annotated[str, typer.Option(help='Device memory to stay within, such as "24GB" or "24GiB".')],
+    out: Annotated[Path, typer.Option(help="Folder for the trained model, its tokenizer and checkpoints.")],
+    chunks: Annotated[str, typer.Option(help='A number, or "auto": the fewest that fit the budget.')] = "auto",
+    order: Annotated[str, typer.Option(help="ascending, descending or random.")] = "ascending",
+    interval: Annotated[int, typer.Option(help="Optimizer steps spent on each chunk.")] = 1,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Sequences in a batch.")] = 1,
+    accumulate: Annotated[int, typer.Option(help="Batches whose gradients add up to one optimizer step.")] = 1,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-5,
+    schedule: Annotated[str, typer.Option(help="A schedule of transformers.get_scheduler.")] = "cosine",
+    schedule_options: Annotated[str, typer.Option(help="The schedule's own arguments, as a JSON object.")] = "{}",
+    warmup: Annotated[int, typer.Option(help="Optimizer steps in which the learning rate rises.")] = 0,
+    weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay.")] = 0.01,
+    max_grad_norm: Annotated[float, typer.Option(help="Largest gradient norm of a chunk; 0 does not clip.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of data order, chunk order and dropout.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="inductor compiles the graphs, eager runs them as they are.")
+    ] = "inductor",
+    field: Annotated[str, typer.Option(help="The field of a jsonl line that holds the text.")] = "text",
+    save_every: Annotated[int, typer.Option(help="Optimizer steps between checkpoints; 0 writes none.")] = 0,
+    resume: Annotated[Path | None, typer.Option(help="The --out folder of a run to continue.")] = None,
+) -> None:
+    """Fine-tune all parameters of MODEL on DATA and save it in the folder given by --out."""
+    quiet()
+    where = pick_device(device)
+    options = TrainOptions(
+        steps, batch_size, accumulate, lr, schedule, _object(schedule_options), warmup, weight_decay,
+        max_grad_norm or None, seed, save_every,
+    )  # fmt: skip
+    plain, tokenizer = load(model, pick_dtype(dtype, where), where)
+    sequences = pack(read_documents(data, tokenizer, field), tokenizer, seq_len)
+    count = int(chunks) if chunks.isdecimal() else chunks
+    compiled = chunkft_fx.compile(
+        plain, budget, chunks=count, order=order, interval=interval, backend=backend, seed=seed
+    )
+    print(f"{sequences.numel():,} tokens in {len(sequences):,} sequences; training on {where}")
+    with progress("training", steps) as on_step:
+        report = train(compiled, sequences, options, on_step=on_step, out=out, resume=resume)
+    print(compiled.plan)
+    compiled.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    print(
+        f"{report.tokens:,} tokens in {report.seconds:.0f} s, peak {format_bytes(report.peak_nbytes)}; saved in {out}"
+    )
+
+
+def _object(text: str) -> dict[str, Any]:
+    """A JSON object given on the command line."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise OptionError(f"{text!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise OptionError(f'{text!r} is not a JSON object such as {{"num_cycles": 2}}')
+    return value
+
+
+if __name__ == "__main__":
+    run_command(command)
