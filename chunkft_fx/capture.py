@@ -173,7 +173,9 @@ def _describe(
     for node in graph.nodes:
         if node.op == "placeholder":
             node.meta["partitioner_tag"] = "is_backward" if node.name in tangents else "is_forward"
-        node.meta.setdefault("partitioner_tag", "is_forward")  # a graph traced without gradients has no tags
+        # torch leaves some nodes untagged, such as views in backward, and all of a graph without gradients
+        is_backward = any(n.meta["partitioner_tag"] == "is_backward" for n in node.all_input_nodes)
+        node.meta.setdefault("partitioner_tag", "is_backward" if is_backward else "is_forward")
     return Capture(
         graph=graph,
         fake_mode=fake_mode,

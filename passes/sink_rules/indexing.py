@@ -56,57 +56,83 @@ def embedding_dense_backward(cut: Cut, node: fx.Node) -> fx.Node | None:
 
 @rule(aten.index_put.default, aten._unsafe_index_put.default, contracts=True)
 def index_put(cut: Cut, node: fx.Node) -> fx.Node | None:
-    """``base[indices] += values`` with one index tensor, for the first dimension."""
+    """``base[:, ..., indices] += values`` with one index tensor, for any dimension."""
     base, indices, values, *rest = node.args
-    assert isinstance(indices, (list, tuple)) and isinstance(base, fx.Node) and isinstance(values, fx.Node)
     accumulate = bool(rest[0]) if rest else bool(node.kwargs.get("accumulate", False))
-    places = [i for i in indices if i is not None]
-    if not accumulate or len(places) != 1 or indices[0] is None:
+    place = only_place(indices)
+    if not accumulate or place is None or not fits(base, place, values):
         return None
-    place = places[0]
-    assert isinstance(place, fx.Node)
-    if place.meta["val"].dtype not in (torch.int64, torch.int32):
+    where = len(indices) - 1  # type: ignore[arg-type]
+    if cut.dim == where:
+        moved = moved_indices(cut, place, node, shape(node)[where])
+        grown = _with_extra_row(cut, cut.take(base, where), where, node)
+        result = cut.emit(aten.index_put.default, grown, _at(where, moved), values, True, like=node)
+        return without_last(cut, result, where)
+    source = _dim_of_values(cut, where, place)
+    if not same(shape(values)[source], shape(node)[cut.dim]):  # type: ignore[arg-type]
         return None
-    rank = len(shape(place)) + len(shape(base)) - 1
-    if len(shape(values)) != rank:
-        return None
-    if cut.dim > 0:
-        source = len(shape(place)) + cut.dim - 1
-        if not same(shape(values)[source], shape(node)[cut.dim]):
-            return None
-        inner = cut.take(values, source)
-        return cut.emit(aten.index_put.default, cut.take(base, cut.dim), [place], inner, True, like=node)
-    moved = moved_indices(cut, place, node, shape(node)[0])
-    grown = _with_extra_row(cut, cut.take(base, 0), 0, node)
-    result = cut.emit(aten.index_put.default, grown, [moved], values, True, like=node)
-    return without_last(cut, result, 0)
+    parts = (cut.take(base, cut.dim), _at(where, place), cut.take(values, source))
+    return cut.emit(aten.index_put.default, *parts, True, like=node)
 
 
 @rule(aten._unsafe_masked_index_put_accumulate.default, contracts=True)
 def masked_index_put(cut: Cut, node: fx.Node) -> fx.Node | None:
-    """``base[indices] += where(mask, values, 0)``: what falls outside the slice is masked as well."""
+    """``base[:, ..., indices] += where(mask, values, 0)``: what falls outside the slice is masked as well."""
+    assert callable(node.target)
     base, mask, indices, values = node.args
-    assert isinstance(indices, (list, tuple)) and isinstance(base, fx.Node)
-    assert isinstance(mask, fx.Node) and isinstance(values, fx.Node)
-    if len(indices) != 1 or not isinstance(indices[0], fx.Node):
+    place = only_place(indices)
+    if place is None or not fits(base, place, values):
         return None
-    place = indices[0]
-    trailing = len(shape(base)) - 1
-    if len(shape(values)) != len(shape(place)) + trailing:
+    where = len(indices) - 1  # type: ignore[arg-type]
+    if cut.dim == where:
+        moved = moved_indices(cut, place, node, shape(node)[where])
+        inside = cut.emit(aten.lt.Scalar, moved, cut.length, like=node)
+        for _ in range(len(shape(node)) - 1 - where):
+            inside = cut.emit(aten.unsqueeze.default, inside, -1, like=node)
+        both = cut.emit(aten.logical_and.default, mask, inside, like=node)
+        return cut.emit(node.target, cut.take(base, where), both, _at(where, moved), values, like=node)
+    source = _dim_of_values(cut, where, place)
+    if not same(shape(values)[source], shape(node)[cut.dim]):  # type: ignore[arg-type]
         return None
-    if cut.dim > 0:
-        source = len(shape(place)) + cut.dim - 1
-        if not same(shape(values)[source], shape(node)[cut.dim]):
-            return None
-        mask = sliced_if_wide(cut, mask, source, len(shape(values)))
-        parts = (cut.take(base, cut.dim), mask, [place], cut.take(values, source))
-        return cut.emit(node.target, *parts, like=node)  # type: ignore[arg-type]
-    moved = moved_indices(cut, place, node, shape(node)[0])
-    inside = cut.emit(aten.lt.Scalar, moved, cut.length, like=node)
-    for _ in range(trailing):
-        inside = cut.emit(aten.unsqueeze.default, inside, -1, like=node)
-    mask = cut.emit(aten.logical_and.default, mask, inside, like=node)
-    return cut.emit(node.target, cut.take(base, 0), mask, [moved], values, like=node)  # type: ignore[arg-type]
+    narrow_mask = sliced_if_wide(cut, mask, source, len(shape(values)))  # type: ignore[arg-type]
+    parts = (cut.take(base, cut.dim), narrow_mask, _at(where, place), cut.take(values, source))
+    return cut.emit(node.target, *parts, like=node)
+
+
+@rule(aten.index_add.default, contracts=True)
+def index_add(cut: Cut, node: fx.Node) -> fx.Node | None:
+    base, dim, place, values = node.args
+    assert isinstance(dim, int)
+    dim %= len(shape(node))
+    if dim != cut.dim:
+        parts = (cut.take(base, cut.dim), dim, place, cut.take(values, cut.dim))
+        return cut.emit(aten.index_add.default, *parts, like=node, **node.kwargs)
+    moved = moved_indices(cut, place, node)
+    grown = _with_extra_row(cut, cut.take(base, dim), dim, node)
+    result = cut.emit(aten.index_add.default, grown, dim, moved, values, like=node, **node.kwargs)
+    return without_last(cut, result, dim)
+
+
+def only_place(indices: Any) -> fx.Node | None:
+    """The one integer tensor among indices, if it comes last behind whole dimensions; else None."""
+    *before, place = indices
+    if any(i is not None for i in before) or not isinstance(place, fx.Node):
+        return None
+    return place if place.meta["val"].dtype in (torch.int64, torch.int32) else None
+
+
+def fits(base: Any, place: fx.Node, values: Any) -> bool:
+    """True if the values have all dimensions of the places they go to, so that none is broadcast away."""
+    return len(shape(values)) == len(shape(base)) - 1 + len(shape(place))
+
+
+def _at(where: int, place: fx.Node) -> list[fx.Node | None]:
+    return [None] * where + [place]
+
+
+def _dim_of_values(cut: Cut, where: int, place: fx.Node) -> int:
+    """The dimension of the values that goes to the cut dimension, where that one is not indexed."""
+    return cut.dim if cut.dim < where else cut.dim + len(shape(place)) - 1
 
 
 def sliced_if_wide(cut: Cut, operand: fx.Node, dim: int, rank: int) -> fx.Node:

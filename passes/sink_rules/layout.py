@@ -23,25 +23,37 @@ def permute(cut: Cut, node: fx.Node) -> fx.Node | None:
 
 @rule(aten.view.default, aten.reshape.default)
 def view(cut: Cut, node: fx.Node) -> fx.Node | None:
-    """A view sinks if its cut dimension is one dimension of the operand; merged and split ones are refused."""
+    """A view sinks if its cut dimension is one dimension of the operand, or the outermost part of one.
+
+    Merged dimensions and inner parts are refused: their slices are no slice of the operand.
+    """
     x: Any = node.args[0]
     sizes: Any = node.args[1]
-    source = source_dim(shape(x), shape(node), cut.dim)
-    if source is None:
+    found = source_dim(shape(x), shape(node), cut.dim)
+    if found is None:
         return None
+    source, inner = found
+    if inner == 1:
+        part = cut.take(x, source)
+    else:
+        part = cut.take(x, source, cut.emit(aten.mul.Tensor, cut.start, inner, like=node), cut.length * inner)
     # reshape, not view: further down the slice may lose contiguity
-    return cut.emit(aten.reshape.default, cut.take(x, source), replaced(sizes, cut.dim, cut.length), like=node)
+    return cut.emit(aten.reshape.default, part, replaced(sizes, cut.dim, cut.length), like=node)
 
 
-def source_dim(before: tuple[Any, ...], after: tuple[Any, ...], dim: int) -> int | None:
-    """The dimension of a viewed tensor that is ``dim`` of its view, or None if there is no such one.
+def source_dim(before: tuple[Any, ...], after: tuple[Any, ...], dim: int) -> tuple[int, int] | None:
+    """The dimension of a tensor whose indices are those of ``dim`` of its view, and how many make one of them.
 
-    It has the same size, and as many elements in front of it.
+    It has as many elements in front of it, and the size of ``dim`` times that of dimensions behind.
     """
     front = product(after[:dim])
     for candidate, size in enumerate(before):
-        if same(size, after[dim]) and same(product(before[:candidate]), front):
-            return candidate
+        if not same(product(before[:candidate]), front):
+            continue
+        for end in range(dim + 1, len(after) + 1):
+            inner = product(after[dim + 1 : end])
+            if isinstance(inner, int) and same(size, after[dim] * inner):
+                return candidate, inner
     return None
 
 

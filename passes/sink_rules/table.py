@@ -34,9 +34,10 @@ class Cut:
     contracted: bool
     taken: list[fx.Node] = field(default_factory=list)
 
-    def take(self, operand: Any, dim: int, start: fx.Node | None = None) -> fx.Node:
-        """The slice of an operand along ``dim``, to be sunk further."""
-        node = insert_before(self.anchor, narrow, (operand, dim, start or self.start, self.length), like=self.anchor)
+    def take(self, operand: Any, dim: int, start: fx.Node | None = None, length: int | None = None) -> fx.Node:
+        """The slice of an operand along ``dim``, to be sunk further; by default of the same indices."""
+        args = (operand, dim, start or self.start, length or self.length)
+        node = insert_before(self.anchor, narrow, args, like=self.anchor)
         node.meta["output"] = self.output
         node.meta["contracted"] = self.contracted
         self.taken.append(node)

@@ -11,20 +11,21 @@ from torch.nn import functional
 
 from tests.passes.joint import assert_sunk, check, joint
 
-W = (5, 7, 3)
+W = (6, 7, 3)
 Function = Callable[[Tensor], Tensor]
 
-# Operator of the forward, and the dimensions of ``f64[5, 7, 3]`` along which a slice of its gradient sinks.
+# Operator of the forward, and the dimensions of ``f64[6, 7, 3]`` along which a slice of its gradient sinks.
 SINKS: dict[str, tuple[Function, tuple[int, ...]]] = {
     "permute": (lambda w: w.permute(2, 0, 1), (0, 1, 2)),
     "transpose": (lambda w: w.transpose(-1, 0), (0, 1, 2)),
     "t": (lambda w: w.flatten(1).t(), (0,)),
-    "view_keeps_dim": (lambda w: w.reshape(5, 21), (0,)),
-    "view_splits_other_dim": (lambda w: w.view(5, 7, 3, 1, 1), (0, 1, 2)),
+    "view_keeps_dim": (lambda w: w.reshape(6, 21), (0,)),
+    "view_merges_outer_part": (lambda w: w.reshape(6, 21), (1,)),
+    "view_splits_other_dim": (lambda w: w.view(6, 7, 3, 1, 1), (0, 1, 2)),
     "unsqueeze": (lambda w: w.unsqueeze(1), (0, 1, 2)),
     "squeeze": (lambda w: w.unsqueeze(2).squeeze(2), (0, 1, 2)),
-    "expand": (lambda w: w.expand(2, 5, 7, 3), (0, 1, 2)),
-    "expand_inner": (lambda w: w.unsqueeze(1).expand(5, 2, 7, 3), (0, 1, 2)),
+    "expand": (lambda w: w.expand(2, 6, 7, 3), (0, 1, 2)),
+    "expand_inner": (lambda w: w.unsqueeze(1).expand(6, 2, 7, 3), (0, 1, 2)),
     "clone": (lambda w: w.transpose(0, 1).contiguous(), (0, 1, 2)),
     "cat_other_dim": (lambda w: torch.cat([w, w * 2], 1), (0, 2)),
     "stack": (lambda w: torch.stack([w, w.tanh()]), (0, 1, 2)),
@@ -54,8 +55,10 @@ def test_slice_sinks_to_the_sum(function: Function, dim: int, inductor: bool) ->
 
 
 REFUSED: dict[str, tuple[Function, int, str]] = {
-    "merged_dim": (lambda w: w.permute(1, 0, 2).reshape(35, 3).exp() @ torch.eye(3, dtype=w.dtype), 0, "view"),
-    "split_dim": (lambda w: w.view(5, 7, 3, 1).unfold(1, 7, 1), 1, "unfold_backward"),
+    "view_of_an_inner_part": (lambda w: w.reshape(6, 21).exp(), 2, "view"),
+    "view_of_merged_dimensions": (lambda w: w.view(2, 3, 7, 3).exp(), 0, "view"),
+    "flip_along_the_cut": (lambda w: w.flip(0), 0, "flip"),
+    "pad_along_the_cut": (lambda w: functional.pad(w, (0, 0, 1, 2)).exp()[:, 1:], 1, "constant_pad_nd"),
     "joined_along_the_cut": (lambda w: w[1:] + w[:-1], 0, "slice_backward"),
     "selected_along_the_cut": (lambda w: w[2], 0, "select_backward"),
 }

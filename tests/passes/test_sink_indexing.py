@@ -1,0 +1,134 @@
+"""Slices sink through operators that add rows at given places."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from tests.passes.joint import assert_sunk, check, joint
+
+FORMS = pytest.mark.parametrize("inductor", [False, True], ids=["aten", "inductor"])
+
+
+def _randn(*sizes: int) -> Tensor:
+    return torch.randn(sizes, dtype=torch.float64)
+
+
+@settings(max_examples=80)
+@given(st.data())
+def test_random_embedding(data: st.DataObject) -> None:
+    """Rows and columns, repeated tokens, padding rows inside and outside of the slice, scaling by frequency."""
+    draw = data.draw
+    rows, width = draw(st.integers(1, 9)), draw(st.integers(1, 5))
+    tokens = torch.randint(0, rows, draw(st.sampled_from([(6,), (2, 5), (2, 1, 3)])))
+    padding = draw(st.one_of(st.none(), st.integers(-rows, rows - 1)))
+    by_frequency = draw(st.booleans())
+
+    def function(w: Tensor, t: Tensor) -> Tensor:
+        return functional.embedding(t, w, padding_idx=padding, scale_grad_by_freq=by_frequency)
+
+    case = joint(function, [_randn(rows, width)], [tokens], inductor=draw(st.booleans()))
+    dim = draw(st.integers(0, 1))
+    size = (rows, width)[dim]
+    length = draw(st.integers(1, size))
+    region = check(case, (dim, draw(st.integers(0, size - length)), length))
+    assert region.dense == []
+
+
+@FORMS
+@pytest.mark.parametrize("by_frequency", [False, True])
+@pytest.mark.parametrize("padding", [None, 0, 4, 16])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_embedding_sinks(dim: int, padding: int | None, by_frequency: bool, inductor: bool) -> None:
+    weight, tokens = _randn(17, 11), torch.randint(0, 17, (3, 7))
+    tokens[0, :4] = 4
+
+    def function(w: Tensor, t: Tensor) -> Tensor:
+        return functional.embedding(t, w, padding_idx=padding, scale_grad_by_freq=by_frequency)
+
+    assert_sunk(check(joint(function, [weight], [tokens], inductor=inductor), (dim, 3, 6)), weight.numel())
+
+
+def test_embedding_with_32_bit_tokens() -> None:
+    weight, tokens = _randn(17, 11), torch.randint(0, 17, (3, 7), dtype=torch.int32)
+    assert_sunk(check(joint(lambda w, t: functional.embedding(t, w), [weight], [tokens]), (0, 3, 6)), weight.numel())
+
+
+@FORMS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dtype_is_kept(dtype: torch.dtype, inductor: bool) -> None:
+    weight = _randn(17, 11).to(dtype)
+    tokens = torch.randperm(17)[:15].view(3, 5)
+    case = joint(lambda w, t: functional.embedding(t, w), [weight], [tokens], inductor=inductor)
+    assert_sunk(check(case, (0, 3, 6), tolerance=torch.finfo(dtype).eps), weight.numel())
+
+
+@FORMS
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_indexing_sinks(dim: int, inductor: bool) -> None:
+    """``weight[places]``; negative places count from the end."""
+    weight, places = _randn(7, 5, 3), torch.tensor([[0, -1, 3], [3, -7, 6]])
+    case = joint(lambda w, p: w[p], [weight], [places], inductor=inductor)
+    assert_sunk(check(case, (dim, 1, 2)), weight.numel())
+
+
+@FORMS
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_indexing_of_a_later_dimension_sinks(dim: int, inductor: bool) -> None:
+    weight, places = _randn(7, 5, 3), torch.tensor([[0, -1, 3], [3, -5, 2]])
+    case = joint(lambda w, p: w[:, p], [weight], [places], inductor=inductor)
+    assert_sunk(check(case, (dim, 1, 2)), weight.numel())
+
+
+@FORMS
+@pytest.mark.parametrize("dim", [0, 1])
+def test_relative_bias_table_sinks(dim: int, inductor: bool) -> None:
+    """A table of biases by distance, as in T5: looked up, permuted and added to all scores of a batch."""
+    table, distance = _randn(16, 3), torch.randint(0, 16, (5, 5))
+    scores = _randn(2, 3, 5, 5)
+
+    def function(w: Tensor, d: Tensor, s: Tensor) -> Tensor:
+        return (s + functional.embedding(d, w).permute(2, 0, 1).unsqueeze(0)).softmax(-1)
+
+    case = joint(function, [table], [distance, scores], inductor=inductor)
+    assert_sunk(check(case, (dim, 1, 2)), table.numel())
+
+
+@pytest.mark.parametrize("gather_dim", [0, 1])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_gather(dim: int, gather_dim: int) -> None:
+    weight = _randn(7, 5)
+    places = torch.randint(0, weight.shape[gather_dim], (7, 5))
+    case = joint(lambda w, p: w.gather(gather_dim, p).tanh(), [weight], [places])
+    region = check(case, (dim, 1, 3))
+    assert region.dense == []
+    made = [
+        n.meta["val"] for n in region.graph.find_nodes(op="call_function", target=torch.ops.aten.scatter_add.default)
+    ]
+    assert [v.shape[dim] for v in made] == [4 if dim == gather_dim else 3]
+
+
+@FORMS
+@pytest.mark.parametrize("select_dim", [0, 1])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_index_select_sinks(dim: int, select_dim: int, inductor: bool) -> None:
+    weight, places = _randn(7, 5), torch.tensor([0, 3, 3, 1])
+    case = joint(lambda w, p: w.index_select(select_dim, p).tanh(), [weight], [places], inductor=inductor)
+    assert_sunk(check(case, (dim, 1, 3)), weight.numel())
+
+
+def test_refuses_two_index_tensors() -> None:
+    weight, a, b = _randn(7, 5), torch.tensor([0, 3, 6]), torch.tensor([1, 1, 4])
+    region = check(joint(lambda w, a, b: w[a, b].tanh(), [weight], [a, b]), (0, 1, 3))
+    assert [d.op for d in region.dense] == ["aten.index_put.default"]
+
+
+def test_refuses_gather_of_a_part_along_the_cut() -> None:
+    """Where only some rows are gathered, a slice of the places need not exist."""
+    weight, places = _randn(7, 5), torch.randint(0, 5, (3, 5))
+    region = check(joint(lambda w, p: w.gather(1, p).tanh(), [weight], [places]), (0, 1, 3))
+    assert [d.op for d in region.dense] == ["aten.scatter_add.default"]
