@@ -18,7 +18,7 @@ from chunkft_fx.budget import format_bytes
 from chunkft_fx.errors import NotPlanned, OptionError
 from chunkft_fx.outline import Template
 from chunkft_fx.passes import Eliminate, PruneTangents, default_pipeline
-from chunkft_fx.region import RegionGraph
+from chunkft_fx.region import Pass, RegionGraph, SliceDemand
 from chunkft_fx.specialize import Variant
 from chunkft_fx.tools.console import quiet, run_command
 from chunkft_fx.tools.load import pick_device, pick_dtype, source
@@ -123,17 +123,19 @@ def summary(compiled: CompiledModule) -> list[str]:
 
 
 def variant_of(compiled: CompiledModule, template: int) -> Variant:
-    """The program's first variant of a template, one with a backward if there is any."""
+    """The program's variant of a template of which the most is asked: slices, then any backward, then forward only."""
     found = [v for v in compiled.program.variants if v.template.index == template]
     if not found:
         raise OptionError(f"template {template} does not exist; there are {len(compiled.templates)}, from 0")
-    return next((v for v in found if v.backward is not None), found[0])
+    return max(
+        found, key=lambda v: [sum(isinstance(d, SliceDemand) for d in v.demand.backward), v.backward is not None]
+    )
 
 
 def print_passes(variant: Variant, pass_name: str, ops: bool) -> None:
     """Run the passes on a variant's template again, and print what each made of it."""
     demand = variant.demand
-    steps = (PruneTangents(demand.absent), Eliminate(), *default_pipeline(demand.backward))
+    steps: tuple[Pass, ...] = (PruneTangents(demand.absent), Eliminate(), *default_pipeline(demand.backward))
     names = list(dict.fromkeys(step.name for step in steps))
     if pass_name and pass_name not in names:
         raise OptionError(f"pass {pass_name!r} is not in the pipeline; it has {', '.join(names)}")
