@@ -199,6 +199,17 @@ def test_a_model_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.Cap
     assert model in capsys.readouterr().err
 
 
+def test_a_missing_extra_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    def needs(module: str) -> None:
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    with pytest.raises(SystemExit):
+        console.run(lambda: needs("transformers"))
+    assert 'pip install "chunkft-fx[demo]"' in capsys.readouterr().err
+    with pytest.raises(ModuleNotFoundError):
+        console.run(lambda: needs("something_else"))
+
+
 def test_a_gguf_file_is_loaded_from_its_folder(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.touch()

@@ -17,15 +17,23 @@ from chunkft_fx.tools.loop import StepInfo
 
 # Where there is no terminal to draw a bar on, this many lines report a run.
 LINES = 10
+# What the programs need beyond the library, the extra "demo".
+NEEDED = ("transformers", "gguf", "accelerate")
 
 
 def run(program: Callable[[], Any]) -> None:
-    """Run a typer app; a mistake of the user ends in one message and exit code 2, not in a traceback."""
+    """Run a typer app; a mistake of the user, or a missing extra, ends in one message and exit code 2, not in a traceback."""
     try:
         program()
     except ChunkFTError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except ModuleNotFoundError as error:
+        if error.name not in NEEDED:
+            raise
+        print(f'error: {error.name} is not installed; run: pip install "chunkft-fx[demo]"', file=sys.stderr)
+    else:
+        return
+    sys.exit(2)
 
 
 def run_command(command: Callable[..., None]) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from chunkft_fx.api import CompiledModule
@@ -122,8 +121,10 @@ def train(
 
 def make_scheduler(optimizer: AdamW, options: TrainOptions) -> Any:
     """A learning-rate scheduler of transformers, stepped once an optimizer step."""
+    from transformers import get_scheduler
+
     try:
-        return transformers.get_scheduler(
+        return get_scheduler(
             options.schedule,
             optimizer,
             num_warmup_steps=options.warmup,
