@@ -28,7 +28,7 @@ def test_eager_slices_equal_dense_gradient_on_cuda(family: str) -> None:
     assert_same_gradients(compiled, model, on_cuda(batch(2, 12, 0)), 1e-9)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "vit", "cnn"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "vit", "cnn"])
 def test_inductor_slices_equal_dense_gradient_on_cuda(family: str) -> None:
     model, batch = tiny(family)
     model.cuda()
@@ -38,8 +38,10 @@ def test_inductor_slices_equal_dense_gradient_on_cuda(family: str) -> None:
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_dropout_agrees_under_a_fixed_seed_on_cuda(backend: Any) -> None:
+    """With attention written out: traced and plain code may choose different fused kernels, which draw differently."""
     model, batch = tiny("bert", dropout=0.2)
     model.cuda()
+    model.set_attn_implementation("eager")  # type: ignore[operator]
     compiled = chunkft_fx.compile(copy.deepcopy(model), "8GB", chunks=3, backend=backend)
     assert_same_gradients(compiled, model, on_cuda(batch(2, 12, 0)), 1e-4)
 
