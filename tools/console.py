@@ -22,7 +22,7 @@ NEEDED = ("transformers", "gguf", "accelerate")
 
 
 def run(program: Callable[[], Any]) -> None:
-    """Run a typer app; a mistake of the user, or a missing extra, ends in one message and exit code 2, not in a traceback."""
+    """Run a typer app; a user's mistake or a missing extra ends in one message and exit code 2, without traceback."""
     try:
         program()
     except ChunkFTError as error:
