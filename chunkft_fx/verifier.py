@@ -76,7 +76,10 @@ def verify(region: RegionGraph, before: tuple[OutputForm | None, ...], step: Pas
 
 
 def _check_placeholders(region: RegionGraph, fail: Any) -> None:
-    order = [_KINDS.index(n.meta["kind"]) for n in region.graph.find_nodes(op="placeholder")]
+    kinds = [n.meta.get("kind") for n in region.graph.find_nodes(op="placeholder")]
+    if any(kind not in _KINDS for kind in kinds):
+        fail(f"placeholders are of the kinds {', '.join(_KINDS)}, not {kinds}")
+    order = [_KINDS.index(kind) for kind in kinds]
     if order != sorted(order):
         fail("placeholders must come as primals, tangents, starts")
     nodes = list(region.graph.nodes)
@@ -100,6 +103,14 @@ def _check_value(node: fx.Node, fail: Any) -> None:
             continue
         if a.ndim != b.ndim or not all(map(_alike, a.shape, b.shape)) or a.dtype != b.dtype or a.device != b.device:
             fail(f"{node.name} is recorded as {b.dtype}{list(b.shape)} but gives {a.dtype}{list(a.shape)}")
+        if any(user.target is torch.ops.aten.view.default for user in node.users) and not _same_strides(a, b):
+            fail(f"{node.name} feeds a view and is recorded with strides {b.stride()} but has {a.stride()}")
+
+
+def _same_strides(a: Tensor, b: Tensor) -> bool:
+    """Strides of dimensions of size 1 are never used."""
+    pairs = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return all(same(size, 1) or _alike(x, y) for size, x, y in pairs)
 
 
 def _alike(a: Any, b: Any) -> bool:

@@ -147,7 +147,7 @@ def test_random_functions_of_a_weight(data: st.DataObject) -> None:
     for make in draw(st.lists(st.sampled_from(STEPS), min_size=1, max_size=5)):
         steps.append(make(draw, y.shape, inputs))
         y = steps[-1](y, inputs)
-        if y.ndim > 5 or y.numel() > 2000:
+        if y.ndim in (0, 6) or y.numel() > 2000:
             break
 
     def function(w: Tensor, x: Tensor, *values: Tensor) -> Tensor:
