@@ -192,7 +192,9 @@ def run_backward(step: Step, tangents: dict[int, Tensor], backend: str, fake_mod
     assert step.slots is not None
     slots = dict(step.slots)
     if not keeps_graph():
+        # from here on this frame alone holds the saved activations, and drops each with its last use
         step.slots = None
+        step.versions.clear()
     slots.update(tangents)
     totals: dict[str, Tensor] = {}
 

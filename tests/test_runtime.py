@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -131,6 +132,28 @@ def test_a_failure_inside_backward_leaves_gradients_as_they_were(monkeypatch: py
     loss_of(compiled(**batch(2, 12, 1))).backward()
     _, other = dense_gradients(model, batch(2, 12, 1))
     assert_active_equals(compiled, {n: g + other[n] for n, g in dense.items()})
+
+
+def test_saved_activations_are_dropped_as_backward_proceeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, compiled, batch = make()
+    compiled.activate(0)
+    loss = loss_of(compiled(**batch(2, 12, 0)))
+    weights = {id(p) for p in compiled.parameters()}
+    slots = loss.grad_fn.step.slots  # type: ignore[union-attr]
+    saved = [weakref.ref(v) for v in slots.values() if isinstance(v, Tensor) and id(v) not in weights]
+    lowest = compiled.program.variants[compiled.program.lowest]
+    run, alive = lowest.run_backward, []
+
+    def watch(inputs: list[Any]) -> Any:
+        alive.append(sum(r() is not None for r in saved))
+        assert run is not None or lowest.backward is not None
+        return lowest.backward(*inputs) if run is None else run(inputs)  # type: ignore[misc]
+
+    monkeypatch.setattr(lowest, "run_backward", watch)
+    del slots
+    loss.backward()
+    assert len(saved) > 30
+    assert alive[0] < 12  # what the lowest region itself reads, and shared inputs
 
 
 def test_gradients_of_outputs_beside_the_loss() -> None:
