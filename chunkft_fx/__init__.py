@@ -2,7 +2,10 @@
 
 from chunkft_fx import errors
 from chunkft_fx.api import CompiledModule, compile
+from chunkft_fx.observe import enable_logs
 from chunkft_fx.optim import AdamW
 from chunkft_fx.plan import Chunk, Plan, Slice
 
 __all__ = ["AdamW", "Chunk", "CompiledModule", "Plan", "Slice", "compile", "errors"]
+
+enable_logs()  # as $CHUNKFT_LOGS says
