@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from chunkft_fx.blocks import block_paths
 from chunkft_fx.budget import format_bytes, parse_bytes
 from chunkft_fx.capture import capture, trace
 from chunkft_fx.errors import AlreadyCompiled, NotPlanned, OptionError
-from chunkft_fx.outline import Template, block_paths, outline
+from chunkft_fx.outline import Template, outline
 from chunkft_fx.plan import Plan
 from chunkft_fx.planner import Options, first_plan, parameter_specs, plan_for_batch
 from chunkft_fx.program import Program

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import hashlib
 import operator
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from chunkft_fx.blocks import label_of, module_path
 from chunkft_fx.capture import Capture, OutputName, symbols
 from chunkft_fx.region import RegionGraph
 
@@ -64,55 +64,8 @@ class Outline:
     templates: tuple[Template, ...]
 
 
-def module_path(node: fx.Node) -> str | None:
-    """The dotted path of the innermost module a node belongs to, or None when torch recorded none."""
-    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
-    if not stack:
-        return None
-    return normal_path(list(stack.values())[-1][0])
-
-
-def normal_path(path: str) -> str:
-    """Dynamo's spelling of a module path (``L['self'].layers[0]``) as ``named_modules`` spells it."""
-    path = re.sub(r"^L\['[^']*'\]\.?", "", path)
-    path = re.sub(r"_modules\[['\"](.+?)['\"]\]", r"\1", path)
-    path = re.sub(r"\[['\"]?(.+?)['\"]?\]", r".\1", path)
-    return path.strip(".")
-
-
-def block_paths(modules: Iterable[tuple[str, torch.nn.Module]]) -> tuple[str, ...]:
-    """Module paths that become regions: numbered modules with children of their own, outermost first.
-
-    A model with no such blocks falls back to its outermost modules that own parameters directly.
-    """
-    named = [(name, module) for name, module in modules if name]
-    blocks: list[str] = []
-    for name, module in named:
-        is_block = name.rsplit(".", 1)[-1].isdigit() and any(True for _ in module.children())
-        if is_block and not any(name.startswith(f"{b}.") for b in blocks):
-            blocks.append(name)
-    if len(blocks) > 1:
-        return tuple(blocks)
-    return tuple(name for name, module in named if any(True for _ in module.parameters(recurse=False)))
-
-
-def region_of_parameters(names: Sequence[str], blocks: Sequence[str]) -> list[int]:
-    """For each parameter in order, the number of its part: a block, or a run of parameters between blocks."""
-    labels = [_label(name, blocks) for name in names]
-    numbers, current = [], -1
-    for i, label in enumerate(labels):
-        if i == 0 or label != labels[i - 1]:
-            current += 1
-        numbers.append(current)
-    return numbers
-
-
-def _label(path: str, blocks: Iterable[str]) -> str:
-    return next((b for b in blocks if path == b or path.startswith(f"{b}.")), "")
-
-
 def outline(capture: Capture, blocks: Sequence[str]) -> Outline:
-    """Cut a capture into regions at the borders of ``blocks`` (see `block_paths`)."""
+    """Cut a capture into regions at the borders of ``blocks`` (see `blocks.block_paths`)."""
     forward, labels = _forward_regions(capture, blocks)
     assignment = _backward_regions(capture, forward)
     contributions = _contributions(capture, assignment)
@@ -132,7 +85,7 @@ def _forward_regions(capture: Capture, blocks: Sequence[str]) -> tuple[dict[fx.N
         path = module_path(node)
         source = node.args[0] if node.target is operator.getitem else None
         stays = path is None or (isinstance(source, fx.Node) and source.op == "call_function")
-        label = segments[-1][0] if stays and segments else _label(path or "", blocks)
+        label = segments[-1][0] if stays and segments else label_of(path or "", blocks)
         if not segments or segments[-1][0] != label:
             segments.append((label, []))
         segments[-1][1].append(node)

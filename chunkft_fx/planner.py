@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from chunkft_fx.blocks import block_paths, region_of_parameters
 from chunkft_fx.budget import format_bytes
 from chunkft_fx.cuts import ParameterSpec, cut, max_chunks
 from chunkft_fx.errors import BudgetInfeasible, NoTrainableParameters
-from chunkft_fx.outline import block_paths, region_of_parameters
 from chunkft_fx.plan import Chunk, Plan
 
 # Bytes that one trainable element of the active chunk needs beside its weight: a float32 gradient,

@@ -29,8 +29,8 @@ from typing import Any, Literal
 
 from torch import Tensor, fx
 
+from chunkft_fx.blocks import module_path
 from chunkft_fx.ops import narrow
-from chunkft_fx.outline import module_path
 from chunkft_fx.passes.rewrite import fake_value, same, shape, tensor_nbytes
 from chunkft_fx.passes.sink_rules import ITEM_RULES, SPLITS, Cut, Rule, rule_for
 from chunkft_fx.region import DenseGradient, RegionGraph
