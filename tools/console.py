@@ -68,7 +68,7 @@ def describe(info: StepInfo) -> str:
     """One step in one line."""
     return (
         f"loss {info.loss:.3f}  {info.tokens_per_s:,.0f} tokens/s  chunk {info.chunk}  "
-        f"lr {info.lr:.2e}  peak {format_bytes(info.peak_nbytes)}"
+        f"lr {info.lr:.2e}  memory {format_bytes(info.peak_nbytes)}"
     )
 
 
