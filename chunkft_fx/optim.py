@@ -16,7 +16,7 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
 
 from chunkft_fx.cuts import cut_dim
-from chunkft_fx.errors import NotPlanned, OptimizerMismatch
+from chunkft_fx.errors import NotPlanned, OptimizerMismatch, OptionError
 from chunkft_fx.optim_checkpoint import ENTRY, describe, read
 from chunkft_fx.optim_groups import ChunkedModule, check_hyperparameters, parameter_groups, require_chunked
 from chunkft_fx.optim_state import front, new_state, reconcile, state_dtype, state_keys
@@ -102,6 +102,13 @@ class AdamW(Optimizer):
         if self._model.advance():
             self._fetch(self._model.active_slices())
         return loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked for by ``torch.amp.GradScaler.step``: a scaler looks for gradients on parameters, where none are."""
+        raise OptionError(
+            "torch.amp.GradScaler does not see the gradients of active slices; use bfloat16, which needs no scaler"
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the active slices' gradients, or fill them with zeros in place."""
