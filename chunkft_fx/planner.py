@@ -20,9 +20,11 @@ from chunkft_fx.cuts import ParameterSpec, cut, max_chunks
 from chunkft_fx.errors import BudgetInfeasible, NoTrainableParameters
 from chunkft_fx.plan import Chunk, Plan
 
-# Bytes that one trainable element of the active chunk needs beside its weight: a float32 gradient,
-# float32 moments, and a float32 master when the weight itself is not float32.
+# The parts of a predicted peak by name, in bytes.
 Terms = dict[str, int]
+
+# More chunks than this save less than a thousandth of the states each; a 7B model has 1.7 million places to cut.
+MOST_CHUNKS = 1024
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def first_plan(model: nn.Module, options: Options) -> Plan | None:
     Raises `BudgetInfeasible` when the budget cannot even hold weights and one chunk's states.
     """
     parameters = parameter_specs(model)
-    finest = max_chunks(parameters) if options.chunks == "auto" else options.chunks
+    finest = _finest(parameters) if options.chunks == "auto" else options.chunks
     chunks = cut(parameters, int(finest))
     _require(options.budget_bytes, fixed_terms(model, chunks), len(chunks), "before any activation")
     if options.chunks == "auto":
@@ -110,6 +112,8 @@ def plan_for_batch(
         return fixed_terms(model, chunks) | activations(chunks, save_from)
 
     def fits(chunks: tuple[Chunk, ...], save_from: int) -> bool:
+        if sum(fixed_terms(model, chunks).values()) > options.budget_bytes:
+            return False  # known without making a program
         return sum(terms(chunks, save_from).values()) <= options.budget_bytes
 
     chunks = known.chunks if known is not None else _fewest(parameters, lambda c: fits(c, num_regions))
@@ -127,9 +131,14 @@ def plan_for_batch(
     return replace(plan, save_from=save_from, predicted_peak_bytes=sum(final.values()), terms=ordered, batch=batch)
 
 
+def _finest(parameters: Sequence[ParameterSpec]) -> int:
+    """The largest number of chunks that ``"auto"`` considers."""
+    return min(max_chunks(parameters), MOST_CHUNKS)
+
+
 def _fewest(parameters: Sequence[ParameterSpec], fits: Callable[[tuple[Chunk, ...]], bool]) -> tuple[Chunk, ...]:
     """The cut with the fewest chunks that fits, or the finest one when none does."""
-    low, high = 1, max_chunks(parameters)
+    low, high = 1, _finest(parameters)
     count = 1
     while count < high and not fits(cut(parameters, count)):
         low, count = count + 1, count * 2
