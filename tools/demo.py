@@ -22,7 +22,7 @@ from chunkft_fx.budget import format_bytes
 from chunkft_fx.errors import OptionError
 from chunkft_fx.tools.console import progress, quiet, run_command
 from chunkft_fx.tools.data import pack
-from chunkft_fx.tools.load import load, pick_device, pick_dtype
+from chunkft_fx.tools.load import load_model, load_tokenizer, pick_device, pick_dtype
 from chunkft_fx.tools.loop import TrainOptions, evaluate, train
 
 # Every tenth topic is held out; their first sequences are enough to see the loss fall.
@@ -50,7 +50,7 @@ def command(
     quiet()
     where = pick_device(device)
     kind = fastest_dtype(where) if dtype == "auto" else pick_dtype(dtype, where)
-    plain, tokenizer = load(gguf_path(), kind, where)
+    plain, tokenizer = load_model(gguf_path(), kind, where), load_tokenizer(gguf_path())
     training, held_out = split_topics(tokenizer)
     batch, usual_steps = PACE[kind]
     steps = usual_steps if steps is None else steps

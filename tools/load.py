@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,21 +51,32 @@ def source(model: str) -> tuple[str, dict[str, str]]:
     return str(path.parent), {"gguf_file": path.name}
 
 
-def load(model: str, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Any]:
-    """A causal language model in training mode and its tokenizer; GGUF weights are dequantised.
-
-    Raises `OptionError` with the reason of transformers when they cannot be loaded.
-    """
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of a model; raises `OptionError` with the reason of transformers when it cannot be loaded."""
     import transformers
 
     place, options = source(model)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
+    with _reasons(model):
+        return transformers.AutoTokenizer.from_pretrained(place, **options)
+
+
+def load_model(model: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A causal language model in training mode, GGUF weights dequantised; raises `OptionError` as above."""
+    import transformers
+
+    place, options = source(model)
+    with _reasons(model):
         loaded = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise OptionError(f"model {model!r} could not be loaded: {error}") from error
     if getattr(loaded, "hf_quantizer", None) is not None:
         # GGUF weights are plain tensors by now, but transformers would still refuse to save the model
         loaded.hf_quantizer.remove_quantization_config(loaded)
     trained: nn.Module = loaded.to(device).train()
-    return trained, tokenizer
+    return trained
+
+
+@contextmanager
+def _reasons(model: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        raise OptionError(f"model {model!r} could not be loaded: {error}") from error

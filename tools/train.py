@@ -13,7 +13,7 @@ from chunkft_fx.budget import format_bytes
 from chunkft_fx.errors import OptionError
 from chunkft_fx.tools.console import progress, quiet, run_command
 from chunkft_fx.tools.data import pack, read_documents
-from chunkft_fx.tools.load import load, pick_device, pick_dtype
+from chunkft_fx.tools.load import load_model, load_tokenizer, pick_device, pick_dtype
 from chunkft_fx.tools.loop import TrainOptions, train
 
 
@@ -52,8 +52,11 @@ def command(
         steps, batch_size, accumulate, lr, schedule, _object(schedule_options), warmup, weight_decay,
         max_grad_norm or None, seed, save_every,
     )  # fmt: skip
-    plain, tokenizer = load(model, pick_dtype(dtype, where), where)
+    kind = pick_dtype(dtype, where)
+    # the model comes last: it takes the longest, and a mistake in the text should not wait for it
+    tokenizer = load_tokenizer(model)
     sequences = pack(read_documents(data, tokenizer, field), tokenizer, seq_len)
+    plain = load_model(model, kind, where)
     count = int(chunks) if chunks.isdecimal() else chunks
     compiled = chunkft_fx.compile(
         plain, budget, chunks=count, order=order, interval=interval, backend=backend, seed=seed
