@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import chunkft_fx
+from chunkft_fx.tools.inspect import dense_gradients
 from chunkft_fx.tools.zoo import FAMILIES, tiny
 from tests.equivalence import assert_same_gradients
 
@@ -21,6 +22,7 @@ def test_eager_slices_equal_dense_gradient(family: str, chunks: int) -> None:
     model.train()
     compiled = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=chunks, backend="eager")
     assert_same_gradients(compiled, model, batch(2, 12, 0), 1e-9)
+    assert not dense_gradients(compiled)
 
 
 @pytest.mark.parametrize("family", WITH_DROPOUT)
@@ -37,6 +39,7 @@ def test_inductor_slices_equal_dense_gradient(family: str) -> None:
     model.train()
     compiled = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=3)
     assert_same_gradients(compiled, model, batch(2, 12, 0), 1e-4)
+    assert not dense_gradients(compiled)
 
 
 @pytest.mark.slow
@@ -47,6 +50,7 @@ def test_inductor_slices_equal_dense_gradient_at_other_cuts(family: str, chunks:
     model.train()
     compiled = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=chunks)
     assert_same_gradients(compiled, model, batch(2, 12, 0), 1e-4)
+    assert not dense_gradients(compiled)
 
 
 def test_inductor_dropout_agrees_under_a_fixed_seed() -> None:

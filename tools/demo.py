@@ -101,9 +101,12 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16
     seconds = {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # with several, waiting for a busy core drowns what is measured
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.randn(512, 512).to(dtype)
         seconds[dtype] = min(_seconds_of_product(a) for _ in range(5))
+    torch.set_num_threads(threads)
     return min(seconds, key=lambda dtype: seconds[dtype])
 
 

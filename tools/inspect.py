@@ -18,7 +18,7 @@ from chunkft_fx.budget import format_bytes
 from chunkft_fx.errors import NotPlanned, OptionError
 from chunkft_fx.outline import Template
 from chunkft_fx.passes import Eliminate, PruneTangents, default_pipeline
-from chunkft_fx.region import Pass, RegionGraph, SliceDemand
+from chunkft_fx.region import DenseGradient, Pass, RegionGraph, SliceDemand
 from chunkft_fx.specialize import Variant
 from chunkft_fx.tools.console import quiet, run_command
 from chunkft_fx.tools.load import pick_device, pick_dtype, source
@@ -186,11 +186,8 @@ def _text(graph: fx.Graph) -> str:
     return str(module.print_readable(print_output=False))
 
 
-def dense_gradients(compiled: CompiledModule, inputs: Inputs) -> list[tuple[Template, Any]]:
-    """Over all chunks, the weight gradients of at least `REPORTED_NUMEL` elements that are computed whole to be cut."""
-    forward(compiled, inputs, 0)
-    for k in range(1, len(compiled.plan.chunks)):
-        forward(compiled, inputs, k)
+def dense_gradients(compiled: CompiledModule) -> list[tuple[Template, DenseGradient]]:
+    """Weight gradients of at least `REPORTED_NUMEL` elements that some chunk seen so far computes whole to cut it."""
     found = {}
     for variant in compiled.variants:
         for dense in variant.dense:
@@ -201,8 +198,11 @@ def dense_gradients(compiled: CompiledModule, inputs: Inputs) -> list[tuple[Temp
 
 
 def print_coverage(compiled: CompiledModule, inputs: Inputs) -> int:
-    """Print the weight gradients that stay dense; returns how many there are."""
-    found = dense_gradients(compiled, inputs)
+    """Visit all chunks and print the weight gradients that stay dense; returns how many there are."""
+    forward(compiled, inputs, 0)
+    for k in range(1, len(compiled.plan.chunks)):
+        forward(compiled, inputs, k)
+    found = dense_gradients(compiled)
     for template, dense in found:
         print(
             f"dense: {dense.op} in {dense.module or 'the model itself'} (template {template.index}), "
