@@ -67,6 +67,16 @@ class CompiledModule(nn.Module):
     module can be used; attributes that it does not have itself are looked up there.
     """
 
+    # Kept in the instance dictionary: nn.Module would register the wrapped model as a child.
+    _model: nn.Module
+    _options: Options
+    _backend: str
+    _plan: Plan | None
+    _sessions: list[Session]
+    _slices: tuple[ActiveSlice, ...] | None
+    _schedule: ChunkSchedule | None
+    _position: dict[str, Any] | None
+
     def __init__(self, model: nn.Module, options: Options, backend: str, plan: Plan | None) -> None:
         super().__init__()
         own = self.__dict__
@@ -116,13 +126,14 @@ class CompiledModule(nn.Module):
     @property
     def schedule(self) -> ChunkSchedule:
         """Where in the sweep training is."""
-        if self._schedule is None:
+        schedule = self._schedule
+        if schedule is None:
             plan = self.plan
             schedule = ChunkSchedule(len(plan.chunks), plan.order, plan.interval, plan.seed)
             if self._position is not None:
                 schedule.load_state_dict(self._position)
             self.__dict__["_schedule"] = schedule
-        return self._schedule
+        return schedule
 
     @property
     def chunk(self) -> int:
@@ -157,11 +168,13 @@ class CompiledModule(nn.Module):
 
     def active_slices(self) -> tuple[ActiveSlice, ...]:
         """The active slices with their gradients: the same objects until the active chunk changes."""
-        if self._slices is None:
+        slices = self._slices
+        if slices is None:
             parameters = dict(self._model.named_parameters())
             chosen = self.plan.chunks[self.chunk].slices
-            self.__dict__["_slices"] = tuple(ActiveSlice(s, parameters[s.name]) for s in chosen)
-        return self._slices
+            slices = tuple(ActiveSlice(s, parameters[s.name]) for s in chosen)
+            self.__dict__["_slices"] = slices
+        return slices
 
     @property
     def program(self) -> Program:
