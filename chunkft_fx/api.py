@@ -13,10 +13,12 @@ from chunkft_fx.blocks import block_paths
 from chunkft_fx.budget import format_bytes, parse_bytes
 from chunkft_fx.capture import capture, trace
 from chunkft_fx.errors import AlreadyCompiled, NotPlanned, OptionError
+from chunkft_fx.host_memory import HostMemory
 from chunkft_fx.outline import Template, outline
 from chunkft_fx.plan import Plan
 from chunkft_fx.planner import Options, first_plan, parameter_specs, plan_for_batch
 from chunkft_fx.program import Program
+from chunkft_fx.residency import Residency
 from chunkft_fx.session import Session
 from chunkft_fx.slices import ActiveSlice, ChunkSchedule
 from chunkft_fx.specialize import Variant
@@ -33,6 +35,7 @@ def compile(
     interval: int = 1,
     backend: str = "inductor",
     seed: int = 0,
+    device: torch.device | str | None = None,
 ) -> CompiledModule:
     """Compile a model for full-parameter training in which one chunk of the parameters is active a step.
 
@@ -40,7 +43,9 @@ def compile(
     number or ``"auto"``, the fewest whose estimated peak fits the budget. ``order`` is how a sweep visits
     them (``"ascending"``, ``"descending"``, ``"random"`` with ``seed``), ``interval`` the optimizer steps
     spent on each. ``backend="eager"`` runs the rewritten FX graphs as they are, ``"inductor"`` compiles
-    them. The model is traced at its first call; it must trace with ``torch.compile(fullgraph=True)``.
+    them. ``device`` is where the model runs, by default where its first parameter is; its weights can be
+    anywhere: those that the budget cannot hold stay in host memory and are fetched for each use.
+    The model is traced at its first call; it must trace with ``torch.compile(fullgraph=True)``.
 
     Raises `BudgetParseError`, `BudgetInfeasible`, `ChunkCountError`, `OptionError`,
     `NoTrainableParameters`, `AlreadyCompiled`; the first call can raise `UnsupportedGraph`.
@@ -57,7 +62,8 @@ def compile(
         raise OptionError(f'chunks={chunks!r} is not known; give a number or "auto"')
     ChunkSchedule(1, order, interval, seed)
     options = Options(parse_bytes(budget), chunks, order, interval, seed)
-    return CompiledModule(model, options, backend, first_plan(model, options))
+    target = _compute_device(model, device)
+    return CompiledModule(model, options, backend, first_plan(model, options), target)
 
 
 class CompiledModule(nn.Module):
@@ -76,13 +82,24 @@ class CompiledModule(nn.Module):
     _slices: tuple[ActiveSlice, ...] | None
     _schedule: ChunkSchedule | None
     _position: dict[str, Any] | None
+    _residency: Residency
 
-    def __init__(self, model: nn.Module, options: Options, backend: str, plan: Plan | None) -> None:
+    def __init__(
+        self, model: nn.Module, options: Options, backend: str, plan: Plan | None, device: torch.device
+    ) -> None:
         super().__init__()
         own = self.__dict__
         own["_model"], own["_options"], own["_backend"], own["_plan"] = model, options, backend, plan
         own["_sessions"], own["_slices"], own["_schedule"], own["_position"] = [], None, None, None
-        call = trace(model, self._new_session)
+        own["_residency"] = Residency(model, device, HostMemory())
+        for module in model.modules():
+            module._buffers.update({n: b.to(device) for n, b in module._buffers.items() if b is not None})
+        traced = trace(model, self._new_session)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self._residency.presented():
+                return traced(*args, **kwargs)
+
         own["forward"] = functools.wraps(model.forward)(call)  # shows the model's own signature
         # The registries are shared, not copied: names, state_dict and .to() are the wrapped model's own.
         own["_parameters"], own["_buffers"], own["_modules"] = model._parameters, model._buffers, model._modules
@@ -97,7 +114,7 @@ class CompiledModule(nn.Module):
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Copies and pickles carry the wrapped model and the options; the copy is traced and planned anew."""
-        return _rebuild, (self._model, self._options, self._backend)
+        return _rebuild, (self._model, self._options, self._backend, self._residency.device)
 
     def train(self, mode: bool = True) -> CompiledModule:
         """Set training mode here and in the wrapped model."""
@@ -122,6 +139,16 @@ class CompiledModule(nn.Module):
                 "or give chunks a number"
             )
         return self._plan
+
+    @property
+    def compute_device(self) -> torch.device:
+        """Where the model runs, and gradients are; streamed weights lie in host memory beside it."""
+        return self._residency.device
+
+    @property
+    def residency(self) -> Residency:
+        """Where each weight lives."""
+        return self._residency
 
     @property
     def schedule(self) -> ChunkSchedule:
@@ -205,9 +232,10 @@ class CompiledModule(nn.Module):
             shapes = [list(t.shape) for t in inputs if isinstance(t, torch.Tensor) and id(t) not in names]
             plan = plan_for_batch(
                 self._model, self._options, self._plan, session.activation_terms,
-                len(session.outline.regions), f"a batch with inputs of shapes {shapes[:4]}",
+                session.uses(), f"a batch with inputs of shapes {shapes[:4]}",
             )  # fmt: skip
             session.save_from = plan.save_from
+            self._residency.settle(plan.streamed, plan.depth)
             if self._plan is None or not self._plan.batch:
                 self.__dict__["_plan"] = plan
         self._sessions.append(session)
@@ -218,6 +246,18 @@ class CompiledModule(nn.Module):
         return f"budget={format_bytes(self._options.budget_bytes)}, {planned}"
 
 
-def _rebuild(model: nn.Module, options: Options, backend: str) -> CompiledModule:
+def _compute_device(model: nn.Module, device: torch.device | str | None) -> torch.device:
+    """The device to run on, with its index; `OptionError` for one that cannot be used."""
+    wanted = next(model.parameters()).device if device is None else torch.device(device)
+    if wanted.type not in ("cpu", "cuda"):
+        raise OptionError(f"device={str(wanted)!r} is not supported; use the CPU or a CUDA device")
+    if wanted.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError(f"device={str(wanted)!r} was asked for, but torch sees no CUDA device here")
+    if wanted.type == "cuda" and wanted.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return wanted
+
+
+def _rebuild(model: nn.Module, options: Options, backend: str, device: torch.device) -> CompiledModule:
     parameter_specs(model)
-    return CompiledModule(model, options, backend, first_plan(model, options))
+    return CompiledModule(model, options, backend, first_plan(model, options), device)

@@ -1,9 +1,14 @@
 """Operators of this library that appear in rewritten graphs.
 
-``chunkft_fx::narrow(x, dim, start, length)`` is a slice whose ``start`` is a run-time value and whose
+Region graphs: ``chunkft_fx::narrow(x, dim, start, length)`` is a slice whose ``start`` is a run-time value and whose
 ``length`` is static, so that one compiled variant serves every chunk that cuts a tensor at the same
 fraction. ``start`` is an ``i64[]`` tensor on the CPU: no symbol, no guard, no device synchronisation.
 The result is a contiguous copy, because an operator without alias annotation must not return a view.
+
+Programs: the stream nodes. ``fetch(host, device, buffer) -> copies`` begins to bring tensors into a ring buffer of
+the device; ``wait(copies)`` stands before their first use, ``release(copies)`` behind their last: then the buffer
+can be filled again. As operators they are plain synchronous copies, so that a program means the same wherever it
+runs; the run time lowers them to a copy stream and a ring of buffers (`streams`).
 """
 
 from __future__ import annotations
@@ -30,3 +35,33 @@ _LIBRARY.impl("narrow", _narrow, "CUDA")
 torch.library.register_fake("chunkft_fx::narrow", _narrow_meta, lib=_LIBRARY)
 
 narrow = torch.ops.chunkft_fx.narrow.default
+
+
+def _fetch(host: list[Tensor], device: torch.device, buffer: int) -> list[Tensor]:
+    return [torch.empty_like(t, device=device).copy_(t) for t in host]
+
+
+def _fetch_meta(host: list[Tensor], device: torch.device, buffer: int) -> list[Tensor]:
+    return [torch.empty_like(t, device=device) for t in host]
+
+
+def _nothing(copies: list[Tensor]) -> None:
+    """Order only: the annotation says that the copies are written, so that no use moves across."""
+
+
+_LIBRARY.define("fetch(Tensor[] host, Device device, int buffer) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.define("wait(Tensor(a!)[] copies) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.define("release(Tensor(a!)[] copies) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.impl("fetch", _fetch, "CompositeExplicitAutograd")
+_LIBRARY.impl("wait", _nothing, "CompositeExplicitAutograd")
+_LIBRARY.impl("release", _nothing, "CompositeExplicitAutograd")
+torch.library.register_fake("chunkft_fx::fetch", _fetch_meta, lib=_LIBRARY)
+torch.library.register_fake("chunkft_fx::wait", _nothing, lib=_LIBRARY)
+torch.library.register_fake("chunkft_fx::release", _nothing, lib=_LIBRARY)
+
+fetch = torch.ops.chunkft_fx.fetch.default
+wait = torch.ops.chunkft_fx.wait.default
+release = torch.ops.chunkft_fx.release.default
+
+# All stream nodes, in the order in which one buffer sees them.
+STREAM_NODES = (fetch, wait, release)

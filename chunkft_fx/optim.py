@@ -17,13 +17,14 @@ from torch.optim.optimizer import Optimizer
 
 from chunkft_fx.cuts import cut_dim
 from chunkft_fx.errors import NotPlanned, OptimizerMismatch, OptionError
+from chunkft_fx.host_memory import HostMemory
 from chunkft_fx.optim_checkpoint import ENTRY, describe, read
 from chunkft_fx.optim_groups import ChunkedModule, check_hyperparameters, parameter_groups, require_chunked
 from chunkft_fx.optim_state import front, new_state, reconcile, state_dtype, state_keys
 from chunkft_fx.plan import Slice
 from chunkft_fx.slices import ActiveSlice
 from chunkft_fx.step_counts import counted, within
-from chunkft_fx.streaming import CudaStage, HostMemory, Stage, stage_nbytes
+from chunkft_fx.streaming import CudaStage, Stage, stage_nbytes
 
 
 class AdamW(Optimizer):
@@ -156,16 +157,16 @@ class AdamW(Optimizer):
     def _check(self, active: Sequence[ActiveSlice]) -> None:
         """Refuse what an update could not finish, before it begins."""
         known = {id(p): n for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)}
-        device = active[0].parameter.device
+        device = self._model.compute_device
         for s in active:
             if known.get(id(s.parameter)) != s.name:
                 raise OptimizerMismatch(
                     f"{s.name!r} became trainable or was replaced after this optimizer was made; make a new optimizer"
                 )
-            if s.parameter.device != device or device.type not in ("cpu", "cuda"):
+            if s.parameter.device not in (device, torch.device("cpu")):
                 raise OptimizerMismatch(
-                    f"{s.name!r} is on {s.parameter.device}, {active[0].name!r} on {device}; "
-                    "move the whole model to the CPU or to one CUDA device"
+                    f"{s.name!r} is on {s.parameter.device}, the model runs on {device}; "
+                    "a weight must be there or in host memory"
                 )
             expected = (s.weight().shape, state_dtype(s.parameter), device)
             if s.grad is not None and (s.grad.shape, s.grad.dtype, s.grad.device) != expected:
@@ -177,12 +178,13 @@ class AdamW(Optimizer):
     def _state_of(self, parameter: Tensor) -> dict[str, Any]:
         """A parameter's state, made when it is first asked for."""
         if parameter not in self.state:
-            self.state[parameter] = new_state(parameter, self._memory)
+            pinned = self._model.compute_device.type == "cuda"
+            self.state[parameter] = new_state(parameter, self._memory, pinned)
         return cast(dict[str, Any], self.state[parameter])
 
     def _fetch(self, active: Sequence[ActiveSlice]) -> None:
         """Begin to bring the states of these slices to where their weights are, unless they are there."""
-        device = active[0].parameter.device
+        device = self._model.compute_device
         slices = [s.slice for s in active]
         if slices == self._staged and device == self._stage.device:
             return
@@ -226,12 +228,13 @@ class AdamW(Optimizer):
         steps: list[Tensor] = []
         weights: list[tuple[Tensor, Tensor]] = []
         for s, staged in entries:
-            weight, gradient = front(s.weight(), s.dim), front(cast(Tensor, s.grad), s.dim).contiguous()
+            home, gradient = front(s.weight(), s.dim), front(cast(Tensor, s.grad), s.dim).contiguous()
+            weight = home.to(gradient.device)  # a streamed weight is brought in, and taken back below
             # one layout for all operands: fused kernels demand it, and vectorised loops round the same way
             master = staged["master"] if "master" in staged else weight.contiguous()
             if "master" in staged:
                 reconcile(master, weight)
-            weights.append((weight, master))
+            weights.append((home, master))
             for run in within(self.state[s.parameter]["slice_steps"], s.start, s.length):
                 part = slice(run.start - s.start, run.start - s.start + run.length)
                 masters.append(master[part])

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from chunkft_fx.errors import NoTrainableParameters, OptimizerMismatch, OptionError
@@ -21,6 +22,9 @@ class ChunkedModule(Protocol):
 
     @property
     def schedule(self) -> ChunkSchedule: ...
+
+    @property
+    def compute_device(self) -> torch.device: ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from chunkft_fx.cuts import cut_dim
+from chunkft_fx.host_memory import HostMemory
 from chunkft_fx.step_counts import uniform
-from chunkft_fx.streaming import HostMemory
 
 # Elements compared at once when a master is checked against its weight: bounds the temporary memory.
 PIECE_NUMEL = 2**24
@@ -40,12 +40,12 @@ def front(t: Tensor, dim: int) -> Tensor:
     return t.detach().movedim(dim, 0) if t.ndim else t.detach().view(1)
 
 
-def new_state(parameter: Tensor, memory: HostMemory) -> dict[str, Any]:
-    """The state of a parameter that was never updated: zeros, pinned when the parameter is on CUDA."""
+def new_state(parameter: Tensor, memory: HostMemory, pinned: bool) -> dict[str, Any]:
+    """The state of a parameter that was never updated: zeros, pinned for updates on CUDA."""
     dim = cut_dim(parameter.shape)
     state: dict[str, Any] = {"slice_steps": uniform(size_along(parameter, dim))}
     for key in state_keys(parameter):
-        host = memory.zeros(front(parameter, dim).shape, state_dtype(parameter), parameter.is_cuda)
+        host = memory.zeros(front(parameter, dim).shape, state_dtype(parameter), pinned)
         state[key] = host.movedim(0, dim) if parameter.ndim else host.view(())
     return state
 

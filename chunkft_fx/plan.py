@@ -42,7 +42,8 @@ class Plan:
     """What a run will do, decided before it starts.
 
     ``save_from[k]`` is the first region that keeps its activations while chunk ``k`` is active; the
-    regions below it (and above the lowest active slice) recompute them in backward.
+    regions below it (and above the lowest active slice) recompute them in backward. ``streamed`` names the
+    parameters whose weights stay in host memory, ``depth`` the ring buffers that they pass through.
     ``terms`` maps each part of the predicted peak to its bytes. ``batch`` says for which input
     shapes the prediction was made; before the first training batch it and the prediction are empty.
     """
@@ -53,6 +54,8 @@ class Plan:
     interval: int
     seed: int
     save_from: tuple[int, ...] = ()
+    streamed: tuple[str, ...] = ()
+    depth: int = 2
     predicted_peak_bytes: int | None = None
     terms: tuple[tuple[str, int], ...] = ()
     batch: str = ""
@@ -76,6 +79,7 @@ class Plan:
                 Chunk(tuple(Slice(**s) for s in c["slices"]), c["numel"], c["nbytes"]) for c in raw["chunks"]
             )
             raw["save_from"] = tuple(raw["save_from"])
+            raw["streamed"] = tuple(raw["streamed"])
             raw["terms"] = tuple((name, nbytes) for name, nbytes in raw["terms"])
             return cls(**raw)
         except (ValueError, TypeError, KeyError) as error:

@@ -52,7 +52,8 @@ def _head(plan: Plan) -> list[str]:
     seed = f" (seed {plan.seed})" if plan.order == "random" else ""
     terms = [f"  {format_bytes(nbytes):>11}  {name}" for name, nbytes in plan.terms]
     schedule = f"{len(plan.chunks)} chunk(s), {plan.order} order{seed}, {steps} each"
-    return [f"budget {format_bytes(plan.budget_bytes)}, {peak}", *terms, schedule]
+    away = [f"{len(plan.streamed)} weights stay in host memory, {plan.depth} buffers"] if plan.streamed else []
+    return [f"budget {format_bytes(plan.budget_bytes)}, {peak}", *terms, schedule, *away]
 
 
 def _shown(count: int) -> list[int | None]:

@@ -1,7 +1,8 @@
-"""Planner: how many chunks, where they are cut, and which regions keep their activations, under a budget.
+"""Planner: how many chunks, where they are cut, which weights are streamed, which regions keep activations.
 
-The rule of this version: the fewest chunks whose estimated peak fits; then, from the last region
-down, as many regions as fit keep their activations, the others recompute them. The estimate adds
+The rule of this version: the fewest regions with streamed weights, none if that can be; then the fewest
+chunks whose estimated peak fits; then, from the last region down, as many regions as fit keep their
+activations, the others recompute them. The estimate adds
 weights and buffers, the active chunk's gradients and staged optimizer state, and the memory model's
 activations and workspace of the step that runs deepest (the one whose chunk holds the first region).
 """
@@ -19,12 +20,15 @@ from chunkft_fx.budget import format_bytes
 from chunkft_fx.cuts import ParameterSpec, cut, max_chunks
 from chunkft_fx.errors import BudgetInfeasible, NoTrainableParameters
 from chunkft_fx.plan import Chunk, Plan
+from chunkft_fx.streams import ring_buffer_nbytes
 
 # The parts of a predicted peak by name, in bytes.
 Terms = dict[str, int]
 
 # More chunks than this save less than a thousandth of the states each; a 7B model has 1.7 million places to cut.
 MOST_CHUNKS = 1024
+# Buffers of the ring: one is read while the next is filled.
+DEPTH = 2
 
 
 @dataclass(frozen=True)
@@ -63,16 +67,39 @@ def resident_nbytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
 
 
-def fixed_terms(model: nn.Module, chunks: Sequence[Chunk]) -> Terms:
-    """The terms that need no batch: weights, and gradients and states of the largest chunk."""
+def streamed_choice(uses: Sequence[frozenset[str]], count: int) -> frozenset[str]:
+    """The weights of ``count`` of the regions, spread evenly so that fetches have compute to hide under."""
+    spread = [i * len(uses) // count for i in range(count)]
+    return frozenset().union(*(uses[i] for i in spread))
+
+
+def ring_nbytes(model: nn.Module, uses: Sequence[frozenset[str]], streamed: frozenset[str]) -> int:
+    """Bytes of the buffers that streamed weights pass through, each as large as the largest region's."""
+    parameters = dict(model.named_parameters())
+    return DEPTH * ring_buffer_nbytes([[parameters[n] for n in use & streamed] for use in uses])
+
+
+def fixed_terms(
+    model: nn.Module,
+    chunks: Sequence[Chunk],
+    uses: Sequence[frozenset[str]] = (),
+    streamed: frozenset[str] = frozenset(),
+) -> Terms:
+    """The terms that need no batch: weights, and gradients and states of the largest chunk.
+
+    ``uses`` says which parameters each region reads, ``streamed`` which of them stay in host memory.
+    """
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
     sizes = {name: p.numel() for name, p in model.named_parameters()}
 
     def total(chunk: Chunk, per_element: Callable[[torch.dtype], int]) -> int:
         return sum(sizes[s.name] * s.length // s.size * per_element(dtypes[s.name]) for s in chunk.slices)
 
+    away = sum(sizes[n] * dtypes[n].itemsize for n in streamed)
+    ring = {"ring of streamed weights": ring_nbytes(model, uses, streamed)} if streamed else {}
     return {
-        "weights and buffers": resident_nbytes(model),
+        "weights and buffers": resident_nbytes(model) - away,
+        **ring,
         "optimizer state of the active chunk": max(total(c, state_nbytes) for c in chunks),
         "gradients of the active chunk": max(
             total(c, lambda d: torch.promote_types(d, torch.float32).itemsize) for c in chunks
@@ -88,7 +115,10 @@ def first_plan(model: nn.Module, options: Options) -> Plan | None:
     parameters = parameter_specs(model)
     finest = _finest(parameters) if options.chunks == "auto" else options.chunks
     chunks = cut(parameters, int(finest))
-    _require(options.budget_bytes, fixed_terms(model, chunks), len(chunks), "before any activation")
+    uses = parts_of(model)
+    resident, streamed = fixed_terms(model, chunks), fixed_terms(model, chunks, uses, frozenset().union(*uses))
+    least = min(resident, streamed, key=lambda terms: sum(terms.values()))
+    _require(options.budget_bytes, least, len(chunks), "before any activation")
     if options.chunks == "auto":
         return None
     return Plan(options.budget_bytes, chunks, options.order, options.interval, options.seed)
@@ -99,23 +129,31 @@ def plan_for_batch(
     options: Options,
     known: Plan | None,
     activations: Callable[[tuple[Chunk, ...], int], Terms],
-    num_regions: int,
+    uses: Sequence[frozenset[str]],
     batch: str,
 ) -> Plan:
-    """Complete a plan for a batch: choose the number of chunks if still open, then the saving policy.
+    """Complete a plan for a batch: streamed weights and number of chunks if still open, then the saving policy.
 
     ``activations(chunks, save_from)`` predicts the step terms when regions below ``save_from`` recompute.
+    ``uses`` names the parameters that each region reads.
     """
     parameters = parameter_specs(model)
+    num_regions = len(uses)
 
     def terms(chunks: tuple[Chunk, ...], save_from: int) -> Terms:
-        return fixed_terms(model, chunks) | activations(chunks, save_from)
+        return fixed_terms(model, chunks, uses, streamed) | activations(chunks, save_from)
 
     def fits(chunks: tuple[Chunk, ...], save_from: int) -> bool:
-        if sum(fixed_terms(model, chunks).values()) > options.budget_bytes:
+        if sum(fixed_terms(model, chunks, uses, streamed).values()) > options.budget_bytes:
             return False  # known without making a program
         return sum(terms(chunks, save_from).values()) <= options.budget_bytes
 
+    finest = known.chunks if known is not None else cut(parameters, _finest(parameters))
+    if known is not None and known.batch:
+        streamed = frozenset(known.streamed)
+    else:
+        floor = sum(activations(finest, num_regions).values())
+        streamed = _fewest_streamed(model, uses, finest, options.budget_bytes - floor)
     chunks = known.chunks if known is not None else _fewest(parameters, lambda c: fits(c, num_regions))
     low = 0
     if not fits(chunks, 0):
@@ -128,7 +166,26 @@ def plan_for_batch(
     final = terms(chunks, low)
     plan = known or Plan(options.budget_bytes, chunks, options.order, options.interval, options.seed)
     ordered = tuple(sorted(final.items(), key=lambda item: -item[1]))
+    plan = replace(plan, streamed=tuple(sorted(streamed)), depth=DEPTH)
     return replace(plan, save_from=save_from, predicted_peak_bytes=sum(final.values()), terms=ordered, batch=batch)
+
+
+def parts_of(model: nn.Module) -> tuple[frozenset[str], ...]:
+    """The parameters of each part of a model, as far as it is known before the model is traced."""
+    names = [n for n, _ in model.named_parameters()]
+    numbers = region_of_parameters(names, block_paths(model.named_modules()))
+    parts = [frozenset(n for n, i in zip(names, numbers, strict=True) if i == part) for part in range(max(numbers) + 1)]
+    return tuple(parts)
+
+
+def _fewest_streamed(
+    model: nn.Module, uses: Sequence[frozenset[str]], chunks: Sequence[Chunk], room: int
+) -> frozenset[str]:
+    """The streamed weights of the fewest regions with which the fixed terms fit, else of the least need."""
+    choices = [streamed_choice(uses, count) for count in range(len(uses) + 1)]
+    needs = [sum(fixed_terms(model, chunks, uses, c).values()) for c in choices]
+    fitting = [c for c, need in zip(choices, needs, strict=True) if need <= room]
+    return fitting[0] if fitting else choices[needs.index(min(needs))]
 
 
 def _finest(parameters: Sequence[ParameterSpec]) -> int:

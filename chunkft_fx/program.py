@@ -18,9 +18,12 @@ from torch import fx, nn
 
 from chunkft_fx.capture import Capture, OutputName
 from chunkft_fx.outline import Outline, Region
+from chunkft_fx.passes.insert_streams import InsertStreams
+from chunkft_fx.passes.schedule_prefetch import SchedulePrefetch
 from chunkft_fx.plan import Slice
 from chunkft_fx.region import OutputDemand, SliceDemand
 from chunkft_fx.specialize import Demand, Specializer, Variant
+from chunkft_fx.stream_verifier import verify_streams
 
 
 class RegionCall(nn.Module):
@@ -66,20 +69,26 @@ class ProgramSpec:
 
     ``slices`` maps the names of parameters in the active chunk to their slices; ``absent`` names the
     tangents that will not be provided; ``inputs`` the non-parameter primals whose gradient is wanted;
-    regions below ``save_from`` recompute their activations.
+    regions below ``save_from`` recompute their activations; ``streams`` says which weights are fetched.
     """
 
     slices: Mapping[str, Slice]
     absent: frozenset[str]
     inputs: frozenset[str]
     save_from: int = 0
+    streams: InsertStreams | None = None
 
 
 def build(capture: Capture, outline: Outline, specializer: Specializer, spec: ProgramSpec) -> Program:
     """Decide every region's demand, get its variant, and write the calls down as one graph."""
     demands = region_demands(capture, outline, specializer, spec)
     variants = [specializer.variant(r.template, d) for r, d in zip(outline.regions, demands, strict=True)]
-    return _write(capture, outline, spec, variants)
+    program = _write(capture, outline, spec, variants)
+    if spec.streams is not None and spec.streams(program.module):
+        SchedulePrefetch()(program.module)
+        verify_streams(program.module, spec.streams.streamed, spec.streams.depth)
+        program.module.recompile()
+    return program
 
 
 def region_demands(capture: Capture, outline: Outline, specializer: Specializer, spec: ProgramSpec) -> list[Demand]:
@@ -124,6 +133,7 @@ def _write(capture: Capture, outline: Outline, spec: ProgramSpec, variants: list
     env: dict[str, fx.Node] = {}
     for name in [*capture.primals, *capture.constants]:
         env[name] = graph.placeholder(_readable(capture.parameters.get(name, name)))
+        env[name].meta["parameter"] = capture.parameters.get(name)
     for name in capture.tangents:
         if name not in spec.absent:
             env[name] = graph.placeholder(name)

@@ -16,20 +16,32 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from chunkft_fx import ops
 from chunkft_fx.capture import keeps_graph
 from chunkft_fx.errors import StaleBackward
 from chunkft_fx.lowering import lower
+from chunkft_fx.ops import STREAM_NODES
 from chunkft_fx.program import Program, RegionCall
 from chunkft_fx.slices import ActiveSlice
+from chunkft_fx.streams import Ring
 
 Slots = dict[int, Any]
 
 
 @dataclass(frozen=True)
-class Instruction:
-    """One region call: slots in, slots out, and the input slots that die with it."""
+class StreamNode:
+    """A fetch, wait or release of one of the ring's buffers."""
 
-    call: RegionCall
+    target: Any
+    buffer: int
+    is_backward: bool
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One region call or stream node: slots in, slots out, and the input slots that die with it."""
+
+    call: RegionCall | StreamNode
     inputs: tuple[int, ...]
     outputs: tuple[tuple[int, int], ...]
     last_use: tuple[int, ...]
@@ -70,15 +82,13 @@ def assemble(program: Program, num_inputs: int) -> Executable:
     placeholders = [slot(n) for n in program.graph.find_nodes(op="placeholder")]
     results: Any = program.graph.output_node().args[0]
     outputs, mutations, gradients = results
-    raw: list[tuple[RegionCall, tuple[int, ...], tuple[tuple[int, int], ...]]] = []
+    raw: list[tuple[RegionCall | StreamNode, tuple[int, ...], tuple[tuple[int, int], ...]]] = []
     for node in program.graph.nodes:
-        if node.op != "call_module":
+        if node.op != "call_module" and node.target not in STREAM_NODES:
             continue
-        items = [u for u in node.users if u.target is operator.getitem]
-        call = program.module.get_submodule(str(node.target))
-        assert isinstance(call, RegionCall)
-        taken: list[Any] = [(u.args[1], slot(u)) for u in items]
-        raw.append((call, tuple(slot(a) for a in node.args), tuple(taken)))
+        taken: list[Any] = [(u.args[1], slot(u)) for u in node.users if u.target is operator.getitem]
+        arguments: Any = node.args if node.op == "call_module" else node.args[0]
+        raw.append((_callee(program, node), tuple(slot(a) for a in arguments), tuple(taken)))
     keep = {slot(n) for n in (*outputs, *mutations, *gradients) if isinstance(n, fx.Node)}
     instructions: list[Instruction] = []
     alive: set[int] = set()
@@ -106,20 +116,49 @@ def assemble(program: Program, num_inputs: int) -> Executable:
     )
 
 
+def _callee(program: Program, node: fx.Node) -> RegionCall | StreamNode:
+    if node.op == "call_module":
+        call = program.module.get_submodule(str(node.target))
+        assert isinstance(call, RegionCall)
+        return call
+    fetch = node if node.target is ops.fetch else node.all_input_nodes[0].all_input_nodes[0]
+    buffer: Any = fetch.args[2]
+    return StreamNode(node.target, buffer, node.meta["part"] == "backward")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What instructions run on: how regions are lowered, and the ring that streamed weights pass through."""
+
+    backend: str
+    fake_mode: Any
+    ring: Ring | None = None
+
+    def run(self, instruction: Instruction, arguments: list[Any]) -> Sequence[Any]:
+        """Run one instruction; a region call may empty its arguments."""
+        call = instruction.call
+        if isinstance(call, RegionCall):
+            return lower(call.variant, self.backend, self.fake_mode, call.is_backward)(arguments)
+        assert self.ring is not None
+        if call.target is ops.fetch:
+            return self.ring.fetch(arguments, call.buffer)
+        if call.target is ops.wait:
+            self.ring.wait(call.buffer)
+        return ()
+
+
 def execute(
     instructions: Sequence[Instruction],
     slots: Slots,
-    backend: str,
-    fake_mode: Any,
+    machine: Machine,
     after: Callable[[Slots, Instruction], None],
 ) -> None:
     """Run instructions over ``slots``, dropping each value with its last use; ``after`` sees every result."""
     for instruction in instructions:
-        run = lower(instruction.call.variant, backend, fake_mode, instruction.call.is_backward)
         arguments = [slots[s] for s in instruction.inputs]
         for s in instruction.last_use:
             del slots[s]
-        results = run(arguments)
+        results = machine.run(instruction, arguments)
         arguments.clear()
         for index, s in instruction.outputs:
             slots[s] = results[index]
@@ -173,18 +212,18 @@ class Step:
 
 
 def run_forward(
-    executable: Executable, arguments: Sequence[Any], backend: str, fake_mode: Any
+    executable: Executable, arguments: Sequence[Any], machine: Machine
 ) -> tuple[list[Any], list[Tensor], Slots]:
     """Run the forward part; returns the outputs, the new values of mutated buffers, and the slots left for backward."""
     slots: Slots = dict(zip(executable.inputs, arguments, strict=True))
-    execute(executable.forward, slots, backend, fake_mode, lambda _slots, _instruction: None)
+    execute(executable.forward, slots, machine, lambda _slots, _instruction: None)
     outputs = [slots[o] if isinstance(o, Slot) else o for o in executable.outputs]
     mutated = [slots[m] for m in executable.mutations]
     left = {s: v for s, v in slots.items() if s not in executable.unused}
     return outputs, mutated, left | executable.constants
 
 
-def run_backward(step: Step, tangents: dict[int, Tensor], backend: str, fake_mode: Any) -> dict[str, Tensor]:
+def run_backward(step: Step, tangents: dict[int, Tensor], machine: Machine) -> dict[str, Tensor]:
     """Run the backward part; returns the sum of the contributions to each primal's gradient.
 
     Nothing outside is touched before all of it has run, so an exception leaves gradients as they were.
@@ -211,7 +250,7 @@ def run_backward(step: Step, tangents: dict[int, Tensor], backend: str, fake_mod
                 del values[s]
 
     later = {s for i in step.executable.backward for s in i.inputs}
-    execute(step.executable.backward, slots, backend, fake_mode, collect)
+    execute(step.executable.backward, slots, machine, collect)
     for s, primals in step.executable.gradients.items():
         produced = any(s == o for i in step.executable.backward for _, o in i.outputs)
         if not produced:

@@ -17,9 +17,11 @@ from torch import Tensor
 from chunkft_fx.capture import Capture, OutputName, hint
 from chunkft_fx.memory_model import step_peak
 from chunkft_fx.outline import Outline
+from chunkft_fx.passes.insert_streams import InsertStreams
 from chunkft_fx.plan import Chunk
 from chunkft_fx.program import ProgramSpec, build
-from chunkft_fx.runtime import Executable, Step, assemble, run_backward, run_forward
+from chunkft_fx.residency import Residency
+from chunkft_fx.runtime import Executable, Machine, Step, assemble, run_backward, run_forward
 from chunkft_fx.slices import ActiveSlice
 from chunkft_fx.specialize import Specializer
 
@@ -29,6 +31,9 @@ class Owner(Protocol):
 
     @property
     def chunk(self) -> int: ...
+
+    @property
+    def residency(self) -> Residency: ...
 
     def active_slices(self) -> tuple[ActiveSlice, ...]: ...
 
@@ -42,7 +47,7 @@ class Session:
         self.outline = outline
         self.backend = backend
         self.specializer = Specializer()
-        self.executables: dict[tuple[tuple[Any, ...], frozenset[str], int], Executable] = {}
+        self.executables: dict[tuple[Any, ...], Executable] = {}
         self.last: Executable | None = None
         self.save_from: tuple[int, ...] = ()
         self.expected = self._first_guess()
@@ -50,6 +55,9 @@ class Session:
         self._inputs = tuple(
             i for i, p in enumerate(capture.primals) if p in capture.gradients and p not in capture.parameters
         )
+        self._parameters = [
+            (i, capture.parameters[p]) for i, p in enumerate(capture.primals) if p in capture.parameters
+        ]
         self._constants = list(capture.constants.values())
 
     def _first_guess(self) -> frozenset[str]:
@@ -79,10 +87,12 @@ class Session:
         return self._executable(tuple(s.slice for s in slices), absent, save_from)
 
     def _executable(self, slices: tuple[Any, ...], absent: frozenset[str], save_from: int) -> Executable:
-        key = (slices, absent, save_from)
+        residency = self.owner.residency
+        streams = InsertStreams(residency.away(), residency.device, residency.depth)
+        key = (slices, absent, save_from, streams)
         if key not in self.executables:
             inputs = frozenset(self.capture.primals[i] for i in self._inputs) if slices else frozenset()
-            spec = ProgramSpec({s.name: s for s in slices}, absent, inputs, save_from)
+            spec = ProgramSpec({s.name: s for s in slices}, absent, inputs, save_from, streams)
             program = build(self.capture, self.outline, self.specializer, spec)
             count = len(self.capture.primals) + len(self.capture.constants)
             self.executables[key] = assemble(program, count)
@@ -90,12 +100,35 @@ class Session:
         return self.last
 
     def _forward(self, executable: Executable, values: Sequence[Any]) -> tuple[list[Any], list[Tensor], Any]:
-        return run_forward(executable, [*values, *self._constants], self.backend, self.capture.fake_mode)
+        return run_forward(executable, [*values, *self._constants], self._machine())
+
+    def _machine(self) -> Machine:
+        return Machine(self.backend, self.capture.fake_mode, self.owner.residency.ring(self.uses()))
+
+    def uses(self) -> list[frozenset[str]]:
+        """For each region the names of the parameters that it reads."""
+        names = self.capture.parameters
+        return [frozenset(names[p] for p in region.primals if p in names) for region in self.outline.regions]
 
     def _private(self, arguments: Sequence[Any]) -> list[Any]:
-        """The arguments, with a copy of each buffer that forward writes: backward must see its old value."""
+        """The arguments, with a copy of each buffer that forward writes: backward must see its old value.
+
+        A weight that is not on the device is taken from where it is.
+        """
         written = {self.capture.primals.index(p) for p, _ in self.capture.mutations}
-        return [a.clone() if i in written else a for i, a in enumerate(arguments)]
+        values = [a.clone() if i in written else a for i, a in enumerate(arguments)]
+        away = self.owner.residency.away()
+        for i, name in self._parameters:
+            if name in away:
+                values[i] = self.owner.residency.real(name)
+        return values
+
+    def _versions(self, values: Sequence[Any], slots: dict[int, Any]) -> list[tuple[Tensor, int]]:
+        """What backward reads, each with its version; a parameter stands for its weight in host memory."""
+        parameters = self.owner.residency.parameters
+        counted = {id(values[i]): parameters[name] for i, name in self._parameters}
+        tensors = [counted.get(id(v), v) for v in slots.values() if isinstance(v, Tensor)]
+        return [(t, t._version) for t in tensors]
 
     def _write_back(self, arguments: Sequence[Any], mutated: Sequence[Tensor]) -> None:
         for (primal, _), value in zip(self.capture.mutations, mutated, strict=True):
@@ -109,7 +142,7 @@ class Session:
         draws = _random_state() if self.capture.is_random else None
         values = self._private(arguments)
         outputs, mutated, slots = self._forward(executable, values)
-        versions = [(v, v._version) for v in slots.values() if isinstance(v, Tensor)]
+        versions = self._versions(values, slots)
 
         def replay(wanted: frozenset[str]) -> Step:
             with _restored(draws), torch.no_grad():
@@ -134,7 +167,7 @@ class Session:
             tangents[slot] = (
                 _restride(gradients[name], like) if name in gradients else step.zeros(self.capture.tangents[name])
             )
-        totals = run_backward(step, tangents, self.backend, self.capture.fake_mode)
+        totals = run_backward(step, tangents, self._machine())
         slices = {s.name: s for s in step.owner}
         for primal in list(totals):
             if primal in self.capture.parameters:

@@ -20,7 +20,7 @@ ORDERS = ("ascending", "descending", "random")
 class ActiveSlice:
     """One active slice of a parameter and its gradient.
 
-    ``grad`` has the slice's shape, on the parameter's device, in float32 (float64 for a float64
+    ``grad`` has the slice's shape, on the device that the model runs on, in float32 (float64 for a float64
     parameter); it is ``None`` before the first backward and adds up over backward calls.
     """
 

@@ -1,4 +1,4 @@
-"""Optimizer state between host and device: host memory that lasts, and the stage where updates happen.
+"""Optimizer state between host and device: the stage where updates happen.
 
 Host tensors keep the cut dimension in front, so that every slice of them is one contiguous run and
 moves in one copy. A *stage* holds the states of the active slices where the weights are. On the CPU host
@@ -11,46 +11,12 @@ every reuse of a buffer safe by the order of the stream.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 
 import torch
 from torch import Tensor
 
 # Staged tensors start at multiples of this many bytes, as the CUDA allocator's own do.
 STAGE_ALIGNMENT = 256
-# Pinned slabs are powers of two (torch's pinned allocator rounds up to them) and grow up to this size.
-SMALLEST_SLAB = 64 * 2**20
-LARGEST_SLAB = 2**30
-
-
-class HostMemory:
-    """Zeroed host tensors that live as long as the optimizer; pinned ones are carved from slabs.
-
-    Pinning costs about 0.5 s a GiB and a call, and torch rounds each pinned tensor up to a power of two;
-    slabs taken as they are needed avoid both waste and waiting for all memory at once.
-    """
-
-    def __init__(self) -> None:
-        self._slabs: dict[torch.dtype, list[Tensor]] = {}  # the unused rest of each slab
-
-    def zeros(self, shape: Sequence[int], dtype: torch.dtype, pinned: bool) -> Tensor:
-        """A contiguous host tensor of zeros."""
-        if not pinned:
-            return torch.zeros(shape, dtype=dtype)
-        numel = prod(shape)
-        slabs = self._slabs.setdefault(dtype, [])
-        for i, rest in enumerate(slabs):
-            if rest.numel() >= numel:
-                slabs[i] = rest[numel:]
-                return rest[:numel].view(shape)
-        taken = self._new_slab(numel, dtype)
-        slabs.append(taken[numel:])
-        return taken[:numel].view(shape)
-
-    def _new_slab(self, numel: int, dtype: torch.dtype) -> Tensor:
-        grown = min(SMALLEST_SLAB << len(self._slabs[dtype]), LARGEST_SLAB)
-        nbytes = max(grown, 1 << (numel * dtype.itemsize - 1).bit_length())
-        return torch.zeros(nbytes // dtype.itemsize, dtype=dtype, pin_memory=True)
 
 
 class Stage:

@@ -58,6 +58,10 @@ class FakeModule(nn.Module):
             raise NotPlanned("no batch yet")
         return self._schedule
 
+    @property
+    def compute_device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         return self.model.named_parameters(*args, **kwargs)
 

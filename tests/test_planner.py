@@ -46,8 +46,7 @@ def test_auto_takes_the_fewest_chunks_that_fit() -> None:
     assert count > 1
     assert plan.predicted_peak_bytes is not None
     assert plan.predicted_peak_bytes <= budget
-    with pytest.raises(BudgetInfeasible):
-        planned(model, budget, batch(2, 16, 0), chunks=count - 1)
+    assert len(planned(model, budget, batch(2, 16, 0), chunks=count - 1).plan.streamed) > len(plan.streamed)
 
 
 def test_a_larger_budget_never_asks_for_more_chunks_or_more_recomputation() -> None:

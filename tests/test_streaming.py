@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from chunkft_fx import streaming
+from chunkft_fx import host_memory
+from chunkft_fx.host_memory import HostMemory
 from chunkft_fx.optim import AdamW
-from chunkft_fx.streaming import CudaStage, HostMemory, Stage
+from chunkft_fx.streaming import CudaStage, Stage
 from tests.fake_model import FakeModule, net, train_step
 
 CPU = torch.device("cpu")
@@ -121,8 +122,8 @@ def test_pinned_memory_is_carved_from_zeroed_slabs(monkeypatch: pytest.MonkeyPat
         slabs.append(numel * dtype.itemsize)
         return zeros(numel, dtype=dtype)
 
-    monkeypatch.setattr(streaming, "SMALLEST_SLAB", 1024)
-    monkeypatch.setattr(streaming, "LARGEST_SLAB", 4096)
+    monkeypatch.setattr(host_memory, "SMALLEST_SLAB", 1024)
+    monkeypatch.setattr(host_memory, "LARGEST_SLAB", 4096)
     monkeypatch.setattr(torch, "zeros", pinned_zeros)
     memory = HostMemory()
     taken = [memory.zeros((n, 10), torch.float32, pinned=True) for n in (10, 10, 30, 2, 150, 60)]
