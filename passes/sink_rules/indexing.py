@@ -30,8 +30,13 @@ def moved_indices(cut: Cut, indices: Any, like: fx.Node, size: Any = None) -> fx
     above = cut.emit(aten.ge.Scalar, relative, 0, like=like)
     below = cut.emit(aten.lt.Scalar, relative, cut.length, like=like)
     inside = cut.emit(aten.logical_and.default, above, below, like=like)
-    dropped = cut.emit(aten.full_like.default, relative, cut.length, like=like)
-    return cut.emit(aten.where.self, inside, relative, dropped, like=like)
+    return cut.emit(aten.where.self, inside, relative, _extra_row(cut, relative, like), like=like)
+
+
+def _extra_row(cut: Cut, indices: fx.Node, like: fx.Node) -> fx.Node:
+    """The index behind the slice, of the indices' dtype; Inductor lowers ``full`` in every version."""
+    value = indices.meta["val"]
+    return cut.emit(aten.full.default, [], cut.length, dtype=value.dtype, device=value.device, like=like)
 
 
 def without_last(cut: Cut, node: fx.Node, dim: int) -> fx.Node:
@@ -47,8 +52,7 @@ def embedding_dense_backward(cut: Cut, node: fx.Node) -> fx.Node | None:
     moved = moved_indices(cut, indices, node)
     if isinstance(padding, int) and padding >= 0:
         is_padding = cut.emit(aten.eq.Scalar, indices, padding, like=node)
-        dropped = cut.emit(aten.full_like.default, moved, cut.length, like=node)
-        moved = cut.emit(aten.where.self, is_padding, dropped, moved, like=node)
+        moved = cut.emit(aten.where.self, is_padding, _extra_row(cut, moved, node), moved, like=node)
     # the extra row is a padding row: its gradient is not even added up
     result = cut.emit(node.target, gradient, moved, cut.length + 1, cut.length, by_frequency, like=node)  # type: ignore[arg-type]
     return without_last(cut, result, 0)
@@ -159,5 +163,6 @@ def scatter_add(cut: Cut, node: fx.Node) -> fx.Node | None:
 
 def _with_extra_row(cut: Cut, base: fx.Node, dim: int, like: fx.Node) -> fx.Node:
     sizes = replaced(list(base.meta["val"].shape), dim, 1)
-    row = cut.emit(aten.new_zeros.default, base, sizes, like=like)
+    value = base.meta["val"]
+    row = cut.emit(aten.full.default, sizes, 0, dtype=value.dtype, device=value.device, like=like)
     return cut.emit(aten.cat.default, [base, row], dim, like=like)
