@@ -22,13 +22,14 @@ def test_a_budget_that_is_not_bytes_is_refused(budget: Any) -> None:
 
 
 @pytest.mark.parametrize("chunks", ["auto", 4])
-def test_a_budget_below_the_weights_is_infeasible_at_once(chunks: Any) -> None:
+def test_a_budget_below_every_schedule_is_infeasible_at_once(chunks: Any) -> None:
     model, _ = tiny("llama")
     with pytest.raises(errors.BudgetInfeasible) as caught:
         chunkft_fx.compile(model, "100kB", chunks=chunks)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    assert caught.value.smallest_budget_bytes > weights
-    assert next(iter(caught.value.terms)) == "weights and buffers"
+    # weights can wait in host memory, so what is needed is a ring for them, and one chunk's states and gradients
+    assert caught.value.smallest_budget_bytes > 100_000
+    chunkft_fx.compile(model, caught.value.smallest_budget_bytes, chunks=chunks)
+    assert next(iter(caught.value.terms)) == "ring of streamed weights"
     assert str(caught.value.smallest_budget_bytes) in str(caught.value)
 
 
