@@ -13,6 +13,7 @@ from chunkft_fx.blocks import block_paths
 from chunkft_fx.budget import format_bytes, parse_bytes
 from chunkft_fx.capture import capture, trace
 from chunkft_fx.errors import AlreadyCompiled, NotPlanned, OptionError
+from chunkft_fx.head_rewrite import chunk_head
 from chunkft_fx.host_memory import HostMemory
 from chunkft_fx.outline import Template, outline
 from chunkft_fx.plan import Plan
@@ -35,6 +36,7 @@ def compile(
     interval: int = 1,
     backend: str = "inductor",
     seed: int = 0,
+    return_logits: bool = False,
     device: torch.device | str | None = None,
 ) -> CompiledModule:
     """Compile a model for full-parameter training in which one chunk of the parameters is active a step.
@@ -46,6 +48,8 @@ def compile(
     them. ``device`` is where the model runs, by default where its first parameter is; its weights can be
     anywhere: those that the budget cannot hold stay in host memory and are fetched for each use.
     The model is traced at its first call; it must trace with ``torch.compile(fullgraph=True)``.
+    In training, logits that only feed a cross-entropy are never held whole: the model returns ``None`` in
+    their place, unless ``return_logits``. In evaluation and under ``no_grad`` it returns them.
 
     Raises `BudgetParseError`, `BudgetInfeasible`, `ChunkCountError`, `OptionError`,
     `NoTrainableParameters`, `AlreadyCompiled`; the first call can raise `UnsupportedGraph`.
@@ -61,7 +65,7 @@ def compile(
     if chunks != "auto" and (isinstance(chunks, bool) or not isinstance(chunks, int)):
         raise OptionError(f'chunks={chunks!r} is not known; give a number or "auto"')
     ChunkSchedule(1, order, interval, seed)
-    options = Options(parse_bytes(budget), chunks, order, interval, seed)
+    options = Options(parse_bytes(budget), chunks, order, interval, seed, return_logits)
     target = _compute_device(model, device)
     return CompiledModule(model, options, backend, first_plan(model, options), target)
 
@@ -94,11 +98,12 @@ class CompiledModule(nn.Module):
         own["_residency"] = Residency(model, device, HostMemory())
         for module in model.modules():
             module._buffers.update({n: b.to(device) for n, b in module._buffers.items() if b is not None})
-        traced = trace(model, self._new_session)
+        # Two backends, so that neither ever runs what was captured for the other.
+        calls = {flag: trace(model, functools.partial(self._new_session, is_training=flag)) for flag in (True, False)}
 
         def call(*args: Any, **kwargs: Any) -> Any:
             with self._residency.presented():
-                return traced(*args, **kwargs)
+                return calls[model.training and torch.is_grad_enabled()](*args, **kwargs)
 
         own["forward"] = functools.wraps(model.forward)(call)  # shows the model's own signature
         # The registries are shared, not copied: names, state_dict and .to() are the wrapped model's own.
@@ -223,7 +228,9 @@ class CompiledModule(nn.Module):
         """Every variant made so far, over all captures."""
         return tuple(v for session in self._sessions for v in session.specializer.variants)
 
-    def _new_session(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Session:
+    def _new_session(self, gm: fx.GraphModule, inputs: Sequence[Any], is_training: bool) -> Session:
+        if is_training and not self._options.return_logits:
+            chunk_head(gm)
         names = {id(p): name for name, p in self._model.named_parameters()}
         captured = capture(gm, inputs, names, self._backend)
         blocks = block_paths(self._model.named_modules())

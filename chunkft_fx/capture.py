@@ -240,7 +240,8 @@ def partition(
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Split a region's joint graph with torch's min-cut partitioner; ``module`` is consumed.
 
-    ``recompute`` keeps only the region's inputs (and what random operators drew) for backward. The
+    ``recompute`` keeps only the region's inputs (and what random operators drew, and nodes with ``meta["save"]``)
+    for backward. The
     saved values come last among the forward's outputs, and first, under the same names, among the
     backward's placeholders.
     """
@@ -250,15 +251,15 @@ def partition(
     assert isinstance(values, (tuple, list))
     output.meta["desc"] = [PlainAOTOutput(i) for i in range(len(values))]
     budget = 1.0
-    if recompute and not any(is_random(node) for node in graph.nodes):
+    if recompute and not any(_must_save(node) for node in graph.nodes):
         budget = 0.0
     elif recompute:
         # A recomputed random operator would draw again: save what it drew, recompute all the rest.
         for node in graph.nodes:
             if node.op == "call_function" and node.meta["partitioner_tag"] == "is_forward":
-                drawn = is_random(node) or (node.target is operator.getitem and is_random(node.all_input_nodes[0]))
                 node.meta = dict(node.meta)
-                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE if drawn else CheckpointPolicy.MUST_RECOMPUTE
+                saved = _must_save(node)
+                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.MUST_RECOMPUTE
     # Weights are alive anyway: save them rather than a view of them, which would hide that it is a weight.
     primals = [node for node in graph.find_nodes(op="placeholder") if node.meta["partitioner_tag"] == "is_forward"]
     weights = [i for i, node in enumerate(primals) if node.meta.get("is_parameter")]
@@ -266,6 +267,12 @@ def partition(
         return min_cut_rematerialization_partition(
             module, None, num_fwd_outputs=num_forward_outputs, static_lifetime_input_indices=weights
         )
+
+
+def _must_save(node: fx.Node) -> bool:
+    """True for what cannot be computed again (draws), or must not be because it is dear (``meta["save"]``)."""
+    source = node.all_input_nodes[0] if node.target is operator.getitem else node
+    return is_random(source) or bool(node.meta.get("save"))
 
 
 def compile_graph(module: fx.GraphModule, fake_mode: FakeTensorMode, is_backward: bool) -> Compiled:

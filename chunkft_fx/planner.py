@@ -40,6 +40,7 @@ class Options:
     order: str
     interval: int
     seed: int
+    return_logits: bool = False
 
 
 def state_nbytes(dtype: torch.dtype) -> int:
@@ -152,8 +153,10 @@ def plan_for_batch(
     if known is not None and known.batch:
         streamed = frozenset(known.streamed)
     else:
-        floor = sum(activations(finest, num_regions).values())
-        streamed = _fewest_streamed(model, uses, finest, options.budget_bytes - floor)
+        streamed = frozenset()  # what a fit with every weight resident needs no look at the least step
+        if not fits(finest, 0):
+            floor = sum(activations(finest, num_regions).values())
+            streamed = _fewest_streamed(model, uses, finest, options.budget_bytes - floor)
     chunks = known.chunks if known is not None else _fewest(parameters, lambda c: fits(c, num_regions))
     low = 0
     if not fits(chunks, 0):

@@ -139,7 +139,9 @@ def _write(capture: Capture, outline: Outline, spec: ProgramSpec, variants: list
             env[name] = graph.placeholder(name)
     saved: dict[int, fx.Node] = {}
     for region, variant in zip(outline.regions, variants, strict=True):
-        call = _call(graph, modules, region, variant, [env[name] for name in region.primals], is_backward=False)
+        given: list[Any] = [env[name] for name in region.primals]
+        given += [_start(capture, region, i, spec) for i in variant.forward_starts]
+        call = _call(graph, modules, region, variant, given, is_backward=False)
         saved[region.index] = call
         for i, name in enumerate(region.forward):
             env[name] = _item(graph, call, i)
@@ -201,6 +203,11 @@ def _argument(
         return env[region.forward[index]] if index < len(region.forward) else _item(graph, forward, index)
     if kind == "tangent":
         return env[region.tangents[index]]
+    return _start(capture, region, index, spec)
+
+
+def _start(capture: Capture, region: Region, index: int, spec: ProgramSpec) -> int:
+    """The start of the slice of a region's ``index``-th gradient."""
     return spec.slices[capture.parameters[region.gradients[index][1]]].start
 
 

@@ -215,7 +215,7 @@ def run_forward(
     executable: Executable, arguments: Sequence[Any], machine: Machine
 ) -> tuple[list[Any], list[Tensor], Slots]:
     """Run the forward part; returns the outputs, the new values of mutated buffers, and the slots left for backward."""
-    slots: Slots = dict(zip(executable.inputs, arguments, strict=True))
+    slots: Slots = dict(zip(executable.inputs, arguments, strict=True)) | executable.constants
     execute(executable.forward, slots, machine, lambda _slots, _instruction: None)
     outputs = [slots[o] if isinstance(o, Slot) else o for o in executable.outputs]
     mutated = [slots[m] for m in executable.mutations]

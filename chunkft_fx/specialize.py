@@ -55,7 +55,8 @@ class Source:
 class Variant:
     """A template specialised to one demand, partitioned into forward and backward graphs.
 
-    ``forward`` takes the region's primals and returns its forward values, then what it saves.
+    ``forward`` takes the region's primals, then the run-time starts of the slices of the backward outputs
+    ``forward_starts``, and returns its forward values, then what it saves.
     ``backward`` takes the values named by ``sources`` and returns the demanded backward outputs, in
     order. ``saved_nbytes`` counts the saved values that are not inputs of the region. ``workspace``
     caches, for each direction, what the memory model found.
@@ -67,6 +68,7 @@ class Variant:
     forward: fx.GraphModule
     backward: fx.GraphModule | None
     sources: tuple[Source, ...]
+    forward_starts: tuple[int, ...] = ()
     counts: dict[str, int] = field(default_factory=dict)
     dense: tuple[DenseGradient, ...] = ()
     saved_nbytes: int = 0
@@ -141,11 +143,15 @@ class Specializer:
         done = self.specialize(template, demand.backward, demand.absent)
         region = done.region.copy()
         names = [n.name for n in region.placeholders("primal")]
-        for node in region.placeholders("start"):
-            # torch's partitioner knows backward inputs by this part of their name
-            node.target = f"tangents_{node.target}"
-        joint = fx.GraphModule({}, region.graph)
         starts = {n.name: i for n, i in zip(region.placeholders("start"), _sliced(demand), strict=True)}
+        early = [n for n in region.placeholders("start") if any(_is_forward(u) for u in n.users)]
+        for node in region.placeholders("start"):
+            if node in early:
+                node.meta["partitioner_tag"] = "is_forward"
+            else:
+                # torch's partitioner knows backward inputs by this part of their name
+                node.target = f"tangents_{node.target}"
+        joint = fx.GraphModule({}, region.graph)
         tangents = {n.name: i for i, n in enumerate(region.placeholders("tangent"))}
         asked = region.outputs[: region.num_forward_outputs] + tuple(
             n for n in region.backward_outputs if n is not None
@@ -155,8 +161,13 @@ class Specializer:
         drop_dead(backward.graph)
         sources, nbytes = _resolve_saved(forward, backward, region.num_forward_outputs, names, tangents, starts)
         return Variant(
-            len(self._variants), template, demand, forward, backward, sources, done.counts, tuple(region.dense), nbytes
-        )
+            len(self._variants), template, demand, forward, backward, sources, tuple(starts[n.name] for n in early),
+            done.counts, tuple(region.dense), nbytes,
+        )  # fmt: skip
+
+
+def _is_forward(node: fx.Node) -> bool:
+    return node.meta.get("partitioner_tag") == "is_forward"
 
 
 def _sliced(demand: Demand) -> list[int]:

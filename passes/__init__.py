@@ -7,15 +7,24 @@ if __name__ != "chunkft_fx.passes":
     raise ImportError(f"import this package as chunkft_fx.passes, not as {__name__}")
 
 from chunkft_fx.passes.canonicalize import Canonicalize
+from chunkft_fx.passes.chunk_logits import ChunkLogits
 from chunkft_fx.passes.eliminate import Eliminate
 from chunkft_fx.passes.prune_tangents import PruneTangents
 from chunkft_fx.passes.select_slices import SelectSlices
 from chunkft_fx.passes.sink_slices import SinkSlices
 from chunkft_fx.region import OutputDemand, Pass
 
-__all__ = ["Canonicalize", "Eliminate", "PruneTangents", "SelectSlices", "SinkSlices", "default_pipeline"]
+__all__ = [
+    "Canonicalize",
+    "ChunkLogits",
+    "Eliminate",
+    "PruneTangents",
+    "SelectSlices",
+    "SinkSlices",
+    "default_pipeline",
+]
 
 
 def default_pipeline(demand: tuple[OutputDemand, ...]) -> tuple[Pass, ...]:
     """The passes that turn a region's joint graph into one that computes just ``demand``, in order."""
-    return (Canonicalize(), SelectSlices(demand), Eliminate(), SinkSlices(), Eliminate())
+    return (Canonicalize(), SelectSlices(demand), Eliminate(), SinkSlices(), Eliminate(), ChunkLogits())

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from chunkft_fx import head
 from chunkft_fx.passes.rewrite import drop_dead, fake_value
 from chunkft_fx.region import RegionGraph
 
@@ -37,6 +38,7 @@ _MASKED: dict[Any, int] = {
     aten.native_group_norm_backward.default: 9,
     aten.native_batch_norm_backward.default: 9,
     aten._fused_rms_norm_backward.default: 5,
+    head.backward: 8,
 }
 
 

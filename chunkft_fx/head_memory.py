@@ -1,0 +1,59 @@
+"""What the operators of the chunked head allocate while they run, for the memory model.
+
+The same steps as `head.run`, counted in bytes: all of it is known from shapes and dtypes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from chunkft_fx import head
+from chunkft_fx.capture import hint
+from chunkft_fx.kernels.cross_entropy import has_kernel, reference_workspace_nbytes
+from chunkft_fx.passes.rewrite import tensor_nbytes
+
+# Where the input stands among an operator's arguments, and the gradients among its results.
+_LAYOUT = {head.forward: (0, slice(0, 0)), head.backward: (1, slice(0, 3)), head.grad: (0, slice(1, 4))}
+
+
+def head_workspace(node: fx.Node) -> int:
+    """Bytes that a node of the chunked head allocates at its peak beyond its results; 0 for any other node.
+
+    Symbolic sizes count with their traced value. A product library's own workspace is not counted.
+    """
+    if node.target not in _LAYOUT:
+        return 0
+    first, gradients = _LAYOUT[node.target]
+    args: Any = fx.map_arg(node.args, lambda n: n.meta["val"])
+    hidden, weight = args[first : first + 2]
+    results = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else ()
+    return _workspace(hidden, int(weight.shape[0]), list(results[gradients]))
+
+
+def _workspace(hidden: Tensor, classes: int, gradients: list[Tensor]) -> int:
+    tokens, itemsize, wide = hint(hidden.shape[0]), hidden.element_size(), head.wide_dtype(hidden.dtype)
+    size = min(head.block_tokens(classes, itemsize), tokens)
+    losses, buffer = tokens * wide.itemsize, size * classes * itemsize
+    is_fused = has_kernel(hidden.device, hidden.dtype)
+    in_block = 0 if is_fused else reference_workspace_nbytes(size, classes, hidden.dtype, bool(gradients))
+    if not gradients:
+        return losses + buffer + in_block
+    _, d_weight, d_bias = gradients
+    # sums in a wider dtype than the result stand beside it at the end
+    weight_sum = tensor_nbytes(d_weight) if size == tokens else d_weight.numel() * wide.itemsize
+    bias_sum = d_bias.numel() * wide.itemsize
+    early = weight_sum - tensor_nbytes(d_weight) + bias_sum - tensor_nbytes(d_bias)
+    late = sum(n for n, g in ((weight_sum, d_weight), (bias_sum, d_bias)) if n != tensor_nbytes(g))
+    if size < tokens and d_weight.ndim == 2:
+        in_block = max(in_block, _product_workspace(d_weight, size, hidden, wide))
+    return losses + max(buffer + max(in_block, bias_sum) + early, late)
+
+
+def _product_workspace(d_weight: Tensor, size: int, hidden: Tensor, wide: torch.dtype) -> int:
+    """Where a library cannot add products of low precision to a wide sum, both factors are widened first."""
+    if hidden.is_cuda or hidden.dtype == wide:
+        return 0
+    return size * sum(int(n) for n in d_weight.shape) * wide.itemsize

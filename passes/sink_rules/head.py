@@ -1,0 +1,34 @@
+"""Rules of the chunked head: of its weight gradient only the demanded rows or columns are computed.
+
+``item`` reads one result of ``chunkft_fx::linear_cross_entropy_backward``. The slice becomes an operator of its
+own, which computes the logits again; `passes.chunk_logits` merges it with the others of the same head.
+"""
+
+from __future__ import annotations
+
+import operator
+
+from torch import fx
+
+from chunkft_fx import head
+from chunkft_fx.passes.sink_rules.table import Cut
+
+# Arguments of the operator before its output mask.
+_BEFORE_MASK = 8
+
+
+def linear_cross_entropy(cut: Cut, item: fx.Node) -> fx.Node | None:
+    """Gradient of weight (rows or columns) or bias; refused where the operator is sliced already."""
+    node = item.all_input_nodes[0]
+    if len(node.args) > _BEFORE_MASK + 1:
+        return None
+    which = item.args[1]
+    if which == 1:
+        window = (cut.start, cut.dim, cut.length)
+    elif which == 2:
+        window = (None, 0, 0, cut.start, cut.length)  # type: ignore[assignment]
+    else:
+        return None
+    mask = [which == i for i in range(3)]
+    result = cut.emit(head.backward, *node.args[:_BEFORE_MASK], mask, *window, like=node)
+    return cut.emit(operator.getitem, result, which, like=item)

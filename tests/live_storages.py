@@ -1,0 +1,77 @@
+"""Two oracles for memory that share nothing with the model they check.
+
+`LiveStorages` sees every operator that Python dispatches and holds weak references to the storages that they make:
+exact for graphs that run operator by operator. `allocator_peak` reads the CPU allocator's own events, so that it
+sees what compiled code allocates as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveStorages(TorchDispatchMode):
+    """While active, counts the bytes of storages that operators made and that something still holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak_nbytes = 0
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    @property
+    def live_nbytes(self) -> int:
+        self._live = {key: (ref, nbytes) for key, (ref, nbytes) in self._live.items() if not ref.expired()}
+        return sum(nbytes for _, nbytes in self._live.values())
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = {_key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and _key(leaf) not in given:
+                storage = leaf.untyped_storage()
+                self._live[_key(leaf)] = (StorageWeakRef(storage), storage.nbytes())
+        self.peak_nbytes = max(self.peak_nbytes, self.live_nbytes)
+        return result
+
+
+def _key(tensor: Tensor) -> int:
+    return int(StorageWeakRef(tensor.untyped_storage()).cdata)
+
+
+def allocator_peak(
+    run: Callable[[list[Any]], Any], make_inputs: Callable[[], list[Any]], dying: frozenset[int] = frozenset()
+) -> int:
+    """The most bytes that one call of ``run`` adds on the CPU; inputs at other positions than ``dying`` stay alive.
+
+    The inputs are made while the allocator is watched, because it knows the sizes of those blocks alone.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        inputs = make_inputs()
+        kept = [value for i, value in enumerate(inputs) if i not in dying]
+        with record_function("call begins"):
+            pass
+        results = run(inputs)
+        with record_function("call ends"):
+            pass
+    del kept, results
+    total = base = peak = 0
+    is_inside = False
+    events = watched.profiler.kineto_results.events()
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        if event.name() == "call begins":
+            is_inside, base, peak = True, total, total
+        elif event.name() == "call ends":
+            is_inside = False
+        elif event.name() == "[memory]":
+            total += event.nbytes()
+            peak = max(peak, total) if is_inside else peak
+    return peak - base
