@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from chunkft_fx import head
 from chunkft_fx.capture import hint
 from chunkft_fx.errors import VerificationError
 from chunkft_fx.passes.rewrite import fake_value, same
@@ -57,15 +58,14 @@ def verify(region: RegionGraph, before: tuple[OutputForm | None, ...], step: Pas
         if "val" not in node.meta or "partitioner_tag" not in node.meta:
             fail(f"{node.name} lacks a value or a tag")
         if node.op == "placeholder":
-            # the start of a slice is known before the forward
-            if node.meta["kind"] == "tangent":
+            if node.meta["kind"] != "primal":
                 backward.add(node)
             continue
         if node.op != "call_function":
             fail(f"{node.name} is a {node.op}; only operators are allowed")
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
             fail(f"{node.name} writes memory: {node.target}")
-        if any(source in backward for source in node.all_input_nodes):
+        if any(source in backward and not _is_early(source, node) for source in node.all_input_nodes):
             backward.add(node)
             if node.meta["partitioner_tag"] != "is_backward":
                 fail(f"{node.name} needs backward values but is tagged {node.meta['partitioner_tag']}")
@@ -74,6 +74,11 @@ def verify(region: RegionGraph, before: tuple[OutputForm | None, ...], step: Pas
         if value is None or value in backward:
             fail(f"forward output {i} is missing or depends on backward inputs")
     _check_outputs(region, before, step, fail)
+
+
+def _is_early(source: fx.Node, node: fx.Node) -> bool:
+    """Whether a node may read this start in the forward: a head makes its gradients there."""
+    return node.target is head.grad and source.meta.get("kind") == "start"
 
 
 def _check_placeholders(region: RegionGraph, fail: Any) -> None:
