@@ -1,91 +1,135 @@
-"""Memory model: bytes that a region needs while it runs, and the predicted peak of a step.
+"""Memory model: bytes that a region needs while it runs.
 
-The model is liveness over the partitioned graphs, storage by storage (views count once), in the order
-the nodes stand. It does not see what a compiler fuses away, so it errs on the high side for compiled
-graphs.
+The model is liveness, storage by storage (views count once), over the kernels that a partitioned graph becomes
+(`kernel_list.kernels`). With ``backend="eager"`` every value is stored and the caller's inputs stay alive until the
+call returns. Compiled graphs store less, free an input that nobody else holds after its last use, and write a result
+over an operand that dies with it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, fx
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._pytree import tree_leaves
 
-from chunkft_fx.passes.rewrite import tensor_nbytes
-from chunkft_fx.program import RegionCall
-from chunkft_fx.runtime import Executable
+from chunkft_fx.capture import hint
+from chunkft_fx.graph_storages import Key, Storages
+from chunkft_fx.head_memory import head_workspace
+from chunkft_fx.kernel_list import Kernel, Store, kernels
 from chunkft_fx.specialize import Variant
 
+_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
 
-def storages(value: Any) -> dict[int, int]:
-    """The storages under a (nested) fake value, each with its bytes."""
-    found: dict[int, int] = {}
-    for leaf in tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            key = int(StorageWeakRef(leaf.untyped_storage()).cdata)
-            found[key] = max(found.get(key, 0), tensor_nbytes(leaf))
-    return found
+# By variant: the peak of each question asked, which is the direction, whether it runs compiled, and dying inputs.
+_PEAKS: WeakKeyDictionary[Variant, dict[tuple[bool, bool, frozenset[int]], int]] = WeakKeyDictionary()
 
 
-def allocated_peak(graph: fx.Graph) -> int:
-    """The most bytes alive at once that the graph itself allocates (its inputs belong to the caller)."""
-    outside = {k for n in graph.find_nodes(op="placeholder") for k in storages(n.meta["val"])}
-    last: dict[int, fx.Node] = {}
-    for node in graph.nodes:
-        for source in node.all_input_nodes:
-            for key in storages(source.meta.get("val")):
-                last[key] = node
-    dying: dict[fx.Node, list[int]] = {}
-    for key, node in last.items():
-        dying.setdefault(node, []).append(key)
-    alive: dict[int, int] = {}
-    total = peak = 0
-    for node in graph.nodes:
-        if node.op != "call_function":
-            continue
-        for key, nbytes in storages(node.meta.get("val")).items():
-            if key not in outside and key not in alive:
-                alive[key] = nbytes
-                total += nbytes
-        peak = max(peak, total)
-        for key in dying.get(node, ()):
-            total -= alive.pop(key, 0)
+def allocated_peak(graph: fx.Graph, fused: bool = False, dying: Iterable[int] = ()) -> int:
+    """The most bytes that running a graph adds to what was alive before, its results included; never below 0.
+
+    ``fused`` says that it runs compiled. ``dying`` are the positions of inputs that the callee alone holds, which it
+    frees after their last use; all other inputs belong to the caller.
+    """
+    held = Storages(graph)
+    inputs = graph.find_nodes(op="placeholder")
+    given = {key for node in inputs for key in held.of(node)}
+    chosen = set(dying)
+    kept = {key for i, node in enumerate(inputs) if i not in chosen for key in held.of(node)}
+    kept |= {key for node in graph.output_node().all_input_nodes for key in held.of(node)}
+    nbytes = held.nbytes
+    launched = kernels(held, fused)
+    fixed = given.union(*(kernel.writes for kernel in launched if kernel.is_scatter))  # never written over
+    last = {key: i for i, kernel in enumerate(launched) for key in (*kernel.writes, *kernel.reads)}
+    total = peak = leaving = 0
+    for i, kernel in enumerate(launched):
+        if not (fused and _is_on_cpu(kernel)):
+            total, leaving = total - leaving, 0
+        dead = {key for key in (*kernel.writes, *kernel.reads) if last[key] == i and key not in kept}
+        new = sum(kernel.writes.values())
+        over = _overwritten(kernel, {key: nbytes[key] for key in dead - fixed}) if fused else 0
+        peak = max(peak, total + new - over + _inside(kernel))
+        total += new - over
+        leaving += sum(nbytes[key] for key in dead) - over
     return peak
 
 
-def workspace(variant: Variant, is_backward: bool) -> int:
-    """The most bytes that one direction of a variant allocates while it runs, its results included."""
+def _is_on_cpu(kernel: Kernel) -> bool:
+    """Whether a kernel goes into one C++ function with those beside it, which frees nothing until it is left."""
+    value = kernel.stores[-1].node.meta["val"]
+    return kernel.generated and isinstance(value, Tensor) and value.device.type == "cpu"
+
+
+def _overwritten(kernel: Kernel, dead: Mapping[Key, int]) -> int:
+    """Bytes of results that are written over operands of the same size that die with this kernel.
+
+    Inductor does so when whatever else in the kernel reads the operand comes before the result; on the CPU, where a
+    reduction and its readers are loops side by side, only when nothing else reads it.
+    """
+    if not kernel.generated:
+        return 0
+    free = dict(dead)
+    total = 0
+    before: dict[Store, set[Store]] = {}
+    for store in kernel.stores:
+        direct = [s for s in before if s.writes.keys() & store.reads.keys()]
+        before[store] = set() if _is_on_cpu(kernel) else set(direct).union(*(before[s] for s in direct))
+        for nbytes in (n for k, n in store.writes.items() if k not in kernel.passed):
+            fits = (k for k in store.reads if free.get(k) == nbytes and _is_last(kernel, k, store, before[store]))
+            operand = next(fits, None)
+            if operand is not None:
+                del free[operand]
+                total += nbytes
+    return total
+
+
+def _is_last(kernel: Kernel, key: Key, store: Store, before: set[Store]) -> bool:
+    return all(s is store or s in before or key not in s.reads for s in kernel.stores)
+
+
+def _inside(kernel: Kernel) -> int:
+    """Bytes that an operator allocates for itself beyond its results."""
+    if kernel.generated:
+        return 0
+    node = kernel.stores[0].node
+    return _flash_workspace(node) if node.target is _FLASH_BACKWARD else head_workspace(node)
+
+
+def _flash_workspace(node: fx.Node) -> int:
+    """Of flash attention's backward on CUDA: float32 sums of the query's gradient, and grouped heads spread out.
+
+    Source: ``mha_bwd`` in torch's aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp.
+    """
+    args: Any = fx.map_arg(node.args, lambda n: n.meta["val"])
+    query, key = args[1], args[2]
+    batch, heads, length, width = (hint(s) for s in query.shape)
+    rows = batch * heads * _round_up(length, 128)
+    sums = rows * 4 * (_round_up(width, 32 if width <= 128 else 64) + 1)
+    spread = 2 * batch * heads * hint(key.shape[2]) * width * key.element_size()
+    return sums + (spread if hint(key.shape[1]) != heads else 0)
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def workspace(variant: Variant, is_backward: bool, backend: str = "eager", dying: frozenset[int] = frozenset()) -> int:
+    """The most bytes that one direction of a variant adds while it runs, its results included.
+
+    ``dying`` are positions of inputs that nobody but the call holds. Found once for each variant and question.
+    """
+    fused = backend != "eager"
+    peaks = _PEAKS.setdefault(variant, {})
+    question = (is_backward, fused, dying if fused else frozenset())
+    if question not in peaks:
+        peaks[question] = allocated_peak(graph_of(variant, is_backward), fused, question[2])
+    return peaks[question]
+
+
+def graph_of(variant: Variant, is_backward: bool) -> fx.Graph:
+    """The graph of one direction of a variant; it must have that direction."""
     module = variant.backward if is_backward else variant.forward
     assert module is not None
-    if is_backward not in variant.workspace:
-        variant.workspace[is_backward] = allocated_peak(module.graph)
-    return variant.workspace[is_backward]
-
-
-def step_peak(executable: Executable) -> dict[str, int]:
-    """Replay a step's instructions; returns the terms of its largest moment.
-
-    ``"saved activations"`` are values alive between region calls (weights and batch excluded),
-    ``"workspace"`` is what the region call at the peak allocates itself.
-    """
-    alive: dict[int, int] = {}
-    best = {"saved activations": 0, "workspace": 0}
-    total = 0
-    for instruction in [*executable.forward, *executable.backward]:
-        call = instruction.call
-        if not isinstance(call, RegionCall):
-            continue  # fetched weights lie in the ring, which is there for the whole step
-        inside = workspace(call.variant, call.is_backward)
-        if total + inside > sum(best.values()):
-            best = {"saved activations": total, "workspace": inside}
-        module = call.variant.backward if call.is_backward else call.variant.forward
-        assert module is not None
-        values: Any = module.graph.output_node().args[0]
-        for index, slot in instruction.outputs:
-            alive[slot] = tensor_nbytes(values[index].meta["val"])
-            total += alive[slot]
-        for slot in instruction.last_use:
-            total -= alive.pop(slot, 0)
-    return best
+    return module.graph

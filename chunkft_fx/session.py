@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from chunkft_fx.capture import Capture, OutputName, hint
-from chunkft_fx.memory_model import step_peak
 from chunkft_fx.outline import Outline
 from chunkft_fx.passes.insert_streams import InsertStreams
 from chunkft_fx.plan import Chunk
@@ -24,6 +23,7 @@ from chunkft_fx.residency import Residency
 from chunkft_fx.runtime import Executable, Machine, Step, assemble, run_backward, run_forward
 from chunkft_fx.slices import ActiveSlice
 from chunkft_fx.specialize import Specializer
+from chunkft_fx.step_memory import step_peak
 
 
 class Owner(Protocol):
@@ -177,7 +177,7 @@ class Session:
     def activation_terms(self, chunks: tuple[Chunk, ...], save_from: int) -> dict[str, int]:
         """Predicted activation bytes of the first chunk's step, whose backward runs deepest, for the planner."""
         absent = frozenset(self.capture.tangents) - self.expected
-        return step_peak(self._executable(chunks[0].slices, absent, save_from))
+        return step_peak(self._executable(chunks[0].slices, absent, save_from), self.backend)
 
 
 class _StepFunction(torch.autograd.Function):

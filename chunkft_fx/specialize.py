@@ -58,8 +58,7 @@ class Variant:
     ``forward`` takes the region's primals, then the run-time starts of the slices of the backward outputs
     ``forward_starts``, and returns its forward values, then what it saves.
     ``backward`` takes the values named by ``sources`` and returns the demanded backward outputs, in
-    order. ``saved_nbytes`` counts the saved values that are not inputs of the region. ``workspace``
-    caches, for each direction, what the memory model found.
+    order. ``saved_nbytes`` counts the saved values that are not inputs of the region.
     """
 
     index: int
@@ -72,7 +71,6 @@ class Variant:
     counts: dict[str, int] = field(default_factory=dict)
     dense: tuple[DenseGradient, ...] = ()
     saved_nbytes: int = 0
-    workspace: dict[bool, int] = field(default_factory=dict)
     run_forward: Callable[[list[Any]], Any] | None = None
     run_backward: Callable[[list[Any]], Any] | None = None
 

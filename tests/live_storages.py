@@ -7,7 +7,7 @@ sees what compiled code allocates as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +25,13 @@ class LiveStorages(TorchDispatchMode):
         self.peak_nbytes = 0
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
 
+    def watch(self, tensors: Iterable[Tensor]) -> None:
+        """Count the storages of tensors that were made elsewhere, as long as something holds them."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._live[_key(tensor)] = (StorageWeakRef(storage), storage.nbytes())
+        self.peak_nbytes = max(self.peak_nbytes, self.live_nbytes)
+
     @property
     def live_nbytes(self) -> int:
         self._live = {key: (ref, nbytes) for key, (ref, nbytes) in self._live.items() if not ref.expired()}
@@ -35,11 +42,7 @@ class LiveStorages(TorchDispatchMode):
     ) -> Any:
         given = {_key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and _key(leaf) not in given:
-                storage = leaf.untyped_storage()
-                self._live[_key(leaf)] = (StorageWeakRef(storage), storage.nbytes())
-        self.peak_nbytes = max(self.peak_nbytes, self.live_nbytes)
+        self.watch(t for t in tree_leaves(result) if isinstance(t, Tensor) and _key(t) not in given)
         return result
 
 
