@@ -54,6 +54,15 @@ class OptimizerMismatch(ChunkFTError, TypeError):
     """The optimizer was given something other than a module returned by ``chunkft_fx.compile``."""
 
 
+class HostMemoryExceeded(ChunkFTError, MemoryError):
+    """Optimizer states need more host memory (``needed_bytes``) than they may take (``limit_bytes``)."""
+
+    def __init__(self, message: str, needed_bytes: int, limit_bytes: int) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
+        self.limit_bytes = limit_bytes
+
+
 class StaleBackward(ChunkFTError, RuntimeError):
     """Backward was called for a forward whose chunk, weights or buffers are gone."""
 

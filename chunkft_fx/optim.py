@@ -1,48 +1,71 @@
-"""AdamW over the active chunk: float32 states of all chunks in host memory, step counts per slice.
+"""AdamW over the active chunk: states of all chunks in host memory, or of the active one alone; steps per slice.
 
-The update is torch's own functional AdamW, applied to the active slices. With one chunk and float32
-weights on the CPU, parameters therefore equal those of ``torch.optim.AdamW`` to the bit.
+On the CPU the update is torch's own functional AdamW, applied to the active slices. With one chunk and float32
+weights, parameters therefore equal those of ``torch.optim.AdamW`` to the bit. On CUDA a fused kernel does it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim.adamw import adamw
+from torch.nn.utils import get_total_norm
 from torch.optim.optimizer import Optimizer
 
+from chunkft_fx.budget import parse_bytes
 from chunkft_fx.cuts import cut_dim
-from chunkft_fx.errors import NotPlanned, OptimizerMismatch, OptionError
-from chunkft_fx.host_memory import HostMemory
+from chunkft_fx.errors import NotPlanned, OptionError
 from chunkft_fx.optim_checkpoint import ENTRY, describe, read
-from chunkft_fx.optim_groups import ChunkedModule, check_hyperparameters, parameter_groups, require_chunked
-from chunkft_fx.optim_state import front, new_state, reconcile, state_dtype, state_keys
+from chunkft_fx.optim_groups import (
+    ChunkedModule,
+    check_hyperparameters,
+    check_slices,
+    parameter_groups,
+    require_chunked,
+)
+from chunkft_fx.optim_host import HostStates, require_room
+from chunkft_fx.optim_state import (
+    front,
+    moment_dtype,
+    reconcile,
+    size_along,
+    stage_capacity_nbytes,
+    state_dtypes,
+)
+from chunkft_fx.optim_update import StagedSlice, update_slices
 from chunkft_fx.plan import Slice
 from chunkft_fx.slices import ActiveSlice
-from chunkft_fx.step_counts import counted, within
-from chunkft_fx.streaming import CudaStage, Stage, stage_nbytes
+from chunkft_fx.step_counts import Counts, counted, uniform
+from chunkft_fx.streaming import CudaStage, FreshStage, Stage
+
+STATES = ("keep", "reset")
 
 
 class AdamW(Optimizer):
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) on the active slices of a compiled module.
 
     ``no_decay`` holds glob patterns of parameter names (``"*.bias"``) that get no weight decay, in a second
-    parameter group. ``max_grad_norm`` clips the global norm over the active chunk's gradients, in place;
-    ``last_grad_norm`` (a 0-d tensor on their device) is the norm before. As with
-    ``torch.nn.utils.clip_grad_norm_``, a norm that is not finite is not masked: check it if your
-    gradients can overflow.
+    parameter group. ``max_grad_norm`` clips the global norm over the active chunk's gradients, as the update
+    reads them: the gradients themselves stay as they are. ``last_grad_norm`` (a 0-d tensor on their device)
+    is the norm before. As with ``torch.nn.utils.clip_grad_norm_``, a norm that is not finite is not masked:
+    check it if your gradients can overflow.
 
     The state of a parameter begins with the first activation of one of its slices: ``exp_avg`` and
-    ``exp_avg_sq`` in float32 (float64 for float64 parameters), and for other dtypes a ``master`` weight
+    ``exp_avg_sq`` in ``state_dtype``, and for bfloat16 and float16 parameters a float32 ``master`` weight
     of which the parameter is the rounded copy. A parameter that was changed from outside wins over its
-    master. States live in host memory, pinned and copied asynchronously when the weights are on CUDA.
+    master. ``state_dtype="bfloat16"`` takes 8 instead of 12 bytes of state for a low-precision element and
+    rounds stochastically, so that the second moment still decays; float64 parameters keep float64 moments.
+
+    ``states="keep"`` keeps the states of all chunks in host memory, pinned and copied asynchronously when the
+    model runs on CUDA. They may take ``host_budget`` (bytes or ``"64GB"``), by default what memory is available.
+    ``states="reset"`` keeps none there: a chunk starts with zero moments, step count 0 and its weights as
+    masters whenever it becomes active, as in BAdam (arXiv 2404.02827), or when the model moves to another device.
 
     Raises `OptimizerMismatch` for anything but a module returned by `chunkft_fx.compile`, `OptionError`
-    for a hyperparameter out of range, `NoTrainableParameters`.
+    for an option out of range, `BudgetParseError` for a ``host_budget`` that is not bytes,
+    `HostMemoryExceeded` if it cannot hold the states, `NoTrainableParameters`.
     """
 
     def __init__(
@@ -55,18 +78,31 @@ class AdamW(Optimizer):
         *,
         max_grad_norm: float | None = None,
         no_decay: Sequence[str] = (),
+        state_dtype: str = "float32",
+        states: str = "keep",
+        host_budget: int | str | None = None,
     ) -> None:
         require_chunked(model)
         check_hyperparameters(lr, betas, eps, weight_decay, max_grad_norm)
+        if states not in STATES:
+            raise OptionError(f"states={states!r} is not known; choose one of {', '.join(STATES)}")
         self._model = model
-        self._memory = HostMemory()
-        self._stage = Stage(torch.device("cpu"))
+        self._moments = moment_dtype(state_dtype)
+        self._resets = states == "reset"
+        self._host_budget = None if host_budget is None else parse_bytes(host_budget)
+        self._updates = 0  # seeds stochastic rounding
+        self._stage = self._idle_stage()
         self._staged: list[Slice] = []
         self._modified = False  # the stage holds newer values than host memory
+        self.state_dtype = state_dtype
+        self.states = states
         self.max_grad_norm = max_grad_norm
         self.last_grad_norm: Tensor | None = None
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(parameter_groups(model, no_decay), defaults)
+        self._kept = self._host_states()
+        if not self._resets:
+            require_room(self._kept, self._is_pinned(), self._host_budget, self._moments)
         self.register_state_dict_pre_hook(_settle)
         self.register_state_dict_post_hook(_export)
 
@@ -91,17 +127,23 @@ class AdamW(Optimizer):
         graded = [s for s in active if s.grad is not None]
         if not graded:
             return loss
-        self._check(active)
+        check_slices(active, self.param_groups, self._model.compute_device)
         self._fetch(active)
-        states = _by_slice(active, self._stage.tensors())
-        if self.max_grad_norm is not None:
-            self._clip(graded, self.max_grad_norm)
+        states = self._by_slice(active)
+        scale = None if self.max_grad_norm is None else self._clip_factor(graded, self.max_grad_norm)
         self._modified = True
-        for group in self.param_groups:
+        for i, group in enumerate(self.param_groups):
             names = set(group["param_names"])
-            self._update(group, [(s, states[s.name]) for s in graded if s.name in names])
+            entries = [StagedSlice(s, states[s.name], self._counts(s)) for s in graded if s.name in names]
+            update_slices(entries, group, scale, self._updates * len(self.param_groups) + i)
+        self._updates += 1
+        for s in graded:
+            self.state[s.parameter]["slice_steps"] = counted(self._counts(s), s.start, s.length)
+        written = self._after_host_weights(graded)
         if self._model.advance():
             self._fetch(self._model.active_slices())
+        if written is not None:
+            written.synchronize()
         return loss
 
     @property
@@ -124,21 +166,25 @@ class AdamW(Optimizer):
         """Load a checkpoint of this optimizer, cut into any number of chunks, or of ``torch.optim.AdamW``.
 
         The given tensors are copied. The schedule continues where it was saved if the number of chunks is
-        the same. Without saved master weights the parameters themselves are the masters. Raises
-        `CheckpointMismatch`, before anything changes, for a checkpoint of another model or optimizer.
+        the same. Without saved master weights the parameters themselves are the masters. With
+        ``states="reset"`` nothing but the schedule is saved, and only it and the options are loaded: the active
+        chunk starts anew. Raises `CheckpointMismatch`, before anything changes, for a checkpoint of another
+        model or optimizer, or with states that ``state_dtype`` would round.
         """
         state_dict = state_dict.copy()
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
-        checkpoint = read(state_dict, self.param_groups)
+        checkpoint = read(state_dict, self.param_groups, self._moments)
         if checkpoint.position is not None:
             self._model.resume(checkpoint.position)
         self._stage.synchronize()
+        self._stage = self._idle_stage()  # lets go of the old states, of which there must not be two
         self._staged, self._modified = [], False
         self.state.clear()
-        self._memory = HostMemory()
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for i, saved in checkpoint.states.items():
+        self._kept = self._host_states()
+        self._updates = checkpoint.updates
+        parameters = self._parameters()
+        for i, saved in () if self._resets else checkpoint.states.items():
             state = self._state_of(parameters[i])
             for key, value in saved.tensors.items():
                 state[key].copy_(value)
@@ -154,36 +200,28 @@ class AdamW(Optimizer):
         except NotPlanned:
             return ()  # no batch yet, so no gradient either
 
-    def _check(self, active: Sequence[ActiveSlice]) -> None:
-        """Refuse what an update could not finish, before it begins."""
-        known = {id(p): n for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)}
-        device = self._model.compute_device
-        for s in active:
-            if known.get(id(s.parameter)) != s.name:
-                raise OptimizerMismatch(
-                    f"{s.name!r} became trainable or was replaced after this optimizer was made; make a new optimizer"
-                )
-            if s.parameter.device not in (device, torch.device("cpu")):
-                raise OptimizerMismatch(
-                    f"{s.name!r} is on {s.parameter.device}, the model runs on {device}; "
-                    "a weight must be there or in host memory"
-                )
-            expected = (s.weight().shape, state_dtype(s.parameter), device)
-            if s.grad is not None and (s.grad.shape, s.grad.dtype, s.grad.device) != expected:
-                raise OptimizerMismatch(
-                    f"the gradient of {s.name!r} is {tuple(s.grad.shape)}, {s.grad.dtype} on {s.grad.device}; "
-                    f"it must be {tuple(expected[0])}, {expected[1]} on {device}"
-                )
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _is_pinned(self) -> bool:
+        return self._model.compute_device.type == "cuda"
+
+    def _host_states(self) -> HostStates:
+        return HostStates(self._parameters(), self._moments)
 
     def _state_of(self, parameter: Tensor) -> dict[str, Any]:
-        """A parameter's state, made when it is first asked for."""
+        """A parameter's state, made when it is first asked for; tensors only where host memory keeps them."""
         if parameter not in self.state:
-            pinned = self._model.compute_device.type == "cuda"
-            self.state[parameter] = new_state(parameter, self._memory, pinned)
+            size = size_along(parameter, cut_dim(parameter.shape))
+            tensors = {} if self._resets else self._kept.zeros(parameter, self._is_pinned())
+            self.state[parameter] = {"slice_steps": uniform(size), **tensors}
         return cast(dict[str, Any], self.state[parameter])
 
+    def _counts(self, s: ActiveSlice) -> Counts:
+        return cast(Counts, self.state[s.parameter]["slice_steps"])
+
     def _fetch(self, active: Sequence[ActiveSlice]) -> None:
-        """Begin to bring the states of these slices to where their weights are, unless they are there."""
+        """Begin to bring the states of these slices to where the model runs, unless they are there."""
         device = self._model.compute_device
         slices = [s.slice for s in active]
         if slices == self._staged and device == self._stage.device:
@@ -192,13 +230,34 @@ class AdamW(Optimizer):
         self._staged = []
         if device != self._stage.device:
             self._stage.synchronize()
-            self._stage = CudaStage(device, self._capacity()) if device.type == "cuda" else Stage(device)
+            self._stage = self._make_stage(device)
+        if self._resets:
+            self.state.clear()
         self._stage.fetch([host for s in active for host in self._host(s)])
         self._staged = slices
 
+    def _idle_stage(self) -> Stage:
+        """The stage before anything is fetched: it takes no memory."""
+        cpu = torch.device("cpu")
+        return FreshStage(cpu, 0) if self._resets else Stage(cpu)
+
+    def _make_stage(self, device: torch.device) -> Stage:
+        if self._resets:
+            return FreshStage(device, self._capacity())
+        return CudaStage(device, self._capacity()) if device.type == "cuda" else Stage(device)
+
     def _host(self, s: ActiveSlice) -> list[Tensor]:
-        state = self._state_of(s.parameter)
-        return [front(state[key], s.dim).narrow(0, s.start, s.length) for key in state_keys(s.parameter)]
+        """A slice's states in host memory; for states that are not kept, tensors without memory."""
+        state, dtypes = self._state_of(s.parameter), state_dtypes(s.parameter, self._moments)
+        if self._resets:
+            shape = front(s.weight(), s.dim).shape
+            return [torch.empty(shape, dtype=d, device="meta") for d in dtypes.values()]
+        return [front(state[key], s.dim).narrow(0, s.start, s.length) for key in dtypes]
+
+    def _by_slice(self, active: Sequence[ActiveSlice]) -> dict[str, dict[str, Tensor]]:
+        """The staged tensors by parameter name and state name, in the order in which they were fetched."""
+        rest = iter(self._stage.tensors())
+        return {s.name: {key: next(rest) for key in state_dtypes(s.parameter, self._moments)} for s in active}
 
     def _write_back(self) -> None:
         if self._modified:
@@ -208,68 +267,20 @@ class AdamW(Optimizer):
     def _capacity(self) -> int:
         """Bytes of the largest chunk's states on the stage."""
         parameters = dict(self._model.named_parameters())
+        return max(stage_capacity_nbytes(c, parameters, self.state_dtype) for c in self._model.plan.chunks)
 
-        def nbytes(name: str, length: int, size: int) -> int:
-            p = parameters[name]
-            return stage_nbytes(p.numel() // size * length * state_dtype(p).itemsize) * len(state_keys(p))
-
-        return max(sum(nbytes(s.name, s.length, s.size) for s in c.slices) for c in self._model.plan.chunks)
-
-    def _clip(self, graded: Sequence[ActiveSlice], max_norm: float) -> None:
+    def _clip_factor(self, graded: Sequence[ActiveSlice], max_norm: float) -> Tensor:
+        """What the gradients are multiplied by, as torch.nn.utils.clip_grads_with_norm_ has it."""
         self.last_grad_norm = get_total_norm([s.grad for s in graded if s.grad is not None])
-        clip_grads_with_norm_(cast(list[Tensor], graded), max_norm, self.last_grad_norm)  # reads only .grad
+        return torch.clamp(max_norm / (self.last_grad_norm + 1e-6), max=1.0)
 
-    def _update(self, group: Mapping[str, Any], entries: Sequence[tuple[ActiveSlice, dict[str, Tensor]]]) -> None:
-        """Update one group's slices; a slice in which step counts differ is updated run by run."""
-        masters: list[Tensor] = []
-        gradients: list[Tensor] = []
-        averages: list[Tensor] = []
-        squares: list[Tensor] = []
-        steps: list[Tensor] = []
-        weights: list[tuple[Tensor, Tensor]] = []
-        for s, staged in entries:
-            home, gradient = front(s.weight(), s.dim), front(cast(Tensor, s.grad), s.dim).contiguous()
-            weight = home.to(gradient.device)  # a streamed weight is brought in, and taken back below
-            # one layout for all operands: fused kernels demand it, and vectorised loops round the same way
-            master = staged["master"] if "master" in staged else weight.contiguous()
-            if "master" in staged:
-                reconcile(master, weight)
-            weights.append((home, master))
-            for run in within(self.state[s.parameter]["slice_steps"], s.start, s.length):
-                part = slice(run.start - s.start, run.start - s.start + run.length)
-                masters.append(master[part])
-                gradients.append(gradient[part])
-                averages.append(staged["exp_avg"][part])
-                squares.append(staged["exp_avg_sq"][part])
-                steps.append(torch.full((), run.step, dtype=torch.float32, device=weight.device))
-        adamw(
-            masters,
-            gradients,
-            averages,
-            squares,
-            [],
-            steps,
-            fused=True if self._stage.device.type == "cuda" else None,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
-        for weight, master in weights:
-            if master is not weight:
-                weight.copy_(master)
-        for s, _ in entries:
-            state = self.state[s.parameter]
-            state["slice_steps"] = counted(state["slice_steps"], s.start, s.length)
-
-
-def _by_slice(active: Sequence[ActiveSlice], staged: Sequence[Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The staged tensors by parameter name and state name, in the order in which they were fetched."""
-    rest = iter(staged)
-    return {s.name: {key: next(rest) for key in state_keys(s.parameter)} for s in active}
+    def _after_host_weights(self, graded: Sequence[ActiveSlice]) -> torch.cuda.Event | None:
+        """An event after the update, if it writes weights in host memory, which anyone may read after ``step``."""
+        if not self._is_pinned() or all(s.parameter.is_cuda for s in graded):
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._stage.device))
+        return event
 
 
 def _settle(optimizer: Optimizer) -> None:
@@ -286,16 +297,19 @@ def _settle(optimizer: Optimizer) -> None:
 
 
 def _export(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Complete torch's state dict: steps as torch counts them, runs as lists, and what is needed to load it."""
+    """Complete torch's state dict: steps as torch counts them, runs as lists, and what is needed to load it.
+
+    States that are not kept are left out: they start anew at each activation.
+    """
     assert isinstance(optimizer, AdamW)
     states = {}
     for index, state in state_dict["state"].items():
         step = max(run.step for run in state["slice_steps"])
-        if step:
+        if step and not optimizer._resets:
             runs = [list(run) for run in state["slice_steps"]]
             states[index] = {"step": torch.tensor(float(step)), **state, "slice_steps": runs}
     try:
         position = optimizer._model.schedule.state_dict()
     except NotPlanned:
         position = None
-    return state_dict | {"state": states, ENTRY: describe(optimizer.param_groups, position)}
+    return state_dict | {"state": states, ENTRY: describe(optimizer.param_groups, position, optimizer._updates)}

@@ -3,7 +3,8 @@
 The layout is that of ``torch.optim.AdamW``: ``{"state": {index: {"step", "exp_avg", "exp_avg_sq"}},
 "param_groups": [...]}``. This library adds ``master`` (float32 weights of low-precision parameters) and
 ``slice_steps`` (``[start, length, step]`` along the cut dimension) per parameter, and a top-level
-entry ``chunkft`` with names, shapes and cut dimensions of the parameters and the schedule's position.
+entry ``chunkft`` with names, shapes and cut dimensions of the parameters, the schedule's position and the number
+of updates made, which seeds stochastic rounding. Moments are in the dtype in which the optimizer keeps them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from chunkft_fx.cuts import cut_dim
 from chunkft_fx.errors import CheckpointMismatch
-from chunkft_fx.optim_state import size_along, state_dtype, state_keys
+from chunkft_fx.optim_state import MOMENTS, master_dtype, size_along, state_dtypes
 from chunkft_fx.step_counts import Counts, Run, is_partition, uniform
 
 ENTRY = "chunkft"
@@ -46,18 +47,26 @@ class Checkpoint:
     options: list[dict[str, Any]]
     states: dict[int, SavedState]
     position: dict[str, Any] | None
+    updates: int
 
 
-def describe(groups: Sequence[Mapping[str, Any]], position: dict[str, Any] | None) -> dict[str, Any]:
+def describe(groups: Sequence[Mapping[str, Any]], position: dict[str, Any] | None, updates: int) -> dict[str, Any]:
     """The entry that this library adds to a checkpoint: plain data only."""
     named = [(n, p) for g in groups for n, p in zip(g["param_names"], g["params"], strict=True)]
-    return {"parameters": [[n, list(p.shape), cut_dim(p.shape)] for n, p in named], "position": position}
+    return {
+        "parameters": [[n, list(p.shape), cut_dim(p.shape)] for n, p in named],
+        "position": position,
+        "updates": updates,
+    }
 
 
-def read(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> Checkpoint:
+def read(
+    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], moments: torch.dtype = torch.float32
+) -> Checkpoint:
     """Check a checkpoint of this library or of ``torch.optim.AdamW`` against the optimizer's groups.
 
-    Raises `CheckpointMismatch` when it belongs to another model, optimizer or layout.
+    ``moments`` is the dtype in which the optimizer keeps moments. Raises `CheckpointMismatch` when the
+    checkpoint belongs to another model, optimizer or layout.
     """
     if not isinstance(state_dict.get("state"), Mapping) or not isinstance(state_dict.get("param_groups"), Sequence):
         raise CheckpointMismatch('this is no optimizer checkpoint: entries "state" and "param_groups" are missing')
@@ -78,11 +87,13 @@ def read(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> 
             f"the checkpoint has state for parameters {unknown[:5]} that are in none of its groups"
         )
     states = {
-        i: _state(named[i][0], named[i][1], dims[i], state_dict["state"][key])
+        i: _state(named[i][0], named[i][1], dims[i], state_dict["state"][key], moments)
         for key, i in indices.items()
         if key in state_dict["state"]
     }
-    return Checkpoint(options, states, entry["position"] if entry is not None else None)
+    if entry is None:
+        return Checkpoint(options, states, None, 0)
+    return Checkpoint(options, states, entry["position"], int(entry.get("updates", 0)))
 
 
 def _options(index: int, saved: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,7 +120,7 @@ def _check_entry(entry: Any, named: Sequence[tuple[str, Tensor]]) -> list[int]:
     """The saved cut dimensions, once names and shapes are known to be this model's."""
     try:
         saved = [(str(name), tuple(shape), int(dim)) for name, shape, dim in entry["parameters"]]
-        entry["position"]
+        entry["position"], int(entry.get("updates", 0))
     except (TypeError, ValueError, KeyError, IndexError) as error:
         raise CheckpointMismatch(f"the checkpoint's entry {ENTRY!r} is not readable: {error!r}") from error
     if len(saved) != len(named):
@@ -123,16 +134,16 @@ def _check_entry(entry: Any, named: Sequence[tuple[str, Tensor]]) -> list[int]:
     return [dim for _, _, dim in saved]
 
 
-def _state(name: str, parameter: Tensor, dim: int, saved: Mapping[str, Any]) -> SavedState:
-    wide = state_dtype(parameter)
+def _state(name: str, parameter: Tensor, dim: int, saved: Mapping[str, Any], moments: torch.dtype) -> SavedState:
+    dtypes = state_dtypes(parameter, moments)
     tensors = {key: value for key, value in saved.items() if key not in ("step", "slice_steps")}
-    expected = {"exp_avg", "exp_avg_sq"}
+    expected = set(MOMENTS)
     if not expected <= tensors.keys() <= expected | {"master"}:
         raise CheckpointMismatch(f"the state of {name!r} holds {sorted(tensors)}, not {sorted(expected)}")
-    if not tensors.keys() <= set(state_keys(parameter)):
+    if not tensors.keys() <= dtypes.keys():
         raise CheckpointMismatch(
-            f"the state of {name!r} has a master weight, but the parameter is {wide} and its own master; "
-            "load into a model of the dtype that was trained"
+            f"the state of {name!r} has a master weight, but the parameter is {master_dtype(parameter)} "
+            "and its own master; load into a model of the dtype that was trained"
         )
     for key, value in tensors.items():
         if not isinstance(value, Tensor) or value.shape != parameter.shape:
@@ -140,10 +151,10 @@ def _state(name: str, parameter: Tensor, dim: int, saved: Mapping[str, Any]) -> 
                 f"{key} of {name!r} has shape {tuple(getattr(value, 'shape', ()))}, "
                 f"the parameter {tuple(parameter.shape)}"
             )
-        if torch.promote_types(value.dtype, wide) != wide:
+        if torch.promote_types(value.dtype, dtypes[key]) != dtypes[key]:
             raise CheckpointMismatch(
-                f"{key} of {name!r} is {value.dtype}, which {wide} would round; "
-                "load into a model of the dtype that was trained"
+                f"{key} of {name!r} is {value.dtype}, which {dtypes[key]} would round; load into a model of the "
+                "dtype, and an optimizer of the state_dtype, that was trained"
             )
     return SavedState(tensors, _counts(name, parameter, dim, saved))
 

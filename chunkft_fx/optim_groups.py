@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from chunkft_fx.errors import NoTrainableParameters, OptimizerMismatch, OptionError
+from chunkft_fx.optim_state import master_dtype
 from chunkft_fx.plan import Plan
 from chunkft_fx.slices import ActiveSlice, ChunkSchedule
 
@@ -76,3 +77,24 @@ def parameter_groups(model: ChunkedModule, no_decay: Sequence[str]) -> list[dict
     decayed = [(n, p) for n, p in named if not any(n == k for k, _ in kept)]
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
     return [g for g in groups if g["params"]]
+
+
+def check_slices(active: Sequence[ActiveSlice], groups: Sequence[Mapping[str, Any]], device: torch.device) -> None:
+    """Raise `OptimizerMismatch` for what an update on ``device`` could not finish, before it begins."""
+    known = {id(p): n for g in groups for n, p in zip(g["param_names"], g["params"], strict=True)}
+    for s in active:
+        if known.get(id(s.parameter)) != s.name:
+            raise OptimizerMismatch(
+                f"{s.name!r} became trainable or was replaced after this optimizer was made; make a new optimizer"
+            )
+        if s.parameter.device not in (device, torch.device("cpu")):
+            raise OptimizerMismatch(
+                f"{s.name!r} is on {s.parameter.device}, the model runs on {device}; "
+                "a weight must be there or in host memory"
+            )
+        expected = (s.weight().shape, master_dtype(s.parameter), device)
+        if s.grad is not None and (s.grad.shape, s.grad.dtype, s.grad.device) != expected:
+            raise OptimizerMismatch(
+                f"the gradient of {s.name!r} is {tuple(s.grad.shape)}, {s.grad.dtype} on {s.grad.device}; "
+                f"it must be {tuple(expected[0])}, {expected[1]} on {device}"
+            )

@@ -1,15 +1,17 @@
-"""State streaming without a GPU: the CUDA stage with streams that do everything at once, and pinned slabs."""
+"""State streaming without a GPU: the CUDA stage with streams that work as late as they may, and pinned slabs."""
 
 from __future__ import annotations
 
 import contextlib
+import random
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from chunkft_fx import host_memory
+from chunkft_fx import host_memory, streaming
 from chunkft_fx.host_memory import HostMemory
 from chunkft_fx.optim import AdamW
 from chunkft_fx.streaming import CudaStage, Stage
@@ -18,36 +20,123 @@ from tests.fake_model import FakeModule, net, train_step
 CPU = torch.device("cpu")
 
 
-class ImmediateStream:
-    """A stream on which work is done when it is queued; it counts what was waited for."""
+class Machine:
+    """Streams whose work is done when something waits for it, or at a moment that ``chance`` picks.
 
-    def __init__(self, device: object = None) -> None:
-        self.waits = 0
+    The compute stream is the Python program itself. What a stream may do early or late is bounded only by the
+    waits that were asked for, so that a wait that is missing shows as a wrong value.
+    """
 
-    def wait_stream(self, other: ImmediateStream) -> None:
-        self.waits += 1
+    def __init__(self) -> None:
+        self.work: list[Work] = []
+        self.current: Stream | None = None
+        self.chance: random.Random | None = None
+
+    def queue(self, stream: Stream, action: Callable[[], object] | None, after: Work | None = None) -> None:
+        stream.queued += action is not None
+        work = Work(action, [w for w in (stream.last, after) if w is not None])
+        stream.last = work
+        self.work.append(work)
+        self.drift()
+
+    def drift(self) -> None:
+        """Let some of the waiting work happen now."""
+        waiting = [w for w in self.work if not w.done]
+        if self.chance is not None and waiting and self.chance.random() < 0.5:
+            self.finish(self.chance.choice(waiting))
+
+    def finish(self, last: Work | None) -> None:
+        """Do this work and all that it comes after, nothing else."""
+        needed: set[Work] = set()
+        pending = [] if last is None else [last]
+        while pending:
+            work = pending.pop()
+            if not work.done and work not in needed:
+                needed.add(work)
+                pending += work.after
+        for work in [w for w in self.work if w in needed]:  # as queued, which no dependency contradicts
+            if work.action is not None:
+                work.action()
+            work.done = True
+        self.work = [w for w in self.work if not w.done]
+
+
+class Work:
+    def __init__(self, action: Callable[[], object] | None, after: list[Work]) -> None:
+        self.action = action
+        self.after = after
+        self.done = False
+
+
+class Stream:
+    """A copy stream of the machine, or the compute stream."""
+
+    def __init__(self, machine: Machine, computes: bool = False) -> None:
+        self.machine = machine
+        self.computes = computes
+        self.last: Work | None = None
+        self.waits: list[tuple[Stream, int]] = []  # for which stream, and how much was queued on this one by then
+        self.queued = 0
+
+    def wait_stream(self, other: Stream) -> None:
+        self.waits.append((other, self.queued))
+        self._wait(other.last)
+
+    def wait_event(self, event: Event) -> None:
+        self._wait(event.last)
 
     def synchronize(self) -> None:
-        self.waits += 1
+        self.machine.finish(self.last)
+
+    def _wait(self, last: Work | None) -> None:
+        if self.computes:
+            self.machine.finish(last)
+        else:
+            self.machine.queue(self, None, last)
+
+
+class Event:
+    def __init__(self) -> None:
+        self.last: Work | None = None
+
+    def record(self, stream: Stream) -> None:
+        self.last = stream.last
 
 
 @pytest.fixture
-def compute(monkeypatch: pytest.MonkeyPatch) -> ImmediateStream:
-    """The current stream, in a world where CUDA streams exist on the CPU."""
-    stream = ImmediateStream()
-    monkeypatch.setattr(torch.cuda, "Stream", ImmediateStream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda s: contextlib.nullcontext())
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """CUDA streams on the CPU."""
+    machine = Machine()
+    compute = Stream(machine, computes=True)
+    copy = Tensor.copy_
+
+    @contextlib.contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        machine.current = stream
+        yield
+        machine.current = None
+
+    def copied(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+        if machine.current is None:
+            return copy(target, source)
+        assert non_blocking
+        machine.queue(machine.current, lambda: copy(target, source))
+        return target
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(machine))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: compute)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(Tensor, "copy_", copied)
     monkeypatch.setattr(Tensor, "record_stream", lambda *_: None)
-    return stream
+    return machine
 
 
-def test_the_stage_copies_in_and_back(compute: ImmediateStream) -> None:
+def test_the_stage_copies_in_and_back(machine: Machine) -> None:
     host = [torch.arange(6.0).reshape(2, 3), torch.ones(5, dtype=torch.float64), torch.full((1,), 7.0)]
     stage = CudaStage(CPU, 0)
     stage.fetch(host)
     staged = stage.tensors()
-    assert compute.waits == 1
     for h, s in zip(host, staged, strict=True):
         assert torch.equal(h, s)
         assert h.dtype == s.dtype
@@ -55,16 +144,111 @@ def test_the_stage_copies_in_and_back(compute: ImmediateStream) -> None:
         s.add_(1)
     assert host[0][0, 0] == 0
     stage.write_back()
+    stage.synchronize()
     assert host[0].tolist() == [[1, 2, 3], [4, 5, 6]]
     assert host[1].tolist() == [2] * 5
     assert host[2].tolist() == [8]
 
 
-def test_the_stage_takes_memory_once_for_the_largest_chunk(compute: ImmediateStream) -> None:
+def test_copies_begin_after_the_work_that_was_queued_before(machine: Machine) -> None:
+    compute = torch.cuda.current_stream(CPU)
+    stage = CudaStage(CPU, 0)
+    incoming: Any = stage._incoming
+    outgoing: Any = stage._outgoing
+    for turn in range(3):
+        stage.fetch([torch.ones(100)])
+        assert incoming.waits[-1] == (compute, turn)
+        stage.tensors()
+        stage.write_back()
+        assert outgoing.waits[-1] == (compute, turn)
+
+
+def random_parts(memory: Tensor, cuts: list[int], rng: random.Random) -> list[Tensor]:
+    """Some of the parts into which ``cuts`` divide host memory, in any order."""
+    parts = [memory[a:b] for a, b in zip([0, *cuts], [*cuts, memory.numel()], strict=True) if b > a]
+    return rng.sample(parts, rng.randint(0, len(parts)))
+
+
+def exchange(seed: int, machine: Machine | None) -> Tensor:
+    """Host memory after random fetches, updates and write-backs: on the CUDA stage, or in place without one."""
+    rng = random.Random(seed)
+    memory = torch.arange(6000.0, dtype=torch.float64)
+    # two ways to cut, so that what is fetched overlaps what is being written in part
+    ways = [sorted(rng.sample(range(1, 6000), 12)), list(range(500, 6000, 500))]
+    stage = Stage(CPU) if machine is None else CudaStage(CPU, 0 if seed % 2 else 8 * 6000 + 13 * 256)
+    if machine is not None:
+        machine.chance = random.Random(seed) if seed % 3 else None
+    for step in range(25):
+        stage.fetch(random_parts(memory, rng.choice(ways), rng))
+        for _ in range(rng.randint(0, 2)):
+            for i, t in enumerate(sorted(stage.tensors(), key=lambda t: t.numel())):
+                t.mul_(0.5).add_(step + i % 2)
+            if rng.random() < 0.5:
+                stage.write_back()  # updated again before anything else is fetched
+                stage.synchronize()
+        stage.tensors()
+        stage.write_back()
+    stage.synchronize()
+    return memory
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_no_order_of_the_copies_changes_a_value(machine: Machine, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    monkeypatch.setattr(streaming, "BATCH_NBYTES", 4096)
+    assert torch.equal(exchange(seed, machine), exchange(seed, None))
+
+
+def no_conflict_on_the_stage(written: Any, batch: Any) -> int:
+    moved = [streaming._Batch(w.start + 2**30, w.end + 2**30, w.copies) for w in written]
+    return streaming_last_conflict(moved, batch)
+
+
+def no_conflict_in_host_memory(written: Any, batch: Any) -> int:
+    return streaming_last_conflict(written, streaming._Batch(batch.start, batch.end, ()))
+
+
+streaming_last_conflict = streaming._last_conflict
+
+
+@pytest.mark.parametrize("broken", [lambda written, batch: -1, no_conflict_on_the_stage, no_conflict_in_host_memory])
+def test_a_fetch_that_does_not_wait_is_noticed(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, broken: Callable[[Any, Any], int]
+) -> None:
+    monkeypatch.setattr(streaming, "BATCH_NBYTES", 4096)
+    monkeypatch.setattr(streaming, "_last_conflict", broken)
+    assert any(not torch.equal(exchange(seed, machine), exchange(seed, None)) for seed in range(30))
+
+
+def test_the_next_chunk_comes_in_while_the_last_one_goes_out(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "BATCH_NBYTES", 4096)
+    memory = torch.zeros(2, 10 * 1024)
+    stage = CudaStage(CPU, 0)
+    stage.fetch([memory[0]])
+    stage.tensors()[0].fill_(1)
+    stage.write_back()
+    stage.fetch([memory[1]])
+    copies = [w for w in machine.work if w.action is not None]
+    assert len(copies) == 10 + 10
+    for i in range(10):  # the i-th batch in needs i batches out, no more
+        machine.finish(copies[10 + i])
+        assert int(memory[0].count_nonzero()) == (i + 1) * 1024
+
+
+def test_neighbours_in_host_memory_move_in_one_copy(machine: Machine) -> None:
+    memory = torch.arange(300 * 64.0)
+    neighbours, apart = list(memory.split(64)), [torch.ones(64) for _ in range(3)]
+    stage = CudaStage(CPU, 0)
+    stage.fetch([*reversed(neighbours), *apart])
+    assert len([w for w in machine.work if w.action is not None]) == 1 + 3
+    assert all(torch.equal(s, h) for s, h in zip(stage.tensors(), [*reversed(neighbours), *apart], strict=True))
+
+
+def test_the_stage_takes_memory_once_for_the_largest_chunk(machine: Machine) -> None:
     stage = CudaStage(CPU, 1024)
     stage.fetch([torch.ones(8)])
     first = stage.tensors()[0].data_ptr()
-    stage.fetch([torch.ones(60), torch.ones(100)])
+    both = torch.ones(160)
+    stage.fetch([both[:60], both[60:]])
     assert stage.tensors()[0].data_ptr() == first
     assert stage.tensors()[1].data_ptr() == first + 256
     stage.fetch([torch.arange(400.0)])  # more than was promised: the stage grows
@@ -72,12 +256,14 @@ def test_the_stage_takes_memory_once_for_the_largest_chunk(compute: ImmediateStr
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("interval", [1, 3])
 def test_training_through_the_stage_equals_training_in_place(
-    compute: ImmediateStream, dtype: torch.dtype, interval: int
+    machine: Machine, dtype: torch.dtype, state_dtype: str, interval: int
 ) -> None:
+    machine.chance = random.Random(interval)
     inplace, staged = FakeModule(net(dtype), 5, "random", interval), FakeModule(net(dtype), 5, "random", interval)
-    a, b = AdamW(inplace, max_grad_norm=0.1), AdamW(staged, max_grad_norm=0.1)
+    a, b = (AdamW(m, max_grad_norm=0.1, state_dtype=state_dtype) for m in (inplace, staged))
     assert type(a._stage) is Stage
     b._stage = CudaStage(CPU, b._capacity())
     for step in range(17):
@@ -102,7 +288,7 @@ def same_state(a: dict[str, Any], b: dict[str, Any]) -> None:
             assert torch.equal(value, other) if isinstance(value, Tensor) else value == other
 
 
-def test_the_capacity_is_what_the_largest_chunk_takes(compute: ImmediateStream) -> None:
+def test_the_capacity_is_what_the_largest_chunk_takes(machine: Machine) -> None:
     module = FakeModule(net(), 5)
     optimizer = AdamW(module)
     optimizer._stage = stage = CudaStage(CPU, optimizer._capacity())

@@ -1,18 +1,20 @@
 """What the host does before a launch: check that the kernel can reach the memory, and bring its table to the device.
 
 A launch covers many tensors, so the kernel finds their addresses in a table: an int64 tensor with one row a
-tensor, built on the host and copied once, asynchronously, from pinned memory. Addresses of pinned host memory
-are valid on the device as they are (unified addressing).
+tensor, built on the host and copied once, asynchronously, from pinned memory. In front of the rows stand, close
+together, the numbers of tiles up to each row's end: every program walks over all of them. Addresses of pinned host
+memory are valid on the device as they are (unified addressing).
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -79,16 +81,10 @@ def join_dims(tensors: Sequence[Tensor]) -> tuple[list[int], list[list[int]]]:
     return (sizes, strides) if sizes else ([1], [[1] for _ in tensors])
 
 
-def device_table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """The rows as int64[len(rows), fields] on ``device``, without waiting for the copy."""
-    pinned = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return pinned.to(device, non_blocking=True)
-
-
-def float64_bits(value: float) -> int:
-    """The bits of ``value``, as a table holds them."""
-    (bits,) = struct.unpack("<q", struct.pack("<d", value))
-    return int(bits)
+def device_table(numbers: npt.NDArray[np.int64], device: torch.device) -> Tensor:
+    """The numbers as int64[len(numbers)] on ``device``, without waiting for the copy."""
+    table = torch.from_numpy(numbers)
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
 def signed64(value: int) -> int:

@@ -1,0 +1,171 @@
+"""What the AdamW kernel computes, in torch's operators: the implementation on the CPU and for float64.
+
+With float32 or float64 moments it is torch's own functional AdamW, to the bit. bfloat16 moments are widened to
+float32 for the update and rounded stochastically after it: with ``beta2 = 0.999`` a second moment shrinks by less
+than half a bfloat16 step at a time, so that rounding to nearest would never let it decay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw as torch_adamw
+
+from chunkft_fx.errors import OptionError
+from chunkft_fx.optim_state import reconcile
+
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+MASK32 = 0xFFFFFFFF
+# Philox4x32 (Salmon et al., SC 2011): multipliers, key increments, rounds.
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+PHILOX_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
+PHILOX_ROUNDS = 10
+
+
+@dataclass(frozen=True)
+class SliceUpdate:
+    """One slice to update, every operand seen with the cut dimension in front.
+
+    ``weight`` is bf16, f16, f32 or f64[length, ...], possibly strided; ``gradient`` has its shape, in float32
+    (float64 for float64 weights), with any strides. ``master`` is contiguous, of the gradient's dtype and the
+    weight's number of elements, or `None` for a weight that is its own master. ``exp_avg`` and ``exp_avg_sq``
+    are contiguous, of the gradient's dtype or bfloat16. ``step`` counts updates of this slice, this one included.
+    ``host_weight``, of the weight's shape and dtype with any strides, is a second copy of the weight in pinned
+    host memory (the original of a streamed weight), written with it and never read.
+    """
+
+    weight: Tensor
+    gradient: Tensor
+    master: Tensor | None
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: int
+    host_weight: Tensor | None = None
+
+
+def operands(u: SliceUpdate) -> dict[str, Tensor]:
+    """The tensors of an update, by name."""
+    named = {
+        "weight": u.weight,
+        "host_weight": u.host_weight,
+        "gradient": u.gradient,
+        "master": u.master,
+        "exp_avg": u.exp_avg,
+        "exp_avg_sq": u.exp_avg_sq,
+    }
+    return {name: t for name, t in named.items() if t is not None}
+
+
+def require_one_device(u: SliceUpdate) -> None:
+    """Refuse what torch's own operators cannot update."""
+    for name, operand in operands(u).items():
+        if name != "host_weight" and operand.device != u.weight.device:
+            raise OptionError(
+                f"{name} is on {operand.device}, the weight on {u.weight.device}; "
+                f"a {u.gradient.dtype} slice is updated where all of it is"
+            )
+
+
+def check_operands(u: SliceUpdate) -> None:
+    """Refuse an update whose operands do not belong together."""
+    expected = torch.promote_types(u.weight.dtype, torch.float32)
+    if u.gradient.shape != u.weight.shape or u.gradient.dtype != expected:
+        raise OptionError(
+            f"the gradient is {tuple(u.gradient.shape)}, {u.gradient.dtype}; "
+            f"for this weight it must be {tuple(u.weight.shape)}, {expected}"
+        )
+    host = u.host_weight
+    if host is not None and (host.shape, host.dtype, host.device.type) != (u.weight.shape, u.weight.dtype, "cpu"):
+        raise OptionError(
+            f"the host weight is {tuple(host.shape)}, {host.dtype} on {host.device}; "
+            f"it must be {tuple(u.weight.shape)}, {u.weight.dtype} in host memory"
+        )
+    if (u.master is None) != (expected == u.weight.dtype):
+        raise OptionError(f"a {u.weight.dtype} weight needs {'no' if u.master is not None else 'a'} master")
+    if u.master is not None and u.master.dtype != expected:
+        raise OptionError(f"the master is {u.master.dtype}; it must be {expected}")
+    if u.exp_avg.dtype != u.exp_avg_sq.dtype or u.exp_avg.dtype not in STATE_DTYPES:
+        raise OptionError(f"the moments are {u.exp_avg.dtype} and {u.exp_avg_sq.dtype}; use float32 or bfloat16")
+    if (u.exp_avg.dtype == torch.float64) != (expected == torch.float64):
+        raise OptionError(f"the moments of a {u.weight.dtype} weight cannot be {u.exp_avg.dtype}")
+    for name, state in (("master", u.master), ("exp_avg", u.exp_avg), ("exp_avg_sq", u.exp_avg_sq)):
+        if state is not None and not (state.is_contiguous() and state.numel() == u.weight.numel()):
+            raise OptionError(f"{name} is {tuple(state.shape)}; it must be {tuple(u.weight.shape)} and contiguous")
+
+
+@torch.no_grad()
+def adamw_reference(
+    updates: Sequence[SliceUpdate],
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    scale: Tensor | None = None,
+    seed: int = 0,
+) -> None:
+    """As `chunkft_fx.kernels.adamw.adamw`, for slices whose operands are all on one device."""
+    for index, u in enumerate(updates):
+        shape = u.weight.shape
+        master = u.weight.contiguous() if u.master is None else u.master.view(shape)
+        if u.master is not None:
+            reconcile(master, u.weight)
+        moments = [u.exp_avg.view(shape).to(master.dtype), u.exp_avg_sq.view(shape).to(master.dtype)]
+        # one layout for all operands: vectorised loops then round the same way
+        gradient = u.gradient.contiguous()
+        torch_adamw(
+            [master],
+            [gradient if scale is None else gradient * scale],
+            [moments[0]],
+            [moments[1]],
+            [],
+            [torch.tensor(float(u.step - 1))],  # counted up by torch
+            foreach=False,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=float(lr),
+            weight_decay=weight_decay,
+            eps=eps,
+            maximize=False,
+        )
+        if u.exp_avg.dtype == torch.bfloat16:
+            noise = random_words(seed, index, master.numel(), master.device).view(shape)
+            u.exp_avg.view(shape).copy_(round_stochastically(moments[0], noise & 0xFFFF))
+            u.exp_avg_sq.view(shape).copy_(round_stochastically(moments[1], noise >> 16))
+        for weight in (u.weight, u.host_weight):
+            if weight is not None:
+                weight.copy_(master, non_blocking=True)
+
+
+def round_stochastically(value: Tensor, noise: Tensor) -> Tensor:
+    """float32 rounded to bfloat16, up in magnitude if the dropped bits plus ``noise`` (0 to 65535) carry.
+
+    The mean over uniform noise is the value itself; a value that bfloat16 holds is never changed.
+    """
+    carried = (value.view(torch.int32) + noise.to(torch.int32)) & -0x10000
+    return torch.where(value.isfinite(), carried.view(torch.float32), value).to(torch.bfloat16)
+
+
+def random_words(seed: int, slice_index: int, numel: int, device: torch.device) -> Tensor:
+    """Philox words int64[numel] in [0, 2**32): word ``i % 4`` of the block with counter ``i // 4``, slice index, 0.
+
+    The low half of a word rounds the first moment, the high half the second.
+    """
+    block = torch.arange(-(-numel // 4), device=device)
+    counter = [block & MASK32, block >> 32, torch.full_like(block, slice_index), torch.zeros_like(block)]
+    key = [seed & MASK32, seed >> 32 & MASK32]
+    for _ in range(PHILOX_ROUNDS):
+        first, second = counter[0] * PHILOX_MULTIPLIERS[0], counter[2] * PHILOX_MULTIPLIERS[1]  # wrap at 64 bits
+        counter = [
+            (second >> 32 & MASK32) ^ counter[1] ^ key[0],
+            second & MASK32,
+            (first >> 32 & MASK32) ^ counter[3] ^ key[1],
+            first & MASK32,
+        ]
+        key = [(k + increment) & MASK32 for k, increment in zip(key, PHILOX_INCREMENTS, strict=True)]
+    return torch.stack(counter, dim=-1).view(-1)[:numel]

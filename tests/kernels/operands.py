@@ -1,0 +1,235 @@
+"""Random slices for the AdamW kernel, in any layout and memory, and the update spelled out as their oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from chunkft_fx.kernels.adamw_reference import SliceUpdate, random_words, round_stochastically
+
+# Elements before and after each operand that no update may touch.
+MARGIN = 16
+CANARY = 7.0
+
+# Moves a flat buffer to where an operand of this name is to lie; it must keep the values.
+Placement = Callable[[str, Tensor], Tensor]
+
+
+def in_place(_: str, buffer: Tensor) -> Tensor:
+    return buffer
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A slice ``start, length`` along ``dim`` of a parameter, and how its operands lie in memory.
+
+    ``order`` lists the parameter's dimensions from the outermost in memory to the innermost; the gradient is
+    contiguous with the cut dimension in front (``"front"``), in the parameter's order (``"same"``) or in plain
+    order (``"plain"``). Operands begin ``offset`` elements after an aligned address.
+    """
+
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    dim: int
+    start: int
+    length: int
+    weight_dtype: torch.dtype
+    state_dtype: torch.dtype
+    gradient_order: str
+    has_host_weight: bool
+    offset: int
+    step: int
+    seed: int
+
+
+@dataclass
+class Case:
+    """An update, and by operand the whole buffer in which it lies, margins included."""
+
+    update: SliceUpdate
+    buffers: dict[str, Tensor]
+
+
+@st.composite
+def specs(draw: st.DrawFn, largest: int = 20_000) -> Spec:
+    """Slices of parameters of at most ``largest`` elements."""
+    shape = tuple(draw(st.lists(st.sampled_from([1, 2, 3, 5, 16, 32, 70]), min_size=1, max_size=4)))
+    while prod(shape) > largest:
+        shape = shape[1:]
+    plain = tuple(range(len(shape)))
+    orders = [plain]
+    if len(shape) == 4:
+        orders.append((0, 2, 3, 1))  # channels last
+    elif len(shape) > 1:
+        orders.append(plain[::-1])
+    order = draw(st.sampled_from(orders))
+    # channels last is never cut along height or width
+    dim = draw(st.sampled_from(plain if order in (plain, plain[::-1]) else plain[:2]))
+    length = draw(st.integers(1, shape[dim]))
+    return Spec(
+        shape=shape,
+        order=order,
+        dim=dim,
+        start=draw(st.integers(0, shape[dim] - length)),
+        length=length,
+        weight_dtype=draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32])),
+        state_dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])),
+        gradient_order=draw(st.sampled_from(["front", "same", "plain"])),
+        has_host_weight=draw(st.booleans()),
+        offset=draw(st.sampled_from([0, 0, 1])),
+        step=draw(st.sampled_from([1, 2, 10, 1000, 100_000])),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+def build(spec: Spec, place: Placement = in_place) -> Case:
+    """The slice's operands, the same values each time: weights of order 1, half of the masters out of date."""
+    generator = torch.Generator().manual_seed(spec.seed)
+    buffers: dict[str, Tensor] = {}
+
+    def operand(name: str, values: Tensor, order: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        flat = torch.full((values.numel() + 2 * MARGIN,), CANARY, dtype=dtype)
+        inside = slice(MARGIN + spec.offset, MARGIN + spec.offset + values.numel())
+        flat[inside] = values.permute(order).reshape(-1).to(dtype)
+        buffers[name] = place(name, flat)
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        return buffers[name][inside].view([values.shape[d] for d in order]).permute(inverse)
+
+    def cut(parameter: Tensor) -> Tensor:
+        return parameter.narrow(spec.dim, spec.start, spec.length).movedim(spec.dim, 0)
+
+    def normal(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    plain = tuple(range(len(spec.shape)))
+    values = normal(spec.shape)
+    parameter = operand("weight", values, spec.order, spec.weight_dtype)
+    weight = cut(parameter)
+    host_weight = None
+    if spec.has_host_weight:
+        host_weight = cut(operand("host_weight", normal(spec.shape), plain, spec.weight_dtype))
+    shape = tuple(weight.shape)
+    grad = normal(shape)
+    if spec.gradient_order == "front":
+        gradient = operand("gradient", grad, plain, torch.float32)
+    else:
+        order = spec.order if spec.gradient_order == "same" else plain
+        gradient = operand("gradient", grad.movedim(0, spec.dim), order, torch.float32).movedim(spec.dim, 0)
+    master = None
+    if spec.weight_dtype != torch.float32:
+        known = cut(values.to(spec.weight_dtype).float() * (1 + 1e-4 * torch.rand(spec.shape, generator=generator)))
+        stale = torch.rand(shape, generator=generator) < 0.5
+        master = operand("master", torch.where(stale, normal(shape), known), plain, torch.float32)
+    exp_avg = operand("exp_avg", 0.1 * normal(shape), plain, spec.state_dtype)
+    exp_avg_sq = operand("exp_avg_sq", normal(shape).square(), plain, spec.state_dtype)
+    return Case(SliceUpdate(weight, gradient, master, exp_avg, exp_avg_sq, spec.step, host_weight), buffers)
+
+
+def spelled_out(
+    u: SliceUpdate,
+    index: int,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    scale: Tensor | None = None,
+    seed: int = 0,
+) -> None:
+    """The update in place, one torch operator for each operation of the kernel, on the CPU.
+
+    No operator combines two roundings into one, so that each result is the only correct one; the root is numpy's,
+    because torch's is up to 1 ulp off on some processors.
+    """
+
+    def float32(value: float) -> Tensor:
+        return torch.tensor(value, dtype=torch.float32)
+
+    param = u.weight.float()
+    if u.master is not None:
+        master = u.master.view(param.shape)
+        param = torch.where(master.to(u.weight.dtype) == u.weight, master, param)
+    grad = u.gradient if scale is None else u.gradient * scale
+    average, square = (t.view(param.shape).float() for t in (u.exp_avg, u.exp_avg_sq))
+    rest1, rest2 = float32(1 - beta1), float32(1 - beta2)
+    param = param * float32(1 - lr * weight_decay)
+    change = grad - average
+    average = average + rest1 * change if rest1 < 0.5 else grad - change * (1 - rest1)
+    square = square * float32(beta2) + rest2 * grad * grad
+    root = torch.from_numpy(np.sqrt(square.numpy()))
+    denominator = root / float32((1 - beta2**u.step) ** 0.5) + float32(eps)
+    param = param - float32(lr / (1 - beta1**u.step)) * average / denominator
+    if u.exp_avg.dtype == torch.bfloat16:
+        noise = random_words(seed, index, param.numel(), param.device).view(param.shape)
+        average, square = round_stochastically(average, noise & 0xFFFF), round_stochastically(square, noise >> 16)
+    u.exp_avg.copy_(average)
+    u.exp_avg_sq.copy_(square)
+    for target in (u.weight, u.master, u.host_weight):
+        if target is not None:
+            target.copy_(param)
+
+
+def assert_same_memory(ours: Case, expected: Case) -> None:
+    """Every buffer is equal, margins and the rest of the parameter included."""
+    assert ours.buffers.keys() == expected.buffers.keys()
+    for name, buffer in expected.buffers.items():
+        found = ours.buffers[name].cpu()
+        same = (found == buffer) | (found.isnan() & buffer.isnan())
+        assert same.all(), f"{name}: {found[~same]} instead of {buffer[~same]} at {(~same).nonzero().view(-1)}"
+
+
+def ulps(a: Tensor, b: Tensor) -> Tensor:
+    """How many float32 numbers lie between a and b, of one sign."""
+    return (a.contiguous().view(torch.int32).long() - b.contiguous().view(torch.int32).long()).abs()
+
+
+@dataclass(frozen=True)
+class CopySpec:
+    """A tensor to copy: its elements, and how many elements after an aligned address it begins on either side."""
+
+    numel: int
+    dtype: torch.dtype
+    source_offset: int
+    destination_offset: int
+
+
+@dataclass
+class CopyCase:
+    """Source and destination, the destination's whole buffer, and what that must hold after the copy."""
+
+    source: Tensor
+    destination: Tensor
+    buffer: Tensor
+    expected: Tensor
+
+
+@st.composite
+def copy_specs(draw: st.DrawFn) -> CopySpec:
+    return CopySpec(
+        numel=draw(st.sampled_from([0, 1, 3, 63, 64, 65, 700])),
+        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.uint8, torch.float64])),
+        source_offset=draw(st.integers(0, 3)),
+        destination_offset=draw(st.integers(0, 3)),
+    )
+
+
+def tensors_to_copy(spec: CopySpec, place: Placement) -> CopyCase:
+    """Random values on one side, canaries on the other; ``place`` is asked for "source" and "destination"."""
+    values = torch.randint(0, 200, (spec.numel + 2 * MARGIN,)).to(spec.dtype)
+    expected = torch.full_like(values, CANARY)
+    sides = (place("source", values), place("destination", expected.clone()))
+    begins = (MARGIN + spec.source_offset, MARGIN + spec.destination_offset)
+    source, destination = (side[at : at + spec.numel] for side, at in zip(sides, begins, strict=True))
+    expected[begins[1] : begins[1] + spec.numel] = values[begins[0] : begins[0] + spec.numel]
+    return CopyCase(source, destination, sides[1], expected)
+
+
+def assert_copied(case: CopyCase) -> None:
+    assert torch.equal(case.buffer.cpu(), case.expected)
