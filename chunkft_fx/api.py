@@ -15,6 +15,7 @@ from chunkft_fx.capture import capture, trace
 from chunkft_fx.errors import AlreadyCompiled, NotPlanned, OptionError
 from chunkft_fx.head_rewrite import chunk_head
 from chunkft_fx.host_memory import HostMemory
+from chunkft_fx.memory_limit import limit
 from chunkft_fx.outline import Template, outline
 from chunkft_fx.plan import Plan
 from chunkft_fx.planner import Options, first_plan, parameter_specs, plan_for_batch
@@ -23,6 +24,7 @@ from chunkft_fx.residency import Residency
 from chunkft_fx.session import Session
 from chunkft_fx.slices import ActiveSlice, ChunkSchedule
 from chunkft_fx.specialize import Variant
+from chunkft_fx.step_memory import storages_nbytes
 
 BACKENDS = ("inductor", "eager")
 
@@ -42,7 +44,7 @@ def compile(
     """Compile a model for full-parameter training in which one chunk of the parameters is active a step.
 
     ``budget`` is the device memory to stay within (``"24GB"``, ``"24GiB"`` or bytes). ``chunks`` is a
-    number or ``"auto"``, the fewest whose estimated peak fits the budget. ``order`` is how a sweep visits
+    number or ``"auto"``, the fewest whose predicted peak fits the budget, on a GPU enough to hide their states' copies. ``order`` is how a sweep visits
     them (``"ascending"``, ``"descending"``, ``"random"`` with ``seed``), ``interval`` the optimizer steps
     spent on each. ``backend="eager"`` runs the rewritten FX graphs as they are, ``"inductor"`` compiles
     them. ``device`` is where the model runs, by default where its first parameter is; its weights can be
@@ -234,15 +236,15 @@ class CompiledModule(nn.Module):
         names = {id(p): name for name, p in self._model.named_parameters()}
         captured = capture(gm, inputs, names, self._backend)
         blocks = block_paths(self._model.named_modules())
-        session = Session(self, captured, outline(captured, blocks), self._backend)
+        held = [*self._model.parameters(), *self._model.buffers()]
+        session = Session(self, captured, outline(captured, blocks), self._backend, storages_nbytes(inputs, held))
         if captured.tangents:
             shapes = [list(t.shape) for t in inputs if isinstance(t, torch.Tensor) and id(t) not in names]
-            plan = plan_for_batch(
-                self._model, self._options, self._plan, session.activation_terms,
-                session.uses(), f"a batch with inputs of shapes {shapes[:4]}",
-            )  # fmt: skip
+            batch = f"a batch with inputs of shapes {shapes[:4]}"
+            plan = plan_for_batch(self._model, self._options, self._plan, session, batch)
             session.save_from = plan.save_from
             self._residency.settle(plan.streamed, plan.depth)
+            limit(self._residency.device, self._options.budget_bytes)
             if self._plan is None or not self._plan.batch:
                 self.__dict__["_plan"] = plan
         self._sessions.append(session)

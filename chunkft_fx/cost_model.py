@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
@@ -18,6 +19,7 @@ from chunkft_fx.capture import hint
 from chunkft_fx.graph_storages import Storages
 from chunkft_fx.kernel_list import Kernel, kernels, packet_of, packets
 from chunkft_fx.rates import Rates
+from chunkft_fx.specialize import Variant
 
 aten = torch.ops.aten
 
@@ -112,6 +114,21 @@ def _sized(value: Any) -> Any:
     if isinstance(value, Tensor):
         return torch.empty([hint(s) for s in value.shape], dtype=value.dtype, device="meta")
     return hint(value) if isinstance(value, torch.SymInt) else value
+
+
+# By variant and direction: equal regions share their variants.
+_COSTS: WeakKeyDictionary[Variant, dict[bool, Cost]] = WeakKeyDictionary()
+
+
+def direction_us(variant: Variant, is_backward: bool, rates: Rates) -> float:
+    """Microseconds of one direction of a compiled variant; 0 for a backward that it does not have."""
+    module = variant.backward if is_backward else variant.forward
+    if module is None:
+        return 0.0
+    known = _COSTS.setdefault(variant, {})
+    if is_backward not in known:
+        known[is_backward] = graph_cost(module.graph)
+    return known[is_backward].us(rates)
 
 
 def transfer_us(

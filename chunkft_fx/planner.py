@@ -1,24 +1,27 @@
 """Planner: how many chunks, where they are cut, which weights are streamed, which regions keep activations.
 
-The rule of this version: the fewest regions with streamed weights, none if that can be; then the fewest
-chunks whose estimated peak fits; then, from the last region down, as many regions as fit keep their
-activations, the others recompute them. The estimate adds
-weights and buffers, the active chunk's gradients and staged optimizer state, and the memory model's
-activations and workspace of the step that runs deepest (the one whose chunk holds the first region).
+The rule of this version: the fewest regions with streamed weights, none if that can be; then the fewest chunks whose
+predicted peak fits, on a GPU more if `chunk_counts` says so; then, from the last region down, as many regions as fit
+keep their activations, the others recompute them. The prediction adds weights and buffers, the active chunk's
+gradients (those of earlier backwards too, as in gradient accumulation) and staged optimizer state, and the largest
+moment of a step, which `step_memory` finds by replaying it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from chunkft_fx.blocks import block_paths, region_of_parameters
 from chunkft_fx.budget import format_bytes
+from chunkft_fx.chunk_counts import StepTimes, candidates, choose
 from chunkft_fx.cuts import ParameterSpec, cut, max_chunks
 from chunkft_fx.errors import BudgetInfeasible, NoTrainableParameters
+from chunkft_fx.optim_state import stage_capacity_nbytes
 from chunkft_fx.plan import Chunk, Plan
 from chunkft_fx.streams import ring_buffer_nbytes
 
@@ -29,6 +32,8 @@ Terms = dict[str, int]
 MOST_CHUNKS = 1024
 # Buffers of the ring: one is read while the next is filled.
 DEPTH = 2
+# Steps of a sweep, beside the first, whose peak is predicted: their programs have to be made for it.
+LOOKED_AT = 6
 
 
 @dataclass(frozen=True)
@@ -90,8 +95,9 @@ def fixed_terms(
 
     ``uses`` says which parameters each region reads, ``streamed`` which of them stay in host memory.
     """
-    dtypes = {name: p.dtype for name, p in model.named_parameters()}
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    dtypes = {name: p.dtype for name, p in parameters.items()}
+    sizes = {name: p.numel() for name, p in parameters.items()}
 
     def total(chunk: Chunk, per_element: Callable[[torch.dtype], int]) -> int:
         return sum(sizes[s.name] * s.length // s.size * per_element(dtypes[s.name]) for s in chunk.slices)
@@ -101,7 +107,7 @@ def fixed_terms(
     return {
         "weights and buffers": resident_nbytes(model) - away,
         **ring,
-        "optimizer state of the active chunk": max(total(c, state_nbytes) for c in chunks),
+        "optimizer state of the active chunk": max(stage_capacity_nbytes(c, parameters) for c in chunks),
         "gradients of the active chunk": max(
             total(c, lambda d: torch.promote_types(d, torch.float32).itemsize) for c in chunks
         ),
@@ -125,52 +131,117 @@ def first_plan(model: nn.Module, options: Options) -> Plan | None:
     return Plan(options.budget_bytes, chunks, options.order, options.interval, options.seed)
 
 
-def plan_for_batch(
-    model: nn.Module,
-    options: Options,
-    known: Plan | None,
-    activations: Callable[[tuple[Chunk, ...], int], Terms],
-    uses: Sequence[frozenset[str]],
-    batch: str,
-) -> Plan:
+class Predictor(Protocol):
+    """What planning asks of a captured model."""
+
+    def uses(self) -> Sequence[frozenset[str]]:
+        """For each region the names of the parameters that it reads."""
+        ...
+
+    def activation_terms(self, chunk: Chunk, save_from: int) -> Terms:
+        """The largest moment of a step on a chunk whose regions below ``save_from`` recompute, beyond what is fixed."""
+        ...
+
+    def rule_of_counts(self, finest: Chunk, state_nbytes: int) -> StepTimes | None:
+        """Predicted times that the number of chunks depends on; None where copies of states cost nothing."""
+        ...
+
+
+def plan_for_batch(model: nn.Module, options: Options, known: Plan | None, predictor: Predictor, batch: str) -> Plan:
     """Complete a plan for a batch: streamed weights and number of chunks if still open, then the saving policy.
 
-    ``activations(chunks, save_from)`` predicts the step terms when regions below ``save_from`` recompute.
-    ``uses`` names the parameters that each region reads.
+    Raises `BudgetInfeasible`, with the smallest budget that is enough, when nothing fits.
     """
-    parameters = parameter_specs(model)
-    num_regions = len(uses)
+    return _Planning(model, options, known, predictor, batch).plan()
 
-    def terms(chunks: tuple[Chunk, ...], save_from: int) -> Terms:
-        return fixed_terms(model, chunks, uses, streamed) | activations(chunks, save_from)
 
-    def fits(chunks: tuple[Chunk, ...], save_from: int) -> bool:
-        if sum(fixed_terms(model, chunks, uses, streamed).values()) > options.budget_bytes:
-            return False  # known without making a program
-        return sum(terms(chunks, save_from).values()) <= options.budget_bytes
+class _Planning:
+    """One decision: candidates are tried against the predicted peak of the steps that they lead to."""
 
-    finest = known.chunks if known is not None else cut(parameters, _finest(parameters))
-    if known is not None and known.batch:
-        streamed = frozenset(known.streamed)
-    else:
-        streamed = frozenset()  # what a fit with every weight resident needs no look at the least step
-        if not fits(finest, 0):
-            floor = sum(activations(finest, num_regions).values())
-            streamed = _fewest_streamed(model, uses, finest, options.budget_bytes - floor)
-    chunks = known.chunks if known is not None else _fewest(parameters, lambda c: fits(c, num_regions))
-    low = 0
-    if not fits(chunks, 0):
-        _require(options.budget_bytes, terms(chunks, num_regions), len(chunks), f"for {batch}")
-        low, high = 1, num_regions
+    def __init__(
+        self, model: nn.Module, options: Options, known: Plan | None, predictor: Predictor, batch: str
+    ) -> None:
+        self.model, self.options, self.known, self.predictor, self.batch = model, options, known, predictor, batch
+        self.parameters = parameter_specs(model)
+        self.uses = predictor.uses()
+        self.streamed: frozenset[str] = frozenset()
+        self._terms: dict[tuple[Chunk, int], Terms] = {}
+
+    def plan(self) -> Plan:
+        finest = self.known.chunks if self.known is not None else cut(self.parameters, _finest(self.parameters))
+        if self.known is not None and self.known.batch:
+            self.streamed = frozenset(self.known.streamed)
+        elif not self.fits(finest, 0):  # what a fit with every weight resident needs no look at the least step
+            floor = sum(self.largest_step(finest, len(self.uses)).values())
+            self.streamed = _fewest_streamed(self.model, self.uses, finest, self.options.budget_bytes - floor)
+        chunks = self.known.chunks if self.known is not None else self.counted(finest)
+        border = self.border(chunks)
+        final = self.terms(chunks, border)
+        options = self.options
+        plan = self.known or Plan(options.budget_bytes, chunks, options.order, options.interval, options.seed)
+        return replace(
+            plan,
+            streamed=tuple(sorted(self.streamed)),
+            depth=DEPTH,
+            save_from=(border,) * len(chunks),
+            predicted_peak_bytes=sum(final.values()),
+            terms=tuple(sorted(final.items(), key=lambda item: -item[1])),
+            batch=self.batch,
+        )
+
+    def step(self, chunk: Chunk, save_from: int) -> Terms:
+        """The step terms of one chunk."""
+        key = chunk, save_from
+        if key not in self._terms:
+            self._terms[key] = self.predictor.activation_terms(chunk, save_from)
+        return self._terms[key]
+
+    def terms(self, chunks: tuple[Chunk, ...], save_from: int) -> Terms:
+        """The terms of the peak: fixed ones, and the largest step of chunks spread over the sweep.
+
+        A chunk's backward is the deeper the earlier the chunk; the others differ in what gradients they make.
+        """
+        return self.fixed(chunks) | self.largest_step(chunks, save_from)
+
+    def largest_step(self, chunks: tuple[Chunk, ...], save_from: int) -> Terms:
+        looked = {k * (len(chunks) - 1) // LOOKED_AT for k in range(LOOKED_AT + 1)}
+        steps = [self.step(chunks[k], save_from) for k in sorted(looked)]
+        return max(steps, key=lambda terms: sum(terms.values()))
+
+    def fixed(self, chunks: tuple[Chunk, ...]) -> Terms:
+        return fixed_terms(self.model, chunks, self.uses, self.streamed)
+
+    def fits(self, chunks: tuple[Chunk, ...], save_from: int) -> bool:
+        budget = self.options.budget_bytes
+        if sum(self.fixed(chunks).values()) + sum(self.step(chunks[0], save_from).values()) > budget:
+            return False  # known with one program
+        return sum(self.terms(chunks, save_from).values()) <= budget
+
+    def border(self, chunks: tuple[Chunk, ...]) -> int:
+        """The first region that can save; raises `BudgetInfeasible` when not even recomputing all of them fits."""
+        if self.fits(chunks, 0):
+            return 0
+        low, high = 1, len(self.uses)
+        if not self.fits(chunks, high):
+            _require(self.options.budget_bytes, self.terms(chunks, high), len(chunks), f"for {self.batch}")
         while low < high:
             middle = (low + high) // 2
-            low, high = (low, middle) if fits(chunks, middle) else (middle + 1, high)
-    save_from = (low,) * len(chunks)
-    final = terms(chunks, low)
-    plan = known or Plan(options.budget_bytes, chunks, options.order, options.interval, options.seed)
-    ordered = tuple(sorted(final.items(), key=lambda item: -item[1]))
-    plan = replace(plan, streamed=tuple(sorted(streamed)), depth=DEPTH)
-    return replace(plan, save_from=save_from, predicted_peak_bytes=sum(final.values()), terms=ordered, batch=batch)
+            low, high = (low, middle) if self.fits(chunks, middle) else (middle + 1, high)
+        return low
+
+    def counted(self, finest: tuple[Chunk, ...]) -> tuple[Chunk, ...]:
+        """The chunks when their number is open: at least as many as fit and hide their states; see `chunk_counts`."""
+        most, depth = _finest(self.parameters), len(self.uses)
+        fewest = _fewest(self.parameters, lambda c: self.fits(c, depth))
+        states = sum(c.nbytes for c in finest)
+        times = self.predictor.rule_of_counts(finest[0], states)
+        if times is None:
+            return fewest
+        counts = candidates(times, len(fewest), most)
+        found = [(n, cut(self.parameters, n)) for n in counts]
+        borders = [self.border(c) if self.fits(c, depth) else None for _, c in found]
+        chosen = choose(times, [(n, b) for (n, _), b in zip(found, borders, strict=True) if b is not None])
+        return next((c for n, c in found if n == chosen), fewest)
 
 
 def parts_of(model: nn.Module) -> tuple[frozenset[str], ...]:

@@ -15,15 +15,19 @@ import torch
 from torch import Tensor
 
 from chunkft_fx.capture import Capture, OutputName, hint
+from chunkft_fx.chunk_counts import StepTimes
+from chunkft_fx.cost_model import direction_us, transfer_us
+from chunkft_fx.memory_limit import explained, overhead
 from chunkft_fx.outline import Outline
 from chunkft_fx.passes.insert_streams import InsertStreams
 from chunkft_fx.plan import Chunk
 from chunkft_fx.program import ProgramSpec, build
+from chunkft_fx.rates import rates
 from chunkft_fx.residency import Residency
 from chunkft_fx.runtime import Executable, Machine, Step, assemble, run_backward, run_forward
 from chunkft_fx.slices import ActiveSlice
 from chunkft_fx.specialize import Specializer
-from chunkft_fx.step_memory import step_peak
+from chunkft_fx.step_memory import step_peak, storages_nbytes
 
 
 class Owner(Protocol):
@@ -41,7 +45,7 @@ class Owner(Protocol):
 class Session:
     """Programs of one capture, run for whatever chunk is active."""
 
-    def __init__(self, owner: Owner, capture: Capture, outline: Outline, backend: str) -> None:
+    def __init__(self, owner: Owner, capture: Capture, outline: Outline, backend: str, batch_nbytes: int = 0) -> None:
         self.owner = owner
         self.capture = capture
         self.outline = outline
@@ -59,6 +63,7 @@ class Session:
             (i, capture.parameters[p]) for i, p in enumerate(capture.primals) if p in capture.parameters
         ]
         self._constants = list(capture.constants.values())
+        self._given = {"batch and constants": batch_nbytes + storages_nbytes(self._constants)}
 
     def _first_guess(self) -> frozenset[str]:
         """Tangents expected in backward: the scalar outputs' (a loss) if there are any, else all."""
@@ -174,10 +179,28 @@ class Session:
                 slices[self.capture.parameters[primal]].accumulate(totals.pop(primal))
         return totals
 
-    def activation_terms(self, chunks: tuple[Chunk, ...], save_from: int) -> dict[str, int]:
-        """Predicted activation bytes of the first chunk's step, whose backward runs deepest, for the planner."""
-        absent = frozenset(self.capture.tangents) - self.expected
-        return step_peak(self._executable(chunks[0].slices, absent, save_from), self.backend)
+    def activation_terms(self, chunk: Chunk, save_from: int) -> dict[str, int]:
+        """Predicted bytes of the largest moment of a step on a chunk, beyond what the planner counts as fixed."""
+        step = step_peak(self._planned(chunk, save_from), self.backend)
+        return step | self._given | overhead(self.owner.residency.device, sum(step.values()))
+
+    def rule_of_counts(self, finest: Chunk, state_nbytes: int) -> StepTimes | None:
+        """Predicted times for `chunk_counts`; None on the CPU, where states are updated where they are."""
+        device = self.owner.residency.device
+        if device.type != "cuda":
+            return None
+        known = rates(device)
+        saving = self._planned(finest, 0).program.variants
+        again = self._planned(finest, len(saving)).program.variants
+        forward = tuple(direction_us(v, False, known) for v in saving)
+        backward = tuple(direction_us(v, True, known) for v in saving)
+        recomputing = tuple(direction_us(v, True, known) for v in again)
+        extra = tuple(max(a - b, 0.0) for a, b in zip(recomputing, backward, strict=True))
+        # a product with a weight has a gradient of the same size
+        return StepTimes(forward, backward, extra, sum(forward), transfer_us(state_nbytes, known, "both_ways"))
+
+    def _planned(self, chunk: Chunk, save_from: int) -> Executable:
+        return self._executable(chunk.slices, frozenset(self.capture.tangents) - self.expected, save_from)
 
 
 class _StepFunction(torch.autograd.Function):
@@ -187,7 +210,8 @@ class _StepFunction(torch.autograd.Function):
     def forward(
         ctx: Any, session: Session, arguments: Sequence[Any], anchor: Tensor, *inputs: Tensor
     ) -> tuple[Any, ...]:
-        outputs, mutated, step = session.begin(arguments, session.expected)
+        with explained():
+            outputs, mutated, step = session.begin(arguments, session.expected)
         session._write_back(arguments, mutated)
         ctx.session, ctx.step = session, step
         with_gradient = set(session.capture.tangents.values())
@@ -201,7 +225,8 @@ class _StepFunction(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         session: Session = ctx.session
         came = {name: g for name, i in session.capture.tangents.items() if (g := gradients[i]) is not None}
-        totals = session.finish(ctx.step, came)
+        with explained():
+            totals = session.finish(ctx.step, came)
         return (None, None, None, *(totals.get(session.capture.primals[i]) for i in session._inputs))
 
 
