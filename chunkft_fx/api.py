@@ -44,11 +44,12 @@ def compile(
     """Compile a model for full-parameter training in which one chunk of the parameters is active a step.
 
     ``budget`` is the device memory to stay within (``"24GB"``, ``"24GiB"`` or bytes). ``chunks`` is a
-    number or ``"auto"``, the fewest whose predicted peak fits the budget, on a GPU enough to hide their states' copies. ``order`` is how a sweep visits
-    them (``"ascending"``, ``"descending"``, ``"random"`` with ``seed``), ``interval`` the optimizer steps
-    spent on each. ``backend="eager"`` runs the rewritten FX graphs as they are, ``"inductor"`` compiles
-    them. ``device`` is where the model runs, by default where its first parameter is; its weights can be
-    anywhere: those that the budget cannot hold stay in host memory and are fetched for each use.
+    number or ``"auto"``, the fewest whose predicted peak fits the budget, on a GPU enough of them to hide
+    the copies of their states. ``order`` is how a sweep visits them (``"ascending"``, ``"descending"``,
+    ``"random"`` with ``seed``), ``interval`` the optimizer steps spent on each. ``backend="eager"`` runs
+    the rewritten FX graphs as they are, ``"inductor"`` compiles them. ``device`` is where the model runs,
+    by default where its first parameter is; its weights can be anywhere: those that the budget cannot
+    hold stay in host memory and are fetched for each use.
     The model is traced at its first call; it must trace with ``torch.compile(fullgraph=True)``.
     In training, logits that only feed a cross-entropy are never held whole: the model returns ``None`` in
     their place, unless ``return_logits``. In evaluation and under ``no_grad`` it returns them.
