@@ -1,10 +1,12 @@
-"""Time and memory of a training step at the Llama-2-7B shape on one GPU, beside BAdam on the same data.
+"""Time and memory of training steps on one GPU, beside BAdam on the same weights and data.
 
-    python -m benchmarks.bench_step --batch 8 --out step-b8.json
+    python -m benchmarks.bench_step --case 8,1024,24GB --case 8,1024,45GB --case 1,1024,24GB --out step.json
 
-Random bf16 weights, 32 chunks, float32 states of every chunk kept in pinned host memory, ``interval=1``.
-The first sweep compiles and fills host memory; the second is measured. Needs one CUDA GPU and about 90 GB
-of host memory at the full shape; ``--layers`` shrinks it.
+A case is ``batch,sequence,budget[,chunks]``, by default at the Llama-2-7B shape; chunks is ``auto`` unless given.
+Random bf16 weights, float32 states of every chunk kept in pinned host memory, ``interval=1``. The first sweep
+compiles and fills host memory; the second is measured. ``--held`` then stays on each chunk for three steps and
+times the last two: the same steps without copies of states. Needs one CUDA GPU and about 90 GB of host memory at
+the full shape; ``--layers`` shrinks it.
 """
 
 from __future__ import annotations
@@ -20,17 +22,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import Tensor, nn
 
 import chunkft_fx
+from benchmarks.shapes import SHAPES, batches, build
 
 GIB = 2**30
 
 
+@dataclass(frozen=True)
+class Case:
+    """What is measured: sequences, tokens in each, the budget, and chunks (a number or ``"auto"``)."""
+
+    batch: int
+    sequence: int
+    budget: str
+    chunks: int | str
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        batch, sequence, budget, *chunks = text.split(",")
+        return cls(int(batch), int(sequence), budget, int(chunks[0]) if chunks else "auto")
+
+
 @dataclass
 class Row:
-    """One trainer's figures: milliseconds a step over a sweep, GiB at the peak, seconds for the first step."""
+    """A trainer's figures: milliseconds a step over a sweep, GiB at the peak, seconds for the first step.
+
+    ``held_ms`` is the mean step while the states stay where they are, 0 if that was not measured.
+    """
 
     name: str
     batch: int
@@ -41,51 +61,37 @@ class Row:
     reserved_gib: float
     first_step_s: float
     steps: int
+    held_ms: float = 0.0
 
 
-def build(layers: int, device: str) -> LlamaForCausalLM:
-    """The Llama-2-7B shape with random bf16 weights, made on the device."""
-    config = LlamaConfig(num_hidden_layers=layers, max_position_embeddings=4096, use_cache=False)
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(device):
-            return LlamaForCausalLM(config).train()
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-def batches(vocabulary: int, batch: int, sequence: int, device: str) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(0, vocabulary, (batch, sequence), generator=generator).to(device) for _ in range(4)]
-
-
-def measure(name: str, batch: int, step: Callable[[int], None], warm: int, steps: int) -> Row:
-    """Run ``warm`` steps, the first timed apart, then ``steps`` steps timed one by one to their completion."""
+def measure(name: str, batch: int, step: Callable[[int], None], warm: Callable[[], int], steps: int | None) -> Row:
+    """Time a first step, run ``warm() - 1`` more, then time ``steps`` (``None``: as many again) one by one."""
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.synchronize()
     begin = time.perf_counter()
     step(0)
     torch.cuda.synchronize()
     first = time.perf_counter() - begin
-    for i in range(1, warm):
+    before = warm()
+    for i in range(1, before):
         step(i)
+    count = steps or before
     torch.cuda.synchronize()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     begin = time.perf_counter()
     marks[0].record()
-    for i in range(steps):
-        step(warm + i)
+    for i in range(count):
+        step(before + i)
         marks[i + 1].record()
     torch.cuda.synchronize()
-    mean = (time.perf_counter() - begin) / steps * 1e3
+    mean = (time.perf_counter() - begin) / count * 1e3
     times = sorted(a.elapsed_time(b) for a, b in pairwise(marks))
     memory = [f() / GIB for f in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)]
-    return Row(name, batch, mean, times[steps // 2], times[-1], memory[0], memory[1], first, steps)
+    return Row(name, batch, mean, times[count // 2], times[-1], memory[0], memory[1], first, count)
 
 
-def ours(args: argparse.Namespace, model: LlamaForCausalLM, data: list[Tensor]) -> tuple[Row, str, list[Check]]:
-    compiled = chunkft_fx.compile(model, args.budget, chunks=args.chunks)
+def ours(case: Case, model: nn.Module, data: list[Tensor], held: bool, checked: bool) -> tuple[Row, str, list[Check]]:
+    compiled = chunkft_fx.compile(model, case.budget, chunks=case.chunks)
     optimizer = chunkft_fx.AdamW(compiled, lr=1e-5, weight_decay=0.0)
 
     def step(i: int) -> None:
@@ -94,12 +100,34 @@ def ours(args: argparse.Namespace, model: LlamaForCausalLM, data: list[Tensor]) 
         optimizer.step()
         optimizer.zero_grad()
 
-    row = measure("chunkft_fx", args.batch, step, args.chunks, args.chunks)
-    compiled.activate(args.chunks // 2)
-    ids = data[0]
-    compiled(input_ids=ids, labels=ids).loss.backward()
-    gradients = {s.name: (s.dim, s.start, s.length, s.grad) for s in compiled.active_slices()}
-    return row, str(compiled.plan), check_gradients(model, ids, gradients)
+    name = f"chunkft_fx, {case.budget}, chunks={case.chunks}"
+    row = measure(name, case.batch, step, lambda: len(compiled.plan.chunks), None)
+    count = len(compiled.plan.chunks)
+    if held:
+        row.held_ms = sum(held_ms(compiled, step, k) for k in range(count)) / count
+    checks = []
+    if checked:
+        torch.cuda.set_per_process_memory_fraction(1.0)  # the comparison is not training within the budget
+        compiled.activate(count // 2)
+        compiled(input_ids=data[0], labels=data[0]).loss.backward()
+        gradients = {s.name: (s.dim, s.start, s.length, s.grad) for s in compiled.active_slices()}
+        checks = check_gradients(model, data[0], gradients)
+    return row, str(compiled.plan), checks
+
+
+def held_ms(compiled: Any, step: Callable[[int], None], chunk: int) -> float:
+    """The mean of two steps on a chunk whose states are on the device already, and stay there."""
+    compiled.schedule.interval = 4
+    compiled.activate(chunk)
+    step(0)
+    torch.cuda.synchronize()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    marks[0].record()
+    step(1)
+    step(2)
+    marks[1].record()
+    torch.cuda.synchronize()
+    return marks[0].elapsed_time(marks[1]) / 2
 
 
 @dataclass
@@ -112,7 +140,7 @@ class Check:
     eager_to_float32: float
 
 
-def check_gradients(model: LlamaForCausalLM, ids: Tensor, gradients: dict[str, Any]) -> list[Check]:
+def check_gradients(model: nn.Module, ids: Tensor, gradients: dict[str, Any]) -> list[Check]:
     """Compare with eager autograd of the plain model in bf16, and with the same weights in float32."""
     eager = dense_gradients(model, ids, gradients)
     model.float()
@@ -126,7 +154,7 @@ def check_gradients(model: LlamaForCausalLM, ids: Tensor, gradients: dict[str, A
     return checks
 
 
-def dense_gradients(model: LlamaForCausalLM, ids: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
+def dense_gradients(model: nn.Module, ids: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
     for name, p in model.named_parameters():
         p.requires_grad_(name in names)
     model(input_ids=ids, labels=ids).loss.backward()
@@ -136,7 +164,7 @@ def dense_gradients(model: LlamaForCausalLM, ids: Tensor, names: Iterable[str]) 
     return found
 
 
-def badam(args: argparse.Namespace, model: LlamaForCausalLM, data: list[Tensor]) -> Row:
+def badam(batch: int, model: Any, data: list[Tensor]) -> Row:
     """BAdam 1.4 with its defaults and a block a step; gradient checkpointing on, as its examples have it."""
     from badam import BlockOptimizer
 
@@ -151,55 +179,69 @@ def badam(args: argparse.Namespace, model: LlamaForCausalLM, data: list[Tensor])
         optimizer.step()
         optimizer.zero_grad()
 
-    row = measure("BAdam 1.4", args.batch, step, 3, args.layers)
+    row = measure("BAdam 1.4", batch, step, lambda: 3, model.config.num_hidden_layers)
     model.gradient_checkpointing_disable()
     model.requires_grad_(True)
     return row
 
 
 def table(rows: list[Row]) -> str:
-    lines = ["| trainer | batch | mean step | median | slowest | peak allocated | peak reserved | first step |"]
-    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    lines = ["| trainer | batch | mean step | median | slowest | states held | allocated | reserved | first | steps |"]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     lines += [
-        f"| {r.name} | {r.batch} | {r.mean_ms:.0f} ms | {r.median_ms:.0f} ms | {r.worst_ms:.0f} ms | "
-        f"{r.allocated_gib:.1f} GiB | {r.reserved_gib:.1f} GiB | {r.first_step_s:.1f} s |"
+        f"| {r.name} | {r.batch} | {r.mean_ms:.1f} ms | {r.median_ms:.0f} ms | {r.worst_ms:.0f} ms | "
+        f"{f'{r.held_ms:.1f} ms' if r.held_ms else ''} | {r.allocated_gib:.1f} GiB | {r.reserved_gib:.1f} GiB | "
+        f"{r.first_step_s:.1f} s | {r.steps} |"
         for r in rows
     ]
     return "\n".join(lines)
 
 
+def clear() -> None:
+    """Give memory back, and let the next case use all of the device until it has a budget of its own."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--sequence", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--chunks", type=int, default=32)
-    parser.add_argument("--budget", default="24GiB")
+    parser.add_argument("--case", action="append", type=Case.parse, required=True)
+    parser.add_argument("--shape", choices=SHAPES, default="llama2-7b")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--held", action="store_true", help="measure steps without copies of states too")
+    parser.add_argument("--check", action="store_true", help="compare the first case's gradients with eager ones")
     parser.add_argument("--no-badam", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this measurement needs a CUDA GPU")
-    model = build(args.layers, "cuda")
-    data = batches(model.config.vocab_size, args.batch, args.sequence, "cuda")
+    model: Any = build(args.shape, "cuda", args.layers)
+    vocabulary = model.config.vocab_size
+    rows: list[Row] = []
+    plans: list[str] = []
+    checks: list[Check] = []
     # BAdam first, while no host memory is pinned yet, which would slow its allocations down.
-    rows = [] if args.no_badam else [badam(args, model, data)]
-    gc.collect()
-    torch.cuda.empty_cache()
-    row, plan, checks = ours(args, model, data)
-    rows.append(row)
-    print(plan)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, batch {args.batch} x {args.sequence} tokens")
+    for batch, sequence in [] if args.no_badam else sorted({(c.batch, c.sequence) for c in args.case}):
+        rows.append(badam(batch, model, batches(vocabulary, batch, sequence, "cuda")))
+        clear()
+        print(table(rows[-1:]), flush=True)
+    for case in args.case:
+        data = batches(vocabulary, case.batch, case.sequence, "cuda")
+        checked = args.check and case is args.case[0]
+        row, plan, found = ours(case, model, data, args.held, checked)
+        clear()
+        rows, plans, checks = [*rows, row], [*plans, plan], checks + found
+        print(plan, table(rows[-1:]), sep="\n", flush=True)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.shape}")
     print(table(rows))
-    print("| gradient of | ours to eager | ours to float32 | eager to float32 |\n| --- | --- | --- | --- |")
+    if checks:
+        print("| gradient of | ours to eager | ours to float32 | eager to float32 |\n| --- | --- | --- | --- |")
     for c in checks:
         print(f"| {c.name} | {c.ours_to_eager:.1e} | {c.ours_to_float32:.1e} | {c.eager_to_float32:.1e} |")
     if args.out is not None:
-        args.out.write_text(
-            json.dumps(
-                {"rows": [asdict(r) for r in rows], "checks": [asdict(c) for c in checks], "plan": plan}, indent=1
-            )
-        )
+        found_all = {"rows": [asdict(r) for r in rows], "checks": [asdict(c) for c in checks], "plans": plans}
+        args.out.write_text(json.dumps(found_all, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,159 @@
+"""Does a plan keep its promise? Predicted against measured memory on one GPU, for shapes, batches and budgets.
+
+    python -m benchmarks.bench_budget --jobs 4 --out budget.json
+    python -m benchmarks.bench_budget --case llama2-7b,1,1024,13.3GiB
+
+A case is ``shape,batch,sequence,budget``. Each runs in a process of its own: the model is made in host memory,
+compiled with ``chunks="auto"`` and trained for two steps on each of `SPOTS` chunks spread over the sweep, the first and
+the last among them. ``reserved`` is ``torch.cuda.max_memory_reserved()`` over the life of the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import chunkft_fx
+from benchmarks.shapes import batches, build
+from chunkft_fx.rates import rates
+
+GIB = 2**30
+SPOTS = 4
+CASES = (
+    "llama2-7b,1,1024,13.3GiB",
+    "llama2-7b,1,1024,6GiB",
+    "llama2-7b,1,1024,24GiB",
+    "llama2-7b,8,1024,24GiB",
+    "llama2-7b,8,1024,45GiB",
+    "llama2-7b,1,4096,15GiB",
+    "llama2-7b,8,512,9GiB",
+    "llama3-8b,2,1024,18GiB",
+    "llama3-8b,8,1024,24GiB",
+    "llama3-1b,1,1024,4GiB",
+    "llama3-1b,8,1024,8GiB",
+    "llama3-1b,8,4096,20GiB",
+    "llama3-1b,1,512,2GiB",
+    "gpt2-xl,1,1024,4GiB",
+    "gpt2-xl,8,1024,12GiB",
+    "gpt2-xl,8,512,2.5GiB",
+)
+
+
+@dataclass
+class Result:
+    """One case: bytes predicted and measured, and what the plan chose; ``error`` says what went wrong."""
+
+    case: str
+    budget: int = 0
+    predicted: int = 0
+    allocated: int = 0
+    reserved: int = 0
+    chunks: int = 0
+    recomputing: int = 0
+    streamed: int = 0
+    first_step_s: float = 0.0
+    step_ms: float = 0.0
+    losses: tuple[float, ...] = ()
+    terms: tuple[tuple[str, int], ...] = ()
+    steps: tuple[tuple[int, int], ...] = ()
+    error: str = ""
+
+
+def run(case: str, chunks: int | str, states: str) -> Result:
+    """Train a case in this process; ``steps`` holds (chunk, bytes allocated at the peak) of every step."""
+    shape, batch, sequence, budget = case.split(",")
+    model: Any = build(shape, "cpu")
+    ids = batches(model.config.vocab_size, int(batch), int(sequence), "cuda", 1)[0]
+    compiled = chunkft_fx.compile(model, budget, chunks=chunks, device="cuda")
+    optimizer = chunkft_fx.AdamW(compiled, lr=1e-5, weight_decay=0.0, states=states)
+    result, peaks, losses = Result(case), [], []
+
+    def step() -> float:
+        begin = time.perf_counter()
+        loss = compiled(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    result.first_step_s = step()
+    plan = compiled.plan
+    for k in sorted({i * (len(plan.chunks) - 1) // (SPOTS - 1) for i in range(SPOTS)}):
+        compiled.activate(k)
+        for _ in range(2):
+            torch.cuda.reset_peak_memory_stats()  # keeps reserved's peak below, read before each reset
+            seconds = step()
+            result.reserved = max(result.reserved, torch.cuda.max_memory_reserved())
+            peaks.append((k, torch.cuda.max_memory_allocated()))
+    result.budget, result.predicted = plan.budget_bytes, plan.predicted_peak_bytes or 0
+    result.allocated = max(nbytes for _, nbytes in peaks)
+    result.chunks, result.recomputing, result.streamed = len(plan.chunks), plan.save_from[0], len(plan.streamed)
+    result.step_ms, result.losses = seconds * 1e3, tuple(losses)
+    result.terms, result.steps = plan.terms, tuple(peaks)
+    return result
+
+
+def apart(case: str, args: argparse.Namespace) -> Result:
+    """Run a case in a process of its own and read its result from the last line that it prints."""
+    asked = ["--case", case, "--chunks", args.chunks, "--states", args.states]
+    done = subprocess.run([sys.executable, "-m", "benchmarks.bench_budget", *asked], capture_output=True, text=True)
+    if done.returncode:
+        return Result(case, error="\n".join(done.stderr.strip().splitlines()[-12:]))
+    return Result(**json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def table(results: list[Result]) -> str:
+    lines = ["| case | budget | predicted | allocated | error | reserved | chunks | recompute | streamed | last step |"]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for r in results:
+        if r.error:
+            lines.append(f"| {r.case} | failed: {r.error.splitlines()[-1]} |")
+            continue
+        sizes = " | ".join(f"{n / GIB:.2f}" for n in (r.budget, r.predicted, r.allocated))
+        lines.append(
+            f"| {r.case} | {sizes} | {100 * (r.predicted / r.allocated - 1):+.1f}% | {r.reserved / GIB:.2f} | "
+            f"{r.chunks} | {r.recomputing} | {r.streamed} | {r.step_ms:.0f} ms |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", action="append", help="shape,batch,sequence,budget; one runs in this process")
+    parser.add_argument("--chunks", default="auto")
+    parser.add_argument("--states", default="keep")
+    parser.add_argument("--jobs", type=int, default=1, help="cases at once; memory figures do not depend on it")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this measurement needs a CUDA GPU")
+    cases = args.case or CASES
+    if len(cases) == 1:
+        print(
+            json.dumps(asdict(run(cases[0], args.chunks if args.chunks == "auto" else int(args.chunks), args.states)))
+        )
+        return
+    rates(torch.device("cuda"))  # once, undisturbed; the cases read it from its cache
+    with ThreadPoolExecutor(args.jobs) as pool:
+        results = []
+        for result in pool.map(lambda case: apart(case, args), cases):
+            results.append(result)
+            print(result.error or f"{result.case}: {result.terms} {result.steps} {result.losses}", flush=True)
+    print(table(results))
+    if args.out is not None:
+        args.out.write_text(json.dumps([asdict(r) for r in results], indent=1))
+
+
+if __name__ == "__main__":
+    main()

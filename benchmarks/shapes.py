@@ -1,0 +1,79 @@
+"""Models of published shapes with random bf16 weights, and batches for them.
+
+Made on a GPU they are initialised as transformers does. Made in host memory, where that would take minutes, matrices
+repeat one block of normal numbers: enough to measure time and memory with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PretrainedConfig
+from transformers.initialization import no_init_weights
+
+Maker = Callable[[int | None], tuple[type[nn.Module], PretrainedConfig]]
+
+
+def _llama(layers: int, **sizes: int) -> Maker:
+    def make(asked: int | None) -> tuple[type[nn.Module], PretrainedConfig]:
+        config = LlamaConfig(num_hidden_layers=asked or layers, max_position_embeddings=4096, use_cache=False, **sizes)
+        return LlamaForCausalLM, config
+
+    return make
+
+
+def _gpt2_xl(asked: int | None) -> tuple[type[nn.Module], PretrainedConfig]:
+    sizes = {"n_layer": asked or 48, "n_embd": 1600, "n_head": 25, "n_positions": 4096}
+    return GPT2LMHeadModel, GPT2Config(use_cache=False, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **sizes)
+
+
+SHAPES: dict[str, Maker] = {
+    "llama2-7b": _llama(32),
+    "llama3-8b": _llama(32, hidden_size=4096, intermediate_size=14336, num_key_value_heads=8, vocab_size=128256),
+    "llama3-70b": _llama(
+        80, hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_key_value_heads=8,
+        vocab_size=128256,
+    ),
+    "llama3-1b": _llama(
+        16, hidden_size=2048, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=128256, head_dim=64,
+    ),
+    "gpt2-xl": _gpt2_xl,
+}  # fmt: skip
+
+
+def build(shape: str, device: str, layers: int | None = None) -> nn.Module:
+    """A model in training mode; ``layers`` changes its depth."""
+    kind, config = SHAPES[shape](layers)
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        if device != "cpu":
+            with torch.device(device):
+                return kind(config).train()
+        with no_init_weights():
+            model = kind(config).train()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for parameter in model.parameters():
+        _fill(parameter.detach())
+    return model
+
+
+def _fill(weight: Tensor) -> None:
+    if weight.dim() < 2:
+        weight.fill_(1.0)  # the scale of a norm; a bias of ones trains as well as another
+        return
+    block = torch.empty(1_000_003, dtype=weight.dtype).normal_(0.0, 0.02)
+    flat = weight.view(-1)
+    for start in range(0, flat.numel(), block.numel()):
+        part = flat[start : start + block.numel()]
+        part.copy_(block[: part.numel()])
+
+
+def batches(vocabulary: int, batch: int, sequence: int, device: str, count: int = 4) -> list[Tensor]:
+    """Random token ids ``i64[batch, sequence]``."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, vocabulary, (batch, sequence), generator=generator).to(device) for _ in range(count)]
