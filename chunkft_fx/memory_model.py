@@ -19,6 +19,7 @@ from chunkft_fx.capture import hint
 from chunkft_fx.graph_storages import Key, Storages
 from chunkft_fx.head_memory import head_workspace
 from chunkft_fx.kernel_list import Kernel, Store, kernels
+from chunkft_fx.kernels import weight_gradient
 from chunkft_fx.specialize import Variant
 
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
@@ -94,7 +95,9 @@ def _inside(kernel: Kernel) -> int:
     if kernel.generated:
         return 0
     node = kernel.stores[0].node
-    return _flash_workspace(node) if node.target is _FLASH_BACKWARD else head_workspace(node)
+    if node.target is _FLASH_BACKWARD:
+        return _flash_workspace(node)
+    return head_workspace(node) + weight_gradient.workspace(node)
 
 
 def _flash_workspace(node: fx.Node) -> int:

@@ -70,7 +70,7 @@ class Rates:
 def rates(device: torch.device | str) -> Rates:
     """The rates of a device: from this process, else from the cache file, else measured (and written there)."""
     device = torch.device(device)
-    path, key = cache_path(), _key(device)
+    path, key = cache_path(), device_key(device)
     if (path, key) not in _measured:
         found = _load(path).get(key)
         if found is None:
@@ -85,7 +85,8 @@ def cache_path() -> Path:
     return Path(os.environ.get("CHUNKFT_CACHE") or "~/.cache/chunkft_fx").expanduser() / "rates.json"
 
 
-def _key(device: torch.device) -> str:
+def device_key(device: torch.device) -> str:
+    """What measurements of a device depend on: its name, torch's version and the driver."""
     if device.type == "cuda":
         name, driver = torch.cuda.get_device_name(device), _cuda_driver()
     else:

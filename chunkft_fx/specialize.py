@@ -16,13 +16,18 @@ from torch import fx
 
 from chunkft_fx import passes, pipeline
 from chunkft_fx.capture import partition
+from chunkft_fx.kernels.weight_gradient import Problem
 from chunkft_fx.outline import Template
 from chunkft_fx.passes.eliminate import Eliminate
+from chunkft_fx.passes.lower_triton import problems
 from chunkft_fx.passes.prune_tangents import PruneTangents
 from chunkft_fx.passes.rewrite import drop_dead, tensor_nbytes
 from chunkft_fx.region import DenseGradient, OutputDemand, Pass, RegionGraph
 
 log = logging.getLogger("chunkft_fx.specialize")
+
+# Who computes a weight gradient (`chunkft_fx.kernel_choice`); None: the library's matrix product, as traced.
+Choose = Callable[[Problem], str | None]
 
 
 @dataclass(frozen=True)
@@ -85,9 +90,13 @@ class Specialized:
 
 
 class Specializer:
-    """Makes and caches specialised graphs and variants of the templates of one capture."""
+    """Makes and caches specialised graphs and variants of the templates of one capture.
 
-    def __init__(self) -> None:
+    ``choose`` decides for each weight gradient's slice who computes it; by default always the library.
+    """
+
+    def __init__(self, choose: Choose = lambda _: None) -> None:
+        self._choose = choose
         self._specialized: dict[tuple[int, tuple[OutputDemand, ...], tuple[bool, ...]], Specialized] = {}
         self._zeros: dict[tuple[int, tuple[bool, ...]], tuple[bool, ...]] = {}
         self._variants: dict[tuple[int, Demand], Variant] = {}
@@ -115,6 +124,8 @@ class Specializer:
             region = template.graph.copy()
             steps: tuple[Pass, ...] = (PruneTangents(absent), Eliminate(), *passes.default_pipeline(backward))
             counts = pipeline.run(region, steps if any(absent) else steps[2:])
+            choices = frozenset((p, by) for p in problems(region) if (by := self._choose(p)) is not None)
+            counts |= pipeline.run(region, passes.lowering_pipeline(choices))
             used = tuple(bool(n.users) or n in region.backward_outputs for n in region.placeholders("tangent"))
             self._specialized[key] = Specialized(region, counts, used)
         return self._specialized[key]

@@ -143,7 +143,16 @@ def _check_outputs(region: RegionGraph, before: tuple[OutputForm | None, ...], s
             if isinstance(asked, SliceDemand):
                 sizes = tuple(asked.length if d == asked.dim else s for d, s in enumerate(old.shape))
                 wanted = OutputForm(sizes, old.dtype, old.device)
+        if i >= region.num_forward_outputs and getattr(step, "widens_gradients", False):
+            wanted = _widened(wanted, new)
         if wanted.dtype != new.dtype or len(wanted.shape) != len(new.shape) or wanted.device != new.device:
             fail(f"output {i} was {wanted} and is {new}")
         if not all(map(_alike, wanted.shape, new.shape)):
             fail(f"output {i} was {wanted} and is {new}")
+
+
+def _widened(old: OutputForm, new: OutputForm) -> OutputForm:
+    """The form of a gradient that a pass may have widened to the dtype in which gradients are added up."""
+    if old.dtype is None or new.dtype != torch.promote_types(old.dtype, torch.float32):
+        return old
+    return OutputForm(old.shape, new.dtype, old.device)

@@ -9,6 +9,7 @@ if __name__ != "chunkft_fx.passes":
 from chunkft_fx.passes.canonicalize import Canonicalize
 from chunkft_fx.passes.chunk_logits import ChunkLogits
 from chunkft_fx.passes.eliminate import Eliminate
+from chunkft_fx.passes.lower_triton import Choices, LowerTriton
 from chunkft_fx.passes.prune_tangents import PruneTangents
 from chunkft_fx.passes.select_slices import SelectSlices
 from chunkft_fx.passes.sink_slices import SinkSlices
@@ -18,13 +19,20 @@ __all__ = [
     "Canonicalize",
     "ChunkLogits",
     "Eliminate",
+    "LowerTriton",
     "PruneTangents",
     "SelectSlices",
     "SinkSlices",
     "default_pipeline",
+    "lowering_pipeline",
 ]
 
 
 def default_pipeline(demand: tuple[OutputDemand, ...]) -> tuple[Pass, ...]:
     """The passes that turn a region's joint graph into one that computes just ``demand``, in order."""
     return (Canonicalize(), SelectSlices(demand), Eliminate(), SinkSlices(), Eliminate(), ChunkLogits())
+
+
+def lowering_pipeline(choices: Choices) -> tuple[Pass, ...]:
+    """The passes that follow once it is decided which operators compute what is left, in order."""
+    return (LowerTriton(choices),)

@@ -233,3 +233,25 @@ def tensors_to_copy(spec: CopySpec, place: Placement) -> CopyCase:
 
 def assert_copied(case: CopyCase) -> None:
     assert torch.equal(case.buffer.cpu(), case.expected)
+
+
+def product_operands(
+    first: tuple[int, int], second: tuple[int, int], dtype: torch.dtype, layout: str, device: str, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Two matrices of these sizes: ``"whole"``, ``"columns"`` of wider ones, or ``"transposed"`` in memory.
+
+    Columns begin at a multiple of 16 bytes, and around them stands what must not be read.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def make(rows: int, columns: int) -> Tensor:
+        values = torch.randn(rows, columns, generator=generator).to(dtype).to(device)
+        if layout == "transposed":
+            return values.t().contiguous().t()
+        if layout == "whole":
+            return values
+        wide = torch.full((rows, columns + 16 + -columns % 8), float("nan"), dtype=dtype, device=device)
+        wide[:, 8 : 8 + columns] = values
+        return wide[:, 8 : 8 + columns]
+
+    return make(*first), make(*second)

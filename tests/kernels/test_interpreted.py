@@ -15,7 +15,8 @@ HERE = Path(__file__).parent
 
 
 def test_kernels_in_the_interpreter() -> None:
-    files = [str(HERE / name) for name in ("interpreted_adamw.py", "interpreted_copy.py")]
+    kernels = ("adamw", "copy", "weight_gradient")
+    files = [str(HERE / f"interpreted_{kernel}.py") for kernel in kernels]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files]
     # no GPU: the interpreter takes the operands where they are
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
