@@ -17,6 +17,7 @@ from torch import Tensor
 from chunkft_fx.capture import Capture, OutputName, hint
 from chunkft_fx.chunk_counts import StepTimes
 from chunkft_fx.cost_model import direction_us, transfer_us
+from chunkft_fx.kernel_choice import chooser
 from chunkft_fx.memory_limit import explained, overhead
 from chunkft_fx.outline import Outline
 from chunkft_fx.passes.insert_streams import InsertStreams
@@ -50,7 +51,7 @@ class Session:
         self.capture = capture
         self.outline = outline
         self.backend = backend
-        self.specializer = Specializer()
+        self.specializer = Specializer(chooser(owner.residency.device))
         self.executables: dict[tuple[Any, ...], Executable] = {}
         self.last: Executable | None = None
         self.save_from: tuple[int, ...] = ()

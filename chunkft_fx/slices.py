@@ -50,12 +50,18 @@ class ActiveSlice:
         return data if self.slice.is_whole else data.narrow(self.dim, self.start, self.length)
 
     def accumulate(self, gradient: Tensor) -> None:
-        """Add one gradient (the slice's shape, any floating dtype) in the accumulation dtype."""
+        """Add one gradient (the slice's shape, any floating dtype) in the accumulation dtype.
+
+        Autograd gives gradients in the parameter's dtype. One that comes wider was made for this slice alone (a sum
+        of contributions, or `passes.lower_triton`'s operator), and the first such becomes ``grad`` as it is.
+        """
         dtype = torch.promote_types(self.parameter.dtype, torch.float32)
-        if self.grad is None:
-            self.grad = gradient.to(dtype, copy=True)
-        else:
+        if self.grad is not None:
             self.grad.add_(gradient)
+        elif gradient.dtype == dtype != self.parameter.dtype:
+            self.grad = gradient
+        else:
+            self.grad = gradient.to(dtype, copy=True)
 
 
 @dataclass

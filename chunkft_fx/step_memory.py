@@ -204,16 +204,30 @@ class _Replay:
             self._drop(slot)
 
     def make_sums(self) -> None:
-        """Each parameter's gradient is copied into the tensor that later backwards add to, and then let go."""
+        """Each parameter's gradient is copied into the tensor that later backwards add to, and then let go.
+
+        One that is wider than its parameter becomes that tensor itself (`slices.ActiveSlice.accumulate`).
+        """
         graph = self.executable.program.graph
         others = {n.target for n in graph.find_nodes(op="placeholder") if n.meta.get("parameter") is None}
+        dtypes = self._dtypes()
         for primal, found in self.sums.items():
-            if primal not in others:
+            wide = torch.promote_types(found.dtype, torch.float32)
+            if primal not in others and not found.dtype == wide != dtypes[primal]:
                 self.label = f"gradient of {primal}"
-                wide = torch.promote_types(found.dtype, torch.float32)
                 self.alive[GRADIENTS] += found.numel * wide.itemsize
                 self._see(0)
                 self._release(found.storage)
+
+    def _dtypes(self) -> dict[str, torch.dtype]:
+        """The dtypes of what regions with a backward read, by name."""
+        regions = [i.call.region for i in self.executable.backward if isinstance(i.call, RegionCall)]
+        values = [
+            (p, n.meta["val"])
+            for r in regions
+            for p, n in zip(r.primals, r.template.graph.placeholders("primal"), strict=True)
+        ]
+        return {primal: value.dtype for primal, value in values if isinstance(value, Tensor)}
 
     def _dying(self, instruction: Instruction) -> frozenset[int]:
         """The positions of inputs whose storage nobody else holds during the call."""

@@ -27,6 +27,18 @@ def test_a_scalar_parameter_is_one_whole_slice() -> None:
     assert ActiveSlice(Slice("s", 0, 0, 1, 1), parameter).weight().shape == ()
 
 
+def test_only_a_gradient_made_wider_than_its_parameter_is_kept_without_a_copy() -> None:
+    """Autograd may give one tensor as the gradient of two parameters; then it has their dtype."""
+    for dtype, is_kept in ((torch.bfloat16, True), (torch.float32, False)):
+        active = ActiveSlice(Slice("w", 0, 1, 2, 4), nn.Parameter(torch.zeros(4, 3, dtype=dtype)))
+        gradient = torch.ones(2, 3)
+        active.accumulate(gradient)
+        assert active.grad is not None
+        assert (active.grad is gradient) == is_kept
+        active.accumulate(torch.ones(2, 3))
+        assert active.grad.tolist() == [[2.0] * 3] * 2
+
+
 @pytest.mark.parametrize(
     ("dtype", "wide"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)]
 )
