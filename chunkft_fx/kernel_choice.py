@@ -82,8 +82,8 @@ def operand_nbytes(problem: Problem) -> int:
     """Bytes that the measurement of a problem takes at its peak: operands, a copy of the slice, and results."""
     sizes = (problem.rows, problem.columns)
     result = problem.rows * problem.columns
-    # tokens are split into so many parts that the parts fill the device: some 16 Mi elements, if they are split
-    partial = max(2 * result, 2**24)
+    # tokens are split only where there are fewer tiles (32 Ki elements at most) than multiprocessors (some 150)
+    partial = max(result, 2**23)
     elements = problem.tokens * (sum(sizes) + _BESIDE + sizes[problem.dim])
     return elements * problem.dtype.itemsize + (result + partial) * 4 + result * problem.dtype.itemsize
 
