@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from chunkft_fx import planner
+from chunkft_fx import fixed_memory
 from chunkft_fx.program import RegionCall
 from chunkft_fx.residency import Residency
 from chunkft_fx.runtime import Instruction, Machine
@@ -25,6 +25,8 @@ SHARES: dict[str, Callable[[list[str]], list[str]]] = {
     "all": lambda names: names,
     "mixed": lambda names: names[: -(-2 * len(names) // 3) : 2],
 }
+# Buffers of the ring: one is read while the next is filled.
+LEAST_DEPTH = 2
 
 
 @contextmanager
@@ -35,7 +37,7 @@ def streaming(share: str) -> Iterator[None]:
     fetched: list[int] = []
 
     def settle_streamed(self: Residency, streamed: Iterable[str], depth: int) -> None:
-        settle(self, SHARES[share](list(self.parameters)), max(depth, planner.DEPTH))
+        settle(self, SHARES[share](list(self.parameters)), max(depth, fixed_memory.DEPTH))
         settled.append(self)
 
     def counted_fetch(self: Ring, host: Sequence[Tensor], buffer: int) -> list[Tensor]:
