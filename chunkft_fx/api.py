@@ -243,7 +243,7 @@ class CompiledModule(nn.Module):
             shapes = [list(t.shape) for t in inputs if isinstance(t, torch.Tensor) and id(t) not in names]
             batch = f"a batch with inputs of shapes {shapes[:4]}"
             plan = plan_for_batch(self._model, self._options, self._plan, session, batch)
-            session.save_from = plan.save_from
+            session.save_from, session.offload_below = plan.save_from, plan.offload_below
             self._residency.settle(plan.streamed, plan.depth)
             limit(self._residency.device, self._options.budget_bytes)
             if self._plan is None or not self._plan.batch:

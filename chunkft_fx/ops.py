@@ -7,8 +7,11 @@ The result is a contiguous copy, because an operator without alias annotation mu
 
 Programs: the stream nodes. ``fetch(host, device, buffer) -> copies`` begins to bring tensors into a ring buffer of
 the device; ``wait(copies)`` stands before their first use, ``release(copies)`` behind their last: then the buffer
-can be filled again. As operators they are plain synchronous copies, so that a program means the same wherever it
-runs; the run time lowers them to a copy stream and a ring of buffers (`streams`).
+can be filled again. With ``buffer = FRESH`` the copies are tensors of their own, which die with their last use and
+are not released. ``offload(device_values) -> host`` begins to copy values to host memory; ``release(device_values)``
+ends that, and their own memory can be used again.
+As operators they are plain synchronous copies, so that a program means the same wherever it runs; the run time
+lowers them to copy streams, a ring of buffers (`streams`) and reused host memory (`saved_copies`).
 """
 
 from __future__ import annotations
@@ -45,6 +48,14 @@ def _fetch_meta(host: list[Tensor], device: torch.device, buffer: int) -> list[T
     return [torch.empty_like(t, device=device) for t in host]
 
 
+def _offload(device_values: list[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(t, device="cpu").copy_(t) for t in device_values]
+
+
+def _offload_meta(device_values: list[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(t, device="cpu") for t in device_values]
+
+
 def _nothing(copies: list[Tensor]) -> None:
     """Order only: the annotation says that the copies are written, so that no use moves across."""
 
@@ -52,16 +63,22 @@ def _nothing(copies: list[Tensor]) -> None:
 _LIBRARY.define("fetch(Tensor[] host, Device device, int buffer) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.define("wait(Tensor(a!)[] copies) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.define("release(Tensor(a!)[] copies) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.define("offload(Tensor[] device_values) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.impl("fetch", _fetch, "CompositeExplicitAutograd")
 _LIBRARY.impl("wait", _nothing, "CompositeExplicitAutograd")
 _LIBRARY.impl("release", _nothing, "CompositeExplicitAutograd")
+_LIBRARY.impl("offload", _offload, "CompositeExplicitAutograd")
 torch.library.register_fake("chunkft_fx::fetch", _fetch_meta, lib=_LIBRARY)
 torch.library.register_fake("chunkft_fx::wait", _nothing, lib=_LIBRARY)
 torch.library.register_fake("chunkft_fx::release", _nothing, lib=_LIBRARY)
+torch.library.register_fake("chunkft_fx::offload", _offload_meta, lib=_LIBRARY)
 
 fetch = torch.ops.chunkft_fx.fetch.default
 wait = torch.ops.chunkft_fx.wait.default
 release = torch.ops.chunkft_fx.release.default
+offload = torch.ops.chunkft_fx.offload.default
 
-# All stream nodes, in the order in which one buffer sees them.
-STREAM_NODES = (fetch, wait, release)
+# Stands for the number of a ring buffer in a fetch whose copies get memory of their own.
+FRESH = -1
+# All stream nodes: the first three in the order in which one buffer of the ring sees them.
+STREAM_NODES = (fetch, wait, release, offload)

@@ -42,8 +42,10 @@ class Plan:
     """What a run will do, decided before it starts.
 
     ``save_from[k]`` is the first region that keeps its activations while chunk ``k`` is active; the
-    regions below it (and above the lowest active slice) recompute them in backward. ``streamed`` names the
-    parameters whose weights stay in host memory, ``depth`` the ring buffers that they pass through.
+    regions below it (and above the lowest active slice) recompute them in backward. Regions below
+    ``offload_below[k]`` (of those: at most ``save_from[k]``) offload what they keep for that to host memory; empty
+    means none. ``streamed`` names the parameters whose weights stay in host memory, ``depth`` the ring buffers that
+    they pass through.
     ``terms`` maps each part of the predicted peak to its bytes. ``batch`` says for which input
     shapes the prediction was made; before the first training batch it and the prediction are empty.
     """
@@ -54,6 +56,7 @@ class Plan:
     interval: int
     seed: int
     save_from: tuple[int, ...] = ()
+    offload_below: tuple[int, ...] = ()
     streamed: tuple[str, ...] = ()
     depth: int = 2
     predicted_peak_bytes: int | None = None
@@ -79,6 +82,7 @@ class Plan:
                 Chunk(tuple(Slice(**s) for s in c["slices"]), c["numel"], c["nbytes"]) for c in raw["chunks"]
             )
             raw["save_from"] = tuple(raw["save_from"])
+            raw["offload_below"] = tuple(raw.get("offload_below", ()))
             raw["streamed"] = tuple(raw["streamed"])
             raw["terms"] = tuple((name, nbytes) for name, nbytes in raw["terms"])
             return cls(**raw)

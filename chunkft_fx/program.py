@@ -19,10 +19,11 @@ from torch import fx, nn
 from chunkft_fx.capture import Capture, OutputName
 from chunkft_fx.outline import Outline, Region
 from chunkft_fx.passes.insert_streams import InsertStreams
+from chunkft_fx.passes.offload_saved import OffloadSaved
 from chunkft_fx.passes.schedule_prefetch import SchedulePrefetch
 from chunkft_fx.plan import Slice
 from chunkft_fx.region import OutputDemand, SliceDemand
-from chunkft_fx.specialize import Demand, Specializer, Variant
+from chunkft_fx.specialize import Demand, Source, Specializer, Variant
 from chunkft_fx.stream_verifier import verify_streams
 
 
@@ -69,7 +70,9 @@ class ProgramSpec:
 
     ``slices`` maps the names of parameters in the active chunk to their slices; ``absent`` names the
     tangents that will not be provided; ``inputs`` the non-parameter primals whose gradient is wanted;
-    regions below ``save_from`` recompute their activations; ``streams`` says which weights are fetched.
+    regions below ``save_from`` recompute their activations; ``streams`` says which weights are fetched, and the device.
+    Regions below ``offload_below`` keep for backward in host memory what `passes.offload_saved` lets go: with
+    ``offload_below <= save_from`` mostly their inputs. Without ``streams`` nothing is offloaded.
     """
 
     slices: Mapping[str, Slice]
@@ -77,6 +80,7 @@ class ProgramSpec:
     inputs: frozenset[str]
     save_from: int = 0
     streams: InsertStreams | None = None
+    offload_below: int = 0
 
 
 def build(capture: Capture, outline: Outline, specializer: Specializer, spec: ProgramSpec) -> Program:
@@ -84,11 +88,18 @@ def build(capture: Capture, outline: Outline, specializer: Specializer, spec: Pr
     demands = region_demands(capture, outline, specializer, spec)
     variants = [specializer.variant(r.template, d) for r, d in zip(outline.regions, demands, strict=True)]
     program = _write(capture, outline, spec, variants)
-    if spec.streams is not None and spec.streams(program.module):
-        SchedulePrefetch()(program.module)
-        verify_streams(program.module, spec.streams.streamed, spec.streams.depth)
-        program.module.recompile()
+    if spec.streams is not None:
+        _stream(program.module, spec.streams, spec.offload_below)
     return program
+
+
+def _stream(module: fx.GraphModule, streams: InsertStreams, offload_below: int) -> None:
+    """Give a program its stream nodes, and prove that they are right."""
+    if not OffloadSaved(offload_below, streams.device)(module) + streams(module):
+        return
+    SchedulePrefetch()(module)
+    verify_streams(module, streams.streamed, streams.depth)
+    module.recompile()
 
 
 def region_demands(capture: Capture, outline: Outline, specializer: Specializer, spec: ProgramSpec) -> list[Demand]:
@@ -144,7 +155,7 @@ def _write(capture: Capture, outline: Outline, spec: ProgramSpec, variants: list
         call = _call(graph, modules, region, variant, given, is_backward=False)
         saved[region.index] = call
         for i, name in enumerate(region.forward):
-            env[name] = _item(graph, call, i)
+            env[name] = _item(graph, call, i, variant)
     outputs = tuple(env[str(o)] if isinstance(o, OutputName) else o for o in capture.outputs)
     mutations = tuple(env[new] for _, new in capture.mutations)
     gradients: list[tuple[str, fx.Node]] = []
@@ -152,7 +163,7 @@ def _write(capture: Capture, outline: Outline, spec: ProgramSpec, variants: list
         if variant.backward is None:
             continue
         arguments = [
-            _argument(graph, capture, region, saved[region.index], source.kind, source.index, env, spec)
+            _argument(graph, capture, region, saved[region.index], variant, source, env, spec)
             for source in variant.sources
         ]
         call = _call(graph, modules, region, variant, arguments, is_backward=True)
@@ -179,12 +190,19 @@ def _call(
 ) -> fx.Node:
     name = f"{_readable(region.label)}_{region.index}_{'backward' if is_backward else 'forward'}"
     modules[name] = RegionCall(region, variant, is_backward)
-    return graph.call_module(name, tuple(args))
+    call = graph.call_module(name, tuple(args))
+    call.meta["region"] = region.index
+    return call
 
 
-def _item(graph: fx.Graph, call: fx.Node, index: int) -> fx.Node:
+def _item(graph: fx.Graph, call: fx.Node, index: int, variant: Variant | None = None) -> fx.Node:
+    """An item of a region call; with the variant of a forward call, its ``meta["val"]`` says what it looks like."""
     getitem: Callable[..., Any] = operator.getitem
-    return graph.call_function(getitem, (call, index))
+    item = graph.call_function(getitem, (call, index))
+    if variant is not None:
+        results: Any = variant.forward.graph.output_node().args[0]
+        item.meta["val"] = results[index].meta["val"] if isinstance(results[index], fx.Node) else None
+    return item
 
 
 def _argument(
@@ -192,15 +210,16 @@ def _argument(
     capture: Capture,
     region: Region,
     forward: fx.Node,
-    kind: str,
-    index: int,
+    variant: Variant,
+    source: Source,
     env: dict[str, fx.Node],
     spec: ProgramSpec,
 ) -> Any:
+    kind, index = source.kind, source.index
     if kind == "primal":
         return env[region.primals[index]]
     if kind == "saved":
-        return env[region.forward[index]] if index < len(region.forward) else _item(graph, forward, index)
+        return env[region.forward[index]] if index < len(region.forward) else _item(graph, forward, index, variant)
     if kind == "tangent":
         return env[region.tangents[index]]
     return _start(capture, region, index, spec)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from chunkft_fx.host_memory import HostMemory
+from chunkft_fx.saved_copies import make_saved_copies
 from chunkft_fx.streams import Ring, make_ring, ring_buffer_nbytes
 
 
@@ -26,6 +27,7 @@ class Residency:
         self.parameters = dict(model.named_parameters())
         self.streamed: frozenset[str] = frozenset()
         self.depth = 2
+        self.saved = make_saved_copies(device, memory)
         self._memory = memory
         self._ring: Ring | None = None
         self._real: dict[str, Tensor] = {}

@@ -22,6 +22,7 @@ from chunkft_fx.errors import StaleBackward
 from chunkft_fx.lowering import lower
 from chunkft_fx.ops import STREAM_NODES
 from chunkft_fx.program import Program, RegionCall
+from chunkft_fx.saved_copies import SavedCopies
 from chunkft_fx.slices import ActiveSlice
 from chunkft_fx.streams import Ring
 
@@ -30,11 +31,12 @@ Slots = dict[int, Any]
 
 @dataclass(frozen=True)
 class StreamNode:
-    """A fetch, wait or release of one of the ring's buffers."""
+    """A stream node; ``number`` is a buffer of the ring, or for saved values tells their copies apart."""
 
     target: Any
-    buffer: int
+    number: int
     is_backward: bool
+    is_saved: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,15 @@ def assemble(program: Program, num_inputs: int) -> Executable:
     placeholders = [slot(n) for n in program.graph.find_nodes(op="placeholder")]
     results: Any = program.graph.output_node().args[0]
     outputs, mutations, gradients = results
+    numbers: dict[fx.Node, int] = {}
     raw: list[tuple[RegionCall | StreamNode, tuple[int, ...], tuple[tuple[int, int], ...]]] = []
     for node in program.graph.nodes:
         if node.op != "call_module" and node.target not in STREAM_NODES:
             continue
         taken: list[Any] = [(u.args[1], slot(u)) for u in node.users if u.target is operator.getitem]
         arguments: Any = node.args if node.op == "call_module" else node.args[0]
-        raw.append((_callee(program, node), tuple(slot(a) for a in arguments), tuple(taken)))
+        callee = _region_call(program, node) if node.op == "call_module" else _stream_node(node, numbers)
+        raw.append((callee, tuple(slot(a) for a in arguments), tuple(taken)))
     keep = {slot(n) for n in (*outputs, *mutations, *gradients) if isinstance(n, fx.Node)}
     instructions: list[Instruction] = []
     alive: set[int] = set()
@@ -116,34 +120,61 @@ def assemble(program: Program, num_inputs: int) -> Executable:
     )
 
 
-def _callee(program: Program, node: fx.Node) -> RegionCall | StreamNode:
-    if node.op == "call_module":
-        call = program.module.get_submodule(str(node.target))
-        assert isinstance(call, RegionCall)
-        return call
-    fetch = node if node.target is ops.fetch else node.all_input_nodes[0].all_input_nodes[0]
-    buffer: Any = fetch.args[2]
-    return StreamNode(node.target, buffer, node.meta["part"] == "backward")
+def _region_call(program: Program, node: fx.Node) -> RegionCall:
+    call = program.module.get_submodule(str(node.target))
+    assert isinstance(call, RegionCall)
+    return call
+
+
+def _stream_node(node: fx.Node, numbers: dict[fx.Node, int]) -> StreamNode:
+    """Describe a stream node; ``numbers`` collects the offloads and fetches of saved values, in order."""
+    begins: fx.Node = node
+    if node.target in (ops.wait, ops.release):
+        value = node.all_input_nodes[0]
+        begins = next((u for u in value.users if u.target is ops.offload), value.all_input_nodes[0])
+    is_backward = node.meta["part"] == "backward"
+    buffer: Any = begins.args[2] if begins.target is ops.fetch else ops.FRESH
+    if buffer != ops.FRESH:
+        return StreamNode(node.target, buffer, is_backward)
+    return StreamNode(node.target, numbers.setdefault(begins, len(numbers)), is_backward, is_saved=True)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What instructions run on: how regions are lowered, and the ring that streamed weights pass through."""
+    """What instructions run on: how regions are lowered, and what carries streamed weights and saved values."""
 
     backend: str
     fake_mode: Any
     ring: Ring | None = None
+    saved: SavedCopies | None = None
 
     def run(self, instruction: Instruction, arguments: list[Any]) -> Sequence[Any]:
         """Run one instruction; a region call may empty its arguments."""
         call = instruction.call
         if isinstance(call, RegionCall):
             return lower(call.variant, self.backend, self.fake_mode, call.is_backward)(arguments)
+        if call.is_saved:
+            return self._carry(call, arguments)
         assert self.ring is not None
         if call.target is ops.fetch:
-            return self.ring.fetch(arguments, call.buffer)
+            return self.ring.fetch(arguments, call.number)
         if call.target is ops.wait:
-            self.ring.wait(call.buffer)
+            self.ring.wait(call.number)
+        return ()
+
+    def abandon(self) -> None:
+        """Called when instructions failed halfway, before their values are dropped."""
+        if self.saved is not None:
+            self.saved.abandon()
+
+    def _carry(self, call: StreamNode, arguments: list[Any]) -> Sequence[Any]:
+        assert self.saved is not None
+        if call.target is ops.offload:
+            return self.saved.offload(arguments, call.number)
+        if call.target is ops.fetch:
+            return self.saved.fetch(arguments, call.number)
+        finish = self.saved.wait if call.target is ops.wait else self.saved.release
+        finish(call.number)
         return ()
 
 
@@ -154,6 +185,19 @@ def execute(
     after: Callable[[Slots, Instruction], None],
 ) -> None:
     """Run instructions over ``slots``, dropping each value with its last use; ``after`` sees every result."""
+    try:
+        _execute(instructions, slots, machine, after)
+    except BaseException:
+        machine.abandon()
+        raise
+
+
+def _execute(
+    instructions: Sequence[Instruction],
+    slots: Slots,
+    machine: Machine,
+    after: Callable[[Slots, Instruction], None],
+) -> None:
     for instruction in instructions:
         arguments = [slots[s] for s in instruction.inputs]
         for s in instruction.last_use:

@@ -55,6 +55,7 @@ class Session:
         self.executables: dict[tuple[Any, ...], Executable] = {}
         self.last: Executable | None = None
         self.save_from: tuple[int, ...] = ()
+        self.offload_below: tuple[int, ...] = ()
         self.expected = self._first_guess()
         self._anchor = torch.zeros((), requires_grad=True)
         self._inputs = tuple(
@@ -88,17 +89,21 @@ class Session:
                 outputs[i] = arguments[self.capture.primals.index(str(o))]
         return tuple(outputs)
 
-    def executable(self, slices: Sequence[ActiveSlice], absent: frozenset[str], save_from: int) -> Executable:
+    def executable(
+        self, slices: Sequence[ActiveSlice], absent: frozenset[str], save_from: int, offload_below: int = 0
+    ) -> Executable:
         """The program of a chunk, assembled; cached by what it depends on."""
-        return self._executable(tuple(s.slice for s in slices), absent, save_from)
+        return self._executable(tuple(s.slice for s in slices), absent, save_from, offload_below)
 
-    def _executable(self, slices: tuple[Any, ...], absent: frozenset[str], save_from: int) -> Executable:
+    def _executable(
+        self, slices: tuple[Any, ...], absent: frozenset[str], save_from: int, offload_below: int = 0
+    ) -> Executable:
         residency = self.owner.residency
         streams = InsertStreams(residency.away(), residency.device, residency.depth)
-        key = (slices, absent, save_from, streams)
+        key = (slices, absent, save_from, offload_below, streams)
         if key not in self.executables:
             inputs = frozenset(self.capture.primals[i] for i in self._inputs) if slices else frozenset()
-            spec = ProgramSpec({s.name: s for s in slices}, absent, inputs, save_from, streams)
+            spec = ProgramSpec({s.name: s for s in slices}, absent, inputs, save_from, streams, offload_below)
             program = build(self.capture, self.outline, self.specializer, spec)
             count = len(self.capture.primals) + len(self.capture.constants)
             self.executables[key] = assemble(program, count)
@@ -109,7 +114,8 @@ class Session:
         return run_forward(executable, [*values, *self._constants], self._machine())
 
     def _machine(self) -> Machine:
-        return Machine(self.backend, self.capture.fake_mode, self.owner.residency.ring(self.uses()))
+        residency = self.owner.residency
+        return Machine(self.backend, self.capture.fake_mode, residency.ring(self.uses()), residency.saved)
 
     def uses(self) -> list[frozenset[str]]:
         """For each region the names of the parameters that it reads."""
@@ -144,7 +150,9 @@ class Session:
         """Run forward for the active chunk; the step is what backward needs, given the expected tangents."""
         owner = self.owner.active_slices()
         absent = frozenset(self.capture.tangents) - expected
-        executable = self.executable(owner, absent, self.save_from[self.owner.chunk])
+        chunk = self.owner.chunk
+        offload_below = self.offload_below[chunk] if self.offload_below else 0
+        executable = self.executable(owner, absent, self.save_from[chunk], offload_below)
         draws = _random_state() if self.capture.is_random else None
         values = self._private(arguments)
         outputs, mutated, slots = self._forward(executable, values)

@@ -15,11 +15,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx
 
+from chunkft_fx import ops
 from chunkft_fx.capture import hint
 from chunkft_fx.graph_storages import Key, Storages
 from chunkft_fx.memory_model import graph_of, workspace
 from chunkft_fx.program import RegionCall
-from chunkft_fx.runtime import Executable, Instruction, Slot
+from chunkft_fx.runtime import Executable, Instruction, Slot, StreamNode
 from chunkft_fx.specialize import Variant
 
 # The parts of a moment by name, in bytes.
@@ -147,6 +148,8 @@ class _Replay:
         self.alive: Terms = dict.fromkeys((SAVED, OUTPUTS, GRADIENTS, COPIES), 0)
         # slots that are missing here hold weights, inputs or constants, which are alive all the time
         self.storage_of: dict[int, _Storage] = {}
+        # by slot of a region call's result or of its host copy, the bytes of a copy of it
+        self.copy_nbytes: dict[int, int] = {}
         self.sums: dict[str, _Sum] = {}
         self.mutations = set(self.executable.mutations)
         self.outputs = {o for o in self.executable.outputs if isinstance(o, Slot)}
@@ -164,7 +167,8 @@ class _Replay:
     def run(self, instruction: Instruction) -> None:
         call = instruction.call
         if not isinstance(call, RegionCall):
-            return  # a stream node: what it fetches lies in the ring
+            self._carry(instruction, call)
+            return
         self.label = f"{call.region.label} {'backward' if call.is_backward else 'forward'}"
         ends = _ends(call.variant, call.is_backward)
         known: dict[Key | None, _Storage | None] = {None: None}
@@ -179,6 +183,7 @@ class _Replay:
             storage = known[value.key]
             if storage is not None:
                 self.storage_of[slot] = self._hold(storage, OUTPUTS if slot in self.outputs else SAVED)
+            self.copy_nbytes[slot] = value.numel * value.dtype.itemsize
         for slot in instruction.last_use:
             self._drop(slot)
         for index, slot in instruction.outputs:
@@ -186,6 +191,15 @@ class _Replay:
                 self._add(primal, slot, ends.outputs[index])
             if slot in self.executable.gradients and slot not in self.later:
                 self._drop(slot)
+
+    def _carry(self, instruction: Instruction, node: StreamNode) -> None:
+        """A stream node: weights pass through the ring, which is there anyway; saved values come and go."""
+        for index, slot in instruction.outputs if node.is_saved else ():
+            nbytes = self.copy_nbytes[slot] = self.copy_nbytes[instruction.inputs[index]]
+            if node.target is ops.fetch:
+                self.storage_of[slot] = self._hold(_Storage(nbytes, SAVED), SAVED)
+        for slot in instruction.last_use:
+            self._drop(slot)
 
     def end_forward(self) -> None:
         """Let go of what backward does not need and the caller did not get; the caller's gradients come in."""

@@ -20,6 +20,19 @@ def ring_buffer_nbytes(uses: Sequence[Sequence[Tensor]]) -> int:
     return max((sum(stage_nbytes(t.numel() * t.element_size()) for t in use) for use in uses), default=0)
 
 
+def run_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
+    """The strides of one run of memory, without gaps, in which dimensions come in the order of ``strides``.
+
+    They equal ``strides``, except in dimensions of size 1, for a tensor that is such a run itself.
+    """
+    found = [0] * len(shape)
+    step = 1
+    for d in sorted(range(len(shape)), key=lambda d: (strides[d], -d)):
+        found[d] = step
+        step *= shape[d]
+    return tuple(found)
+
+
 class Ring:
     """``depth`` buffers of ``buffer_nbytes`` each, taken from the device when first used."""
 

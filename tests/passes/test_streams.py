@@ -85,7 +85,7 @@ def test_every_use_is_fetched_once(
 def test_fetches_run_ahead_by_the_depth_of_the_ring() -> None:
     module = streamed([[0], [1], [2]], [[2]], frozenset(f"weight_{i}" for i in range(3)), 2)
     order = [n.target if n.op == "call_module" else n.target.name() for n in module.graph.nodes if _is_step(n)]
-    fetch, wait, release = (op.name() for op in ops.STREAM_NODES)
+    fetch, wait, release = (op.name() for op in (ops.fetch, ops.wait, ops.release))
     assert order == [
         *(fetch, fetch, wait, "part_0_0", release, fetch, wait, "part_0_1", release, wait, "part_0_2", release),
         *(fetch, wait, "part_1_0", release),
