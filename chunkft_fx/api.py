@@ -21,8 +21,9 @@ from chunkft_fx.plan import Plan
 from chunkft_fx.planner import Options, first_plan, parameter_specs, plan_for_batch
 from chunkft_fx.program import Program
 from chunkft_fx.residency import Residency
+from chunkft_fx.routing import through_compiled
 from chunkft_fx.session import Session
-from chunkft_fx.slices import ActiveSlice, ChunkSchedule
+from chunkft_fx.slices import ActiveSlice, ChunkSchedule, zero_gradients
 from chunkft_fx.specialize import Variant
 from chunkft_fx.step_memory import storages_nbytes
 
@@ -118,7 +119,8 @@ class CompiledModule(nn.Module):
         model = self.__dict__.get("_model")
         if model is None:
             raise AttributeError(name)
-        return getattr(model, name)
+        value = getattr(model, name)
+        return through_compiled(value, model, self.forward, self._residency) if name == "generate" else value
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Copies and pickles carry the wrapped model and the options; the copy is traced and planned anew."""
@@ -129,6 +131,11 @@ class CompiledModule(nn.Module):
         self._model.train(mode)
         self.__dict__["training"] = mode
         return self
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, also the active slices', or fill them with zeros in place."""
+        self._model.zero_grad(set_to_none)
+        zero_gradients(self._slices or (), set_to_none)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's ``state_dict``: same keys, shapes and values as the plain model's."""

@@ -36,7 +36,7 @@ from chunkft_fx.optim_state import (
 )
 from chunkft_fx.optim_update import StagedSlice, update_slices
 from chunkft_fx.plan import Slice
-from chunkft_fx.slices import ActiveSlice
+from chunkft_fx.slices import ActiveSlice, zero_gradients
 from chunkft_fx.step_counts import Counts, counted, uniform
 from chunkft_fx.streaming import CudaStage, FreshStage, Stage
 
@@ -156,11 +156,7 @@ class AdamW(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the active slices' gradients, or fill them with zeros in place."""
         super().zero_grad(set_to_none)
-        for s in self._active_slices():
-            if set_to_none:
-                s.grad = None
-            elif s.grad is not None:
-                s.grad.zero_()
+        zero_gradients(self._active_slices(), set_to_none)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this optimizer, cut into any number of chunks, or of ``torch.optim.AdamW``.

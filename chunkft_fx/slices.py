@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +62,15 @@ class ActiveSlice:
             self.grad = gradient
         else:
             self.grad = gradient.to(dtype, copy=True)
+
+
+def zero_gradients(slices: Iterable[ActiveSlice], set_to_none: bool) -> None:
+    """Drop the gradients of these slices, or fill them with zeros in place."""
+    for s in slices:
+        if set_to_none:
+            s.grad = None
+        elif s.grad is not None:
+            s.grad.zero_()
 
 
 @dataclass

@@ -1,0 +1,58 @@
+"""Routing: methods of a model that call the model itself, such as ``generate``, made to call it compiled.
+
+They are bound to the wrapped model, whose own forward would read streamed weights where they lie. Only while such a
+method runs does the model's ``forward`` lead to the compiled call, and there back to the model's own for tracing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from chunkft_fx.residency import Residency
+
+
+@contextmanager
+def routed(model: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
+    """While inside, ``model(...)`` runs ``call``; within that call it is the plain model again."""
+    own = {"forward": model.__dict__["forward"]} if "forward" in model.__dict__ else {}
+
+    def as_before() -> None:
+        model.__dict__.pop("forward", None)
+        model.__dict__.update(own)
+
+    @functools.wraps(model.forward)  # generate reads the signature
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        as_before()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            model.__dict__["forward"] = forward
+
+    model.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        as_before()
+
+
+def through_compiled(
+    method: Callable[..., Any], model: nn.Module, call: Callable[..., Any], residency: Residency
+) -> Callable[..., Any]:
+    """A model's method, in which calls of the model are compiled ones as long as weights have to be fetched.
+
+    With every weight on the device the plain model does: it is captured for no new length, and no slower.
+    """
+
+    @functools.wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not residency.away():
+            return method(*args, **kwargs)
+        with routed(model, call):
+            return method(*args, **kwargs)
+
+    return run
