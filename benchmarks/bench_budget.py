@@ -59,6 +59,8 @@ class Result:
     reserved: int = 0
     chunks: int = 0
     recomputing: int = 0
+    offloading: int = 0
+    predicted_ms: float = 0.0
     streamed: int = 0
     first_step_s: float = 0.0
     step_ms: float = 0.0
@@ -99,6 +101,7 @@ def run(case: str, chunks: int | str, states: str) -> Result:
     result.budget, result.predicted = plan.budget_bytes, plan.predicted_peak_bytes or 0
     result.allocated = max(nbytes for _, nbytes in peaks)
     result.chunks, result.recomputing, result.streamed = len(plan.chunks), plan.save_from[0], len(plan.streamed)
+    result.offloading, result.predicted_ms = plan.offload_below[0], (plan.predicted_step_us or 0.0) / 1e3
     result.step_ms, result.losses = seconds * 1e3, tuple(losses)
     result.terms, result.steps = plan.terms, tuple(peaks)
     return result
@@ -114,17 +117,17 @@ def apart(case: str, args: argparse.Namespace) -> Result:
 
 
 def table(results: list[Result]) -> str:
-    lines = ["| case | budget | predicted | allocated | error | reserved | chunks | recompute | streamed | last step |"]
-    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    titles = "case|budget|predicted|allocated|error|reserved|chunks|recompute|offload|streamed|predicted step|last step"
+    lines = [f"| {titles.replace('|', ' | ')} |", "| --- " * 12 + "|"]
     for r in results:
         if r.error:
             lines.append(f"| {r.case} | failed: {r.error.splitlines()[-1]} |")
             continue
-        sizes = " | ".join(f"{n / GIB:.2f}" for n in (r.budget, r.predicted, r.allocated))
-        lines.append(
-            f"| {r.case} | {sizes} | {100 * (r.predicted / r.allocated - 1):+.1f}% | {r.reserved / GIB:.2f} | "
-            f"{r.chunks} | {r.recomputing} | {r.streamed} | {r.step_ms:.0f} ms |"
-        )
+        sizes = [f"{n / GIB:.2f}" for n in (r.budget, r.predicted, r.allocated)]
+        error = f"{100 * (r.predicted / r.allocated - 1):+.1f}%"
+        choices = [str(n) for n in (r.chunks, r.recomputing, r.offloading, r.streamed)]
+        times = [f"{ms:.0f} ms" for ms in (r.predicted_ms, r.step_ms)]
+        lines.append(f"| {' | '.join([r.case, *sizes, error, f'{r.reserved / GIB:.2f}', *choices, *times])} |")
     return "\n".join(lines)
 
 
@@ -149,7 +152,7 @@ def main() -> None:
         results = []
         for result in pool.map(lambda case: apart(case, args), cases):
             results.append(result)
-            print(result.error or f"{result.case}: {result.terms} {result.steps} {result.losses}", flush=True)
+            print(result.error or result, flush=True)
     print(table(results))
     if args.out is not None:
         args.out.write_text(json.dumps([asdict(r) for r in results], indent=1))

@@ -5,7 +5,8 @@
 A case is ``batch,sequence,budget[,chunks]``, by default at the Llama-2-7B shape; chunks is ``auto`` unless given.
 Random bf16 weights, float32 states of every chunk kept in pinned host memory, ``interval=1``. The first sweep
 compiles and fills host memory; the second is measured. ``--held`` then stays on each chunk for three steps and
-times the last two: the same steps without copies of states. Needs one CUDA GPU and about 90 GB of host memory at
+times the last two: the same steps without copies of states. ``--streamed`` then moves all weights to host memory and
+measures a sweep in which each is fetched for every use. Needs one CUDA GPU and about 90 GB of host memory at
 the full shape; ``--layers`` shrinks it.
 """
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 import chunkft_fx
 from benchmarks.shapes import SHAPES, batches, build
+from chunkft_fx.fixed_memory import DEPTH
 
 GIB = 2**30
 
@@ -49,7 +51,8 @@ class Case:
 class Row:
     """A trainer's figures: milliseconds a step over a sweep, GiB at the peak, seconds for the first step.
 
-    ``held_ms`` is the mean step while the states stay where they are, 0 if that was not measured.
+    ``held_ms`` is the mean step while the states stay where they are, ``streamed_ms`` with all weights streamed; 0 if
+    not measured.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Row:
     first_step_s: float
     steps: int
     held_ms: float = 0.0
+    streamed_ms: float = 0.0
 
 
 def measure(name: str, batch: int, step: Callable[[int], None], warm: Callable[[], int], steps: int | None) -> Row:
@@ -90,7 +94,9 @@ def measure(name: str, batch: int, step: Callable[[int], None], warm: Callable[[
     return Row(name, batch, mean, times[count // 2], times[-1], memory[0], memory[1], first, count)
 
 
-def ours(case: Case, model: nn.Module, data: list[Tensor], held: bool, checked: bool) -> tuple[Row, str, list[Check]]:
+def ours(
+    case: Case, model: nn.Module, data: list[Tensor], args: argparse.Namespace, checked: bool
+) -> tuple[Row, str, list[Check]]:
     compiled = chunkft_fx.compile(model, case.budget, chunks=case.chunks)
     optimizer = chunkft_fx.AdamW(compiled, lr=1e-5, weight_decay=0.0)
 
@@ -103,8 +109,15 @@ def ours(case: Case, model: nn.Module, data: list[Tensor], held: bool, checked: 
     name = f"chunkft_fx, {case.budget}, chunks={case.chunks}"
     row = measure(name, case.batch, step, lambda: len(compiled.plan.chunks), None)
     count = len(compiled.plan.chunks)
-    if held:
+    plan = str(compiled.plan)
+    if args.held:
         row.held_ms = sum(held_ms(compiled, step, k) for k in range(count)) / count
+        compiled.schedule.interval = 1
+    if args.streamed:
+        torch.cuda.synchronize()
+        compiled.residency.settle(dict(compiled.named_parameters()), DEPTH)
+        compiled.activate(0)
+        row.streamed_ms = measure("streamed", case.batch, step, lambda: count, count).mean_ms
     checks = []
     if checked:
         torch.cuda.set_per_process_memory_fraction(1.0)  # the comparison is not training within the budget
@@ -112,7 +125,7 @@ def ours(case: Case, model: nn.Module, data: list[Tensor], held: bool, checked: 
         compiled(input_ids=data[0], labels=data[0]).loss.backward()
         gradients = {s.name: (s.dim, s.start, s.length, s.grad) for s in compiled.active_slices()}
         checks = check_gradients(model, data[0], gradients)
-    return row, str(compiled.plan), checks
+    return row, plan, checks
 
 
 def held_ms(compiled: Any, step: Callable[[int], None], chunk: int) -> float:
@@ -186,14 +199,15 @@ def badam(batch: int, model: Any, data: list[Tensor]) -> Row:
 
 
 def table(rows: list[Row]) -> str:
-    lines = ["| trainer | batch | mean step | median | slowest | states held | allocated | reserved | first | steps |"]
-    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    lines += [
-        f"| {r.name} | {r.batch} | {r.mean_ms:.1f} ms | {r.median_ms:.0f} ms | {r.worst_ms:.0f} ms | "
-        f"{f'{r.held_ms:.1f} ms' if r.held_ms else ''} | {r.allocated_gib:.1f} GiB | {r.reserved_gib:.1f} GiB | "
-        f"{r.first_step_s:.1f} s | {r.steps} |"
-        for r in rows
-    ]
+    titles = "trainer|batch|mean step|median|slowest|states held|weights streamed|allocated|reserved|first step|steps"
+    lines = [f"| {titles.replace('|', ' | ')} |", "| --- " * 11 + "|"]
+    for r in rows:
+        times = [f"{r.mean_ms:.1f} ms", f"{r.median_ms:.0f} ms", f"{r.worst_ms:.0f} ms"]
+        times += [f"{ms:.1f} ms" if ms else "" for ms in (r.held_ms, r.streamed_ms)]
+        sizes = [f"{gib:.2f} GiB" for gib in (r.allocated_gib, r.reserved_gib)]
+        lines.append(
+            f"| {' | '.join([r.name, str(r.batch), *times, *sizes, f'{r.first_step_s:.1f} s', str(r.steps)])} |"
+        )
     return "\n".join(lines)
 
 
@@ -210,6 +224,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="llama2-7b")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--held", action="store_true", help="measure steps without copies of states too")
+    parser.add_argument("--streamed", action="store_true", help="measure a sweep with all weights streamed too")
     parser.add_argument("--check", action="store_true", help="compare the first case's gradients with eager ones")
     parser.add_argument("--no-badam", action="store_true")
     parser.add_argument("--out", type=Path)
@@ -229,7 +244,7 @@ def main() -> None:
     for case in args.case:
         data = batches(vocabulary, case.batch, case.sequence, "cuda")
         checked = args.check and case is args.case[0]
-        row, plan, found = ours(case, model, data, args.held, checked)
+        row, plan, found = ours(case, model, data, args, checked)
         clear()
         rows, plans, checks = [*rows, row], [*plans, plan], checks + found
         print(plan, table(rows[-1:]), sep="\n", flush=True)

@@ -19,6 +19,7 @@ from chunkft_fx.memory_limit import limit
 from chunkft_fx.outline import Template, outline
 from chunkft_fx.plan import Plan
 from chunkft_fx.planner import Options, first_plan, parameter_specs, plan_for_batch
+from chunkft_fx.predictor import Predictor
 from chunkft_fx.program import Program
 from chunkft_fx.residency import Residency
 from chunkft_fx.routing import through_compiled
@@ -249,7 +250,7 @@ class CompiledModule(nn.Module):
         if captured.tangents:
             shapes = [list(t.shape) for t in inputs if isinstance(t, torch.Tensor) and id(t) not in names]
             batch = f"a batch with inputs of shapes {shapes[:4]}"
-            plan = plan_for_batch(self._model, self._options, self._plan, session, batch)
+            plan = plan_for_batch(self._model, self._options, self._plan, Predictor(session), batch)
             session.save_from, session.offload_below = plan.save_from, plan.offload_below
             self._residency.settle(plan.streamed, plan.depth)
             limit(self._residency.device, self._options.budget_bytes)

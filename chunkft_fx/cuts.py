@@ -80,8 +80,8 @@ def cut(parameters: Sequence[ParameterSpec], chunks: int) -> tuple[Chunk, ...]:
     Parameters without elements have no slice. Raises `ChunkCountError` unless ``chunks`` is an int
     from 1 to ``max_chunks(parameters)``.
     """
-    tensors = _tensors(parameters)
-    pieces = sum(t.size for t in tensors)
+    stream = Stream(parameters)
+    tensors, pieces = stream.tensors, stream.pieces
     if isinstance(chunks, bool) or not isinstance(chunks, int):
         raise ChunkCountError(f"chunks={chunks!r} is not a whole number; give an int from 1 to {pieces}")
     if chunks < 1:
@@ -91,7 +91,6 @@ def cut(parameters: Sequence[ParameterSpec], chunks: int) -> tuple[Chunk, ...]:
             f"chunks={chunks} is more than the {pieces} indices that the {len(tensors)} trainable parameters "
             f"can be cut into; give at most {pieces}"
         )
-    stream = _Stream(tensors)
     boundaries = [0]
     for k in range(1, chunks):
         boundaries.append(stream.boundary(k, chunks, boundaries[-1] + 1, pieces - (chunks - k)))
@@ -129,25 +128,35 @@ def _tensors(parameters: Sequence[ParameterSpec]) -> list[_Tensor]:
     return tensors
 
 
-class _Stream:
+class Stream:
     """The byte stream of the tensors: candidates for boundaries, and the chunks between them."""
 
-    def __init__(self, tensors: Sequence[_Tensor]) -> None:
-        self.tensors = tensors
+    def __init__(self, parameters: Sequence[ParameterSpec]) -> None:
+        self.tensors = tensors = _tensors(parameters)
+        self.pieces = sum(t.size for t in tensors)
         last = tensors[-1]
         self.nbytes = last.first_byte + last.size * last.index_nbytes
         self._bytes = [t.first_byte for t in tensors]
-        self._pieces = [t.first_piece for t in tensors]
+        self._first_pieces = [t.first_piece for t in tensors]
         self._tensor_borders = list(tensors[1:])
         self._region_borders = [b for a, b in pairwise(tensors) if a.spec.region != b.spec.region]
 
     def boundary(self, k: int, chunks: int, lowest: int, highest: int) -> int:
         """The piece at which boundary ``k`` falls, between ``lowest`` and ``highest``."""
-        target = (2 * self.nbytes * k + chunks) // (2 * chunks)
+        target = self._target(k, chunks)
         for piece, byte, share in self._candidates(target):
             if lowest <= piece <= highest and abs(byte - target) * share * chunks <= self.nbytes:
                 return piece
         return min(max(self._nearest_index(target), lowest), highest)
+
+    def choices(self, k: int, chunks: int) -> tuple[int, ...]:
+        """The pieces at which boundary ``k`` may fall by the rule, best first; the nearest index if there are none."""
+        target = self._target(k, chunks)
+        close = [p for p, b, share in self._candidates(target) if abs(b - target) * share * chunks <= self.nbytes]
+        return tuple(dict.fromkeys(close)) or (self._nearest_index(target),)
+
+    def _target(self, k: int, chunks: int) -> int:
+        return (2 * self.nbytes * k + chunks) // (2 * chunks)
 
     def _candidates(self, target: int) -> Iterator[tuple[int, int, int]]:
         """Piece, byte and the share of a mean chunk within which it is taken, best first."""
@@ -173,7 +182,7 @@ class _Stream:
         """The chunk of the pieces from ``first`` up to ``end``."""
         slices: list[Slice] = []
         numel = nbytes = 0
-        for t in self.tensors[bisect_right(self._pieces, first) - 1 :]:
+        for t in self.tensors[bisect_right(self._first_pieces, first) - 1 :]:
             if t.first_piece >= end:
                 break
             start = max(first - t.first_piece, 0)

@@ -38,6 +38,23 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class Considered:
+    """A choice that was not taken: what it needs at its peak, most of it for ``largest``, and its predicted mean step.
+
+    ``streamed`` counts regions; ``step_us`` is None where no times are known.
+    """
+
+    chunks: int
+    streamed: int
+    depth: int
+    save_from: int
+    offload_below: int
+    nbytes: int
+    step_us: float | None
+    largest: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run will do, decided before it starts.
 
@@ -46,7 +63,9 @@ class Plan:
     ``offload_below[k]`` (of those: at most ``save_from[k]``) offload what they keep for that to host memory; empty
     means none. ``streamed`` names the parameters whose weights stay in host memory, ``depth`` the ring buffers that
     they pass through.
-    ``terms`` maps each part of the predicted peak to its bytes. ``batch`` says for which input
+    ``terms`` maps each part of the predicted peak to its bytes, ``peak_at`` names the moment of the step,
+    ``predicted_step_us`` is the mean step of a sweep (None on the CPU, where memory alone decides), and
+    ``considered`` lists choices that were not taken. ``batch`` says for which input
     shapes the prediction was made; before the first training batch it and the prediction are empty.
     """
 
@@ -60,6 +79,9 @@ class Plan:
     streamed: tuple[str, ...] = ()
     depth: int = 2
     predicted_peak_bytes: int | None = None
+    predicted_step_us: float | None = None
+    peak_at: str = ""
+    considered: tuple[Considered, ...] = ()
     terms: tuple[tuple[str, int], ...] = ()
     batch: str = ""
 
@@ -68,6 +90,12 @@ class Plan:
         from chunkft_fx.plan_table import render
 
         return render(self)
+
+    def explain(self) -> str:
+        """A table of the choices that were not taken, with what each would have needed, largest term first."""
+        from chunkft_fx.plan_table import explain
+
+        return explain(self)
 
     def to_json(self) -> str:
         """The plan as JSON text; ``Plan.from_json`` gives an equal plan back."""
@@ -83,6 +111,7 @@ class Plan:
             )
             raw["save_from"] = tuple(raw["save_from"])
             raw["offload_below"] = tuple(raw.get("offload_below", ()))
+            raw["considered"] = tuple(Considered(**c) for c in raw.get("considered", ()))
             raw["streamed"] = tuple(raw["streamed"])
             raw["terms"] = tuple((name, nbytes) for name, nbytes in raw["terms"])
             return cls(**raw)

@@ -12,7 +12,7 @@ from rich.table import Table
 from chunkft_fx.budget import format_bytes
 
 if TYPE_CHECKING:
-    from chunkft_fx.plan import Chunk, Plan, Slice
+    from chunkft_fx.plan import Chunk, Considered, Plan, Slice
 
 WIDTH = 120
 # Longer plans show this many chunks at the beginning and at the end.
@@ -32,11 +32,37 @@ def render(plan: Plan) -> str:
             table.add_row("…", f"… {len(plan.chunks) - 2 * SHOWN} more chunks …")
             continue
         chunk = plan.chunks[k]
-        kept = (f"from region {plan.save_from[k]}",) if saved else ()
+        kept = (_kept(plan, k),) if saved else ()
         table.add_row(str(k), _slices(chunk), f"{chunk.numel:,}", format_bytes(chunk.nbytes), *kept)
+    return _text(_head(plan), table)
+
+
+def explain(plan: Plan) -> str:
+    """The choices that were not taken, one a line, and what kept each from being taken."""
+    if not plan.considered:
+        return "no other choice was considered: the plan was not made for a batch, or there was none"
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for title in ("chunks", "streamed regions", "buffers", "recompute below", "offload below", "needs", "step"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("why not")
+    for c in plan.considered:
+        sizes = (c.chunks, c.streamed, c.depth if c.streamed else "", c.save_from, c.offload_below)
+        step = "" if c.step_us is None else f"{c.step_us / 1e3:.1f} ms"
+        table.add_row(*(str(n) for n in sizes), format_bytes(c.nbytes), step, _reason(plan, c))
+    return _text([f"choices beside the plan's, for {plan.batch}"], table)
+
+
+def _reason(plan: Plan, c: Considered) -> str:
+    over = c.nbytes - plan.budget_bytes
+    if over > 0:
+        return f"{format_bytes(over)} over budget, most of it {c.largest}"
+    return "fits, but is not better"
+
+
+def _text(head: list[str], table: Table) -> str:
     out = StringIO()
     console = Console(file=out, width=WIDTH, color_system=None, markup=False, highlight=False, emoji=False)
-    for line in _head(plan):
+    for line in head:
         console.print(line)
     console.print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
@@ -47,13 +73,21 @@ def _head(plan: Plan) -> list[str]:
         peak = "predicted peak not known before the first training batch"
     else:
         share = plan.predicted_peak_bytes / plan.budget_bytes
-        peak = f"predicted peak {format_bytes(plan.predicted_peak_bytes)} ({share:.0%}) for {plan.batch}"
+        where = f", in {plan.peak_at}" if plan.peak_at else ""
+        peak = f"predicted peak {format_bytes(plan.predicted_peak_bytes)} ({share:.0%}) for {plan.batch}{where}"
     steps = "1 step" if plan.interval == 1 else f"{plan.interval} steps"
     seed = f" (seed {plan.seed})" if plan.order == "random" else ""
     terms = [f"  {format_bytes(nbytes):>11}  {name}" for name, nbytes in plan.terms]
-    schedule = f"{len(plan.chunks)} chunk(s), {plan.order} order{seed}, {steps} each"
+    time = "" if plan.predicted_step_us is None else f", a step predicted to take {plan.predicted_step_us / 1e3:.0f} ms"
+    schedule = f"{len(plan.chunks)} chunk(s), {plan.order} order{seed}, {steps} each{time}"
     away = [f"{len(plan.streamed)} weights stay in host memory, {plan.depth} buffers"] if plan.streamed else []
     return [f"budget {format_bytes(plan.budget_bytes)}, {peak}", *terms, schedule, *away]
+
+
+def _kept(plan: Plan, k: int) -> str:
+    offloads = plan.offload_below[k] if plan.offload_below else 0
+    away = f", offloads below {offloads}" if offloads else ""
+    return f"from region {plan.save_from[k]}{away}"
 
 
 def _shown(count: int) -> list[int | None]:

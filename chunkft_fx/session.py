@@ -15,20 +15,18 @@ import torch
 from torch import Tensor
 
 from chunkft_fx.capture import Capture, OutputName, hint
-from chunkft_fx.chunk_counts import StepTimes
-from chunkft_fx.cost_model import direction_us, transfer_us
 from chunkft_fx.kernel_choice import chooser
-from chunkft_fx.memory_limit import explained, overhead
+from chunkft_fx.memory_limit import explained
 from chunkft_fx.outline import Outline
 from chunkft_fx.passes.insert_streams import InsertStreams
 from chunkft_fx.plan import Chunk
 from chunkft_fx.program import ProgramSpec, build
-from chunkft_fx.rates import rates
 from chunkft_fx.residency import Residency
 from chunkft_fx.runtime import Executable, Machine, Step, assemble, run_backward, run_forward
 from chunkft_fx.slices import ActiveSlice
 from chunkft_fx.specialize import Specializer
-from chunkft_fx.step_memory import step_peak, storages_nbytes
+from chunkft_fx.step_cost import Saving
+from chunkft_fx.step_memory import storages_nbytes
 
 
 class Owner(Protocol):
@@ -65,7 +63,7 @@ class Session:
             (i, capture.parameters[p]) for i, p in enumerate(capture.primals) if p in capture.parameters
         ]
         self._constants = list(capture.constants.values())
-        self._given = {"batch and constants": batch_nbytes + storages_nbytes(self._constants)}
+        self.given = {"batch and constants": batch_nbytes + storages_nbytes(self._constants)}
 
     def _first_guess(self) -> frozenset[str]:
         """Tangents expected in backward: the scalar outputs' (a loss) if there are any, else all."""
@@ -102,13 +100,18 @@ class Session:
         streams = InsertStreams(residency.away(), residency.device, residency.depth)
         key = (slices, absent, save_from, offload_below, streams)
         if key not in self.executables:
-            inputs = frozenset(self.capture.primals[i] for i in self._inputs) if slices else frozenset()
-            spec = ProgramSpec({s.name: s for s in slices}, absent, inputs, save_from, streams, offload_below)
-            program = build(self.capture, self.outline, self.specializer, spec)
-            count = len(self.capture.primals) + len(self.capture.constants)
-            self.executables[key] = assemble(program, count)
+            self.executables[key] = self._assembled(slices, absent, Saving(save_from, offload_below), streams)
         self.last = self.executables[key]
         return self.last
+
+    def _assembled(
+        self, slices: tuple[Any, ...], absent: frozenset[str], saving: Saving, streams: InsertStreams
+    ) -> Executable:
+        inputs = frozenset(self.capture.primals[i] for i in self._inputs) if slices else frozenset()
+        by_name = {s.name: s for s in slices}
+        spec = ProgramSpec(by_name, absent, inputs, saving.save_from, streams, saving.offload_below)
+        program = build(self.capture, self.outline, self.specializer, spec)
+        return assemble(program, len(self.capture.primals) + len(self.capture.constants))
 
     def _forward(self, executable: Executable, values: Sequence[Any]) -> tuple[list[Any], list[Tensor], Any]:
         return run_forward(executable, [*values, *self._constants], self._machine())
@@ -188,28 +191,12 @@ class Session:
                 slices[self.capture.parameters[primal]].accumulate(totals.pop(primal))
         return totals
 
-    def activation_terms(self, chunk: Chunk, save_from: int) -> dict[str, int]:
-        """Predicted bytes of the largest moment of a step on a chunk, beyond what the planner counts as fixed."""
-        step = step_peak(self._planned(chunk, save_from), self.backend)
-        return step | self._given | overhead(self.owner.residency.device, sum(step.values()))
-
-    def rule_of_counts(self, finest: Chunk, state_nbytes: int) -> StepTimes | None:
-        """Predicted times for `chunk_counts`; None on the CPU, where states are updated where they are."""
-        device = self.owner.residency.device
-        if device.type != "cuda":
-            return None
-        known = rates(device)
-        saving = self._planned(finest, 0).program.variants
-        again = self._planned(finest, len(saving)).program.variants
-        forward = tuple(direction_us(v, False, known) for v in saving)
-        backward = tuple(direction_us(v, True, known) for v in saving)
-        recomputing = tuple(direction_us(v, True, known) for v in again)
-        extra = tuple(max(a - b, 0.0) for a, b in zip(recomputing, backward, strict=True))
-        # a product with a weight has a gradient of the same size
-        return StepTimes(forward, backward, extra, sum(forward), transfer_us(state_nbytes, known, "both_ways"))
-
-    def _planned(self, chunk: Chunk, save_from: int) -> Executable:
-        return self._executable(chunk.slices, frozenset(self.capture.tangents) - self.expected, save_from)
+    def planned(self, chunk: Chunk, saving: Saving) -> Executable:
+        """What would run for a chunk under a saving policy if all weights were resident; it is not kept."""
+        absent = frozenset(self.capture.tangents) - self.expected
+        residency = self.owner.residency
+        resident = InsertStreams(frozenset(), residency.device, residency.depth)
+        return self._assembled(chunk.slices, absent, saving, resident)
 
 
 class _StepFunction(torch.autograd.Function):

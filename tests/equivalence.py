@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+import chunkft_fx
 from chunkft_fx.api import CompiledModule
 
 
@@ -84,3 +86,11 @@ def assert_same_gradients(compiled: CompiledModule, model: nn.Module, batch: dic
                 a, b = a.narrow(part.dim, part.start, part.length), b.narrow(part.dim, part.start, part.length)
             error = relative_error(a, b, scale)
             assert error <= tolerance, f"{part}: relative error {error:.2e}"
+
+
+def smallest_budget(model: nn.Module, batch: dict[str, Any], chunks: int | str = "auto") -> int:
+    """The bytes that the error for a hopeless budget names as enough for a step on this batch."""
+    hopeless = chunkft_fx.compile(copy.deepcopy(model), 1, chunks=chunks, backend="eager")
+    with pytest.raises(chunkft_fx.errors.BudgetInfeasible) as caught:
+        hopeless(**batch)
+    return caught.value.smallest_budget_bytes

@@ -10,7 +10,7 @@ import torch
 import chunkft_fx
 from chunkft_fx.tools.inspect import dense_gradients
 from chunkft_fx.tools.zoo import FAMILIES, tiny
-from tests.equivalence import assert_same_gradients
+from tests.equivalence import assert_same_gradients, smallest_budget
 
 WITH_DROPOUT = tuple(name for name in FAMILIES if name not in ("llama", "qwen3", "mistral", "mlp", "cnn"))
 
@@ -66,20 +66,11 @@ def test_recomputed_activations_give_the_same_gradient(family: str) -> None:
     dropout = 0.2 if family == "gpt2" else 0.0
     model, batch = tiny(family, dtype=torch.float64, dropout=dropout)
     model.train()
-    with pytest.raises(chunkft_fx.errors.BudgetInfeasible) as caught:
-        probe = chunkft_fx.compile(copy.deepcopy(model), _smallest(model), chunks=3, backend="eager")
-        probe(**batch(4, 32, 0))
-    compiled = chunkft_fx.compile(copy.deepcopy(model), caught.value.smallest_budget_bytes, chunks=3, backend="eager")
+    smallest = smallest_budget(model, batch(4, 32, 0), 3)
+    compiled = chunkft_fx.compile(copy.deepcopy(model), smallest, chunks=3, backend="eager")
     assert_same_gradients(compiled, model, batch(4, 32, 0), 1e-9)
     assert max(compiled.plan.save_from) > 0
     assert any(v.demand.recompute for v in compiled.variants)
-
-
-def _smallest(model: torch.nn.Module) -> int:
-    """A budget that holds weights and one chunk's states, but no activations."""
-    with pytest.raises(chunkft_fx.errors.BudgetInfeasible) as caught:
-        chunkft_fx.compile(copy.deepcopy(model), 1, chunks=3, backend="eager")
-    return caught.value.smallest_budget_bytes
 
 
 @pytest.mark.parametrize("frozen", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"])

@@ -13,6 +13,7 @@ from chunkft_fx.api import CompiledModule
 from chunkft_fx.errors import BudgetInfeasible
 from chunkft_fx.memory_model import allocated_peak
 from chunkft_fx.tools.zoo import tiny
+from tests.equivalence import smallest_budget
 
 
 def planned(
@@ -21,14 +22,6 @@ def planned(
     compiled = chunkft_fx.compile(copy.deepcopy(model), budget, chunks=chunks, backend="eager")
     compiled(**batch)
     return compiled
-
-
-def smallest(model: nn.Module, batch: dict[str, torch.Tensor], chunks: int | str = "auto") -> int:
-    with pytest.raises(BudgetInfeasible) as early:  # weights and states of the smallest chunks
-        planned(model, 1, batch, chunks)
-    with pytest.raises(BudgetInfeasible) as late:  # and the activations of this batch
-        planned(model, early.value.smallest_budget_bytes, batch, chunks)
-    return late.value.smallest_budget_bytes
 
 
 def test_an_ample_budget_gives_one_chunk_that_saves_everything() -> None:
@@ -40,7 +33,7 @@ def test_an_ample_budget_gives_one_chunk_that_saves_everything() -> None:
 
 def test_auto_takes_the_fewest_chunks_that_fit() -> None:
     model, batch = tiny("llama")
-    budget = smallest(model, batch(2, 16, 0)) * 5 // 4
+    budget = smallest_budget(model, batch(2, 16, 0)) * 5 // 4
     plan = planned(model, budget, batch(2, 16, 0)).plan
     count = len(plan.chunks)
     assert count > 1
@@ -51,7 +44,7 @@ def test_auto_takes_the_fewest_chunks_that_fit() -> None:
 
 def test_a_larger_budget_never_asks_for_more_chunks_or_more_recomputation() -> None:
     model, batch = tiny("llama")
-    low = smallest(model, batch(4, 32, 0), chunks=3)
+    low = smallest_budget(model, batch(4, 32, 0), chunks=3)
     saving = [planned(model, low * f // 10, batch(4, 32, 0), chunks=3).plan.save_from[0] for f in (10, 11, 13, 20)]
     assert saving == sorted(saving, reverse=True)
     assert saving[0] > saving[-1] == 0
@@ -72,7 +65,7 @@ def test_terms_add_up_to_the_predicted_peak() -> None:
 
 def test_a_larger_batch_than_planned_is_checked_against_the_budget() -> None:
     model, batch = tiny("llama")
-    compiled = planned(model, smallest(model, batch(2, 16, 0), chunks=3), batch(2, 16, 0), chunks=3)
+    compiled = planned(model, smallest_budget(model, batch(2, 16, 0), chunks=3), batch(2, 16, 0), chunks=3)
     with pytest.raises(BudgetInfeasible, match="too small"):
         compiled(**batch(16, 64, 0))
 

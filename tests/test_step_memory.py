@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import chunkft_fx
-from chunkft_fx import memory_model, ops, planner
+from chunkft_fx import fixed_memory, memory_model, ops
 from chunkft_fx.api import CompiledModule
 from chunkft_fx.session import Session
 from chunkft_fx.step_memory import Moment, step_peak, step_timeline, storages_nbytes
@@ -71,7 +71,7 @@ def test_predicted_peak_of_a_step_equals_the_tracker(family: str, chunks: int, m
     compare(compiled, batch(2, 12, 0))
     session = compiled._sessions[-1]
     away = frozenset(n for n, _ in model.named_parameters())
-    compiled.residency.settle(away, planner.DEPTH)
+    compiled.residency.settle(away, fixed_memory.DEPTH)
     for chunk in sorted({0, chunks // 2, chunks - 1}):
         compiled.activate(chunk)
         for save_from in (0, len(session.outline.regions) // 2 + 1):
@@ -80,7 +80,7 @@ def test_predicted_peak_of_a_step_equals_the_tracker(family: str, chunks: int, m
             assert any(node.target is ops.fetch for node in compiled.program.graph.nodes)
     ring = compiled.residency.ring(session.uses())
     assert ring is not None
-    assert ring.depth * ring.buffer_nbytes == planner.ring_nbytes(model, session.uses(), away)
+    assert ring.depth * ring.buffer_nbytes == fixed_memory.ring_nbytes(model, session.uses(), away)
 
 
 def _step(family: str, **options: Any) -> tuple[CompiledModule, Session]:

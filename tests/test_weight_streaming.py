@@ -13,23 +13,17 @@ from torch import nn
 import chunkft_fx
 from chunkft_fx import ops
 from chunkft_fx.api import CompiledModule
-from chunkft_fx.errors import BudgetInfeasible, OptionError, StaleBackward, UnsupportedGraph
+from chunkft_fx.errors import OptionError, StaleBackward, UnsupportedGraph
 from chunkft_fx.tools.zoo import tiny
-from tests.equivalence import assert_same_gradients, loss_of
+from tests.equivalence import assert_same_gradients, loss_of, smallest_budget
 
 FAMILIES = ("llama", "gpt2", "t5", "bert")
 
 
 def tight(model: nn.Module, batch: dict[str, Any], chunks: int = 3) -> CompiledModule:
     """A compiled copy under the smallest feasible budget, which keeps no weight on the device for long."""
-    with pytest.raises(BudgetInfeasible) as early:  # what is known without a batch
-        chunkft_fx.compile(copy.deepcopy(model), 1, chunks=chunks, backend="eager")
-    refused = chunkft_fx.compile(model, early.value.smallest_budget_bytes, chunks=chunks, backend="eager")
-    with pytest.raises(BudgetInfeasible) as late:  # and the activations
-        refused(**batch)
-    compiled = chunkft_fx.compile(
-        copy.deepcopy(model), late.value.smallest_budget_bytes, chunks=chunks, backend="eager"
-    )
+    smallest = smallest_budget(model, batch, chunks)
+    compiled = chunkft_fx.compile(copy.deepcopy(model), smallest, chunks=chunks, backend="eager")
     compiled(**batch)
     return compiled
 

@@ -1,0 +1,75 @@
+"""The bytes of a plan that need no batch: weights, the ring of streamed ones, gradients and staged optimizer states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from chunkft_fx.optim_state import stage_capacity_nbytes
+from chunkft_fx.plan import Chunk
+from chunkft_fx.streams import ring_buffer_nbytes
+
+# The parts of a predicted peak by name, in bytes.
+Terms = dict[str, int]
+
+# Buffers of the ring: one is read while the next is filled.
+DEPTH = 2
+
+
+def state_nbytes(dtype: torch.dtype) -> int:
+    """Optimizer-state bytes per element of a parameter: two moments, and a master for low precision."""
+    wide = torch.promote_types(dtype, torch.float32).itemsize
+    return 2 * wide if dtype.itemsize >= 4 else 3 * wide
+
+
+def resident_nbytes(model: nn.Module) -> int:
+    """Bytes of all weights and buffers."""
+    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+
+
+def streamed_choice(uses: Sequence[frozenset[str]], count: int) -> frozenset[str]:
+    """The weights of ``count`` of the regions, spread evenly so that fetches have compute to hide under."""
+    return frozenset().union(*(uses[i] for i in streamed_regions(len(uses), count)))
+
+
+def streamed_regions(regions: int, count: int) -> tuple[int, ...]:
+    """Which regions those are."""
+    return tuple(i * regions // count for i in range(count))
+
+
+def ring_nbytes(model: nn.Module, uses: Sequence[frozenset[str]], streamed: frozenset[str], depth: int = DEPTH) -> int:
+    """Bytes of the buffers that streamed weights pass through, each as large as the largest region's."""
+    parameters = dict(model.named_parameters())
+    return depth * ring_buffer_nbytes([[parameters[n] for n in use & streamed] for use in uses])
+
+
+def fixed_terms(
+    model: nn.Module,
+    chunks: Sequence[Chunk],
+    uses: Sequence[frozenset[str]] = (),
+    streamed: frozenset[str] = frozenset(),
+    depth: int = DEPTH,
+) -> Terms:
+    """The terms that need no batch: weights, and gradients and states of the largest chunk.
+
+    ``uses`` says which parameters each region reads, ``streamed`` which of them stay in host memory.
+    """
+    parameters = dict(model.named_parameters())
+    dtypes = {name: p.dtype for name, p in parameters.items()}
+    sizes = {name: p.numel() for name, p in parameters.items()}
+
+    def total(chunk: Chunk, per_element: Callable[[torch.dtype], int]) -> int:
+        return sum(sizes[s.name] * s.length // s.size * per_element(dtypes[s.name]) for s in chunk.slices)
+
+    away = sum(sizes[n] * dtypes[n].itemsize for n in streamed)
+    ring = {"ring of streamed weights": ring_nbytes(model, uses, streamed, depth)} if streamed else {}
+    return {
+        "weights and buffers": resident_nbytes(model) - away,
+        **ring,
+        "optimizer state of the active chunk": max(stage_capacity_nbytes(c, parameters) for c in chunks),
+        "gradients of the active chunk": max(
+            total(c, lambda d: torch.promote_types(d, torch.float32).itemsize) for c in chunks
+        ),
+    }

@@ -1,0 +1,293 @@
+"""The planner's search: all decisions that trade bytes for time, tried together.
+
+A choice is a number of chunks, how many regions stream their weights and through how many buffers, and the two borders
+of `Saving`. What a choice needs is the fixed terms of its chunks and the largest moment of its steps; what it costs is
+`step_cost.sweep_cost` of its predicted steps. Choices do not depend on the budget, only which of them fit does: so a
+larger budget never costs more. Where no times are known (on the CPU) a choice costs, in this order: streamed regions,
+chunks, offloading and recomputing regions.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import nn
+
+from chunkft_fx.chunk_path import cheapest_chunks
+from chunkft_fx.cuts import ParameterSpec, cut, max_chunks
+from chunkft_fx.fixed_memory import DEPTH, Terms, fixed_terms, streamed_choice, streamed_regions
+from chunkft_fx.optim_state import stage_capacity_nbytes
+from chunkft_fx.plan import Chunk, Considered
+from chunkft_fx.step_cost import Saving, StepTimes, Work, bare_steps, least_cost, step_us, sweep_cost
+from chunkft_fx.step_memory import Moment
+
+log = logging.getLogger("chunkft_fx.plan_search")
+
+# Numbers of chunks that are tried where times are known; neighbours differ by a third at least.
+COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
+# More chunks than this save less than a thousandth of the states each; a 7B model has 1.7 million places to cut.
+MOST_CHUNKS = 1024
+# Ring depths tried: a third buffer evens out regions of unequal length.
+DEPTHS = (DEPTH, DEPTH + 1)
+# Steps of a sweep, beside the first, whose peak is predicted before a plan is settled: their programs have to be made
+# for it. While choices are compared, the first chunk stands for all: its backward is the deepest.
+LOOKED_AT = 6
+
+LATER = "larger steps later in the sweep"
+
+# What a choice costs; compared in order.
+Cost = tuple[float, ...]
+
+
+class Predicts(Protocol):
+    """What the search asks of a captured model (`predictor.Predictor`)."""
+
+    def uses(self) -> Sequence[frozenset[str]]: ...
+
+    def peak(self, chunk: Chunk, saving: Saving) -> Moment: ...
+
+    def times(self, deepest: Chunk) -> StepTimes | None: ...
+
+    def work(self, chunk: Chunk, times: StepTimes, states_nbytes: int) -> Work: ...
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to train: ``streamed`` counts the regions whose weights are fetched through ``depth`` buffers."""
+
+    chunks: tuple[Chunk, ...]
+    streamed: int
+    depth: int
+    saving: Saving
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A choice with its terms of the peak, the label of the largest moment, its cost and (if known) its mean step."""
+
+    choice: Choice
+    terms: Terms
+    peak_at: str
+    cost: Cost
+    step_us: float | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.terms.values())
+
+
+class Search:
+    """Finds the cheapest choice that fits; ``considered`` tells of the others, with the bytes that they need."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Sequence[ParameterSpec],
+        predictor: Predicts,
+        budget: int,
+        chunks: tuple[Chunk, ...] | None = None,
+    ) -> None:
+        self.model, self.parameters, self.predictor, self.budget = model, parameters, predictor, budget
+        self.given = chunks
+        self.uses = predictor.uses()
+        self.regions = len(self.uses)
+        self._streamed_names: frozenset[str] | None = None  # by default those of regions spread evenly
+        self.considered: list[Considered] = []
+        self.smallest: Fit | None = None
+        self._extra: dict[int, int] = {}  # by number of chunks, bytes that other steps need more than the first
+        self._chunks: dict[int, tuple[Chunk, ...]] = {}
+        self._fixed: dict[tuple[tuple[Chunk, ...], int, int], Terms] = {}
+        self._works: dict[Chunk, Work] = {}
+        named = dict(model.named_parameters())
+        self.states = sum(stage_capacity_nbytes(c, named) for c in cut(parameters, 1))
+        self.finest = chunks or cut(parameters, min(max_chunks(parameters), MOST_CHUNKS))
+        self.times = predictor.times(self.finest[0])
+
+    def run(self) -> Fit | None:
+        """The cheapest fitting choice; None if nothing fits: then ``smallest`` is the choice that needs least."""
+        return self._settled(self._cheapest)
+
+    def _settled(self, find: Callable[[], Fit | None]) -> Fit | None:
+        """Find again, with room for what other steps of the sweep need more than the first, until all steps fit."""
+        while True:
+            self.smallest = None
+            found = find()
+            checked = found or self.smallest
+            assert checked is not None
+            moment = self._largest(checked.choice)
+            more = moment.nbytes - self._first(checked.choice).nbytes
+            if more <= self._extra.get(len(checked.choice.chunks), 0):
+                exact = self._exactly(checked.choice, moment)
+                self.smallest = exact if found is None else self.smallest
+                return exact if found is not None else None
+            self._extra[len(checked.choice.chunks)] = more
+
+    def _cheapest(self) -> Fit | None:
+        best: Fit | None = None
+        for chunks in self._numbers():
+            if best is not None and self._least(chunks) >= best.cost:
+                continue
+            for fit in self._of(chunks, best):
+                if best is None or fit.cost < best.cost:
+                    best = fit
+        return best
+
+    def with_streamed(self, streamed: frozenset[str], depth: int) -> Fit:
+        """The best fit of the given chunks with exactly these weights streamed; else the one that needs least."""
+        assert self.given is not None
+        self._streamed_names = streamed
+        count = len([use for use in self.uses if use & streamed])
+        chunks = self.given
+
+        def cheapest() -> Fit | None:
+            fits = (self._border(chunks, count, depth, offloads) for offloads in (False, True))
+            return min((f for f in fits if f is not None), key=lambda f: f.cost, default=None)
+
+        best = self._settled(cheapest) or self.smallest
+        assert best is not None
+        return best
+
+    def _numbers(self) -> Iterator[tuple[Chunk, ...]]:
+        """The cuts to try: the given one, else by their least cost, or where times are unknown the fewest that fit."""
+        if self.given is not None:
+            yield self.given
+        elif self.times is None:
+            yield from self._by_memory()
+        else:
+            times = self.times
+            most = len(self.finest)
+            counts = sorted({c for c in COUNTS if c < most} | {most})
+            for count in sorted(counts, key=lambda c: (least_cost(times, self.states, c), c)):
+                yield self._cut(count, times)
+
+    def _by_memory(self) -> Iterator[tuple[Chunk, ...]]:
+        """With as little streaming as the finest cut needs, the fewest chunks that fit; then the finest."""
+        one = cut(self.parameters, 1)
+        if self._can(one, 0, Saving(self.regions)):
+            yield one
+            return
+        for saving in (Saving(self.regions), self._frugal()):
+            streamed = next((m for m in range(self.regions + 1) if self._can(self.finest, m, saving)), None)
+            if streamed is None:
+                continue
+            low, high = 1, len(self.finest)
+            while low < high:
+                middle = (low + high) // 2
+                fits = self._can(cut(self.parameters, middle), streamed, saving)
+                low, high = (low, middle) if fits else (middle + 1, high)
+            yield cut(self.parameters, low)
+            return
+        yield self.finest
+
+    def _can(self, chunks: tuple[Chunk, ...], streamed: int, saving: Saving) -> bool:
+        return self._fit(Choice(chunks, streamed, DEPTH, saving)).nbytes <= self.budget
+
+    def _frugal(self) -> Saving:
+        return Saving(self.regions, self.regions)
+
+    def _cut(self, count: int, times: StepTimes) -> tuple[Chunk, ...]:
+        if count not in self._chunks:
+            bare = bare_steps(times, Saving(0), frozenset(), DEPTH)
+            self._chunks[count] = cheapest_chunks(self.parameters, count, lambda c: step_us(bare, self._work(c, times)))
+        return self._chunks[count]
+
+    def _work(self, chunk: Chunk, times: StepTimes) -> Work:
+        if chunk not in self._works:
+            nbytes = self.states * chunk.nbytes // sum(c.nbytes for c in cut(self.parameters, 1))
+            self._works[chunk] = self.predictor.work(chunk, times, nbytes)
+        return self._works[chunk]
+
+    def _least(self, chunks: tuple[Chunk, ...]) -> Cost:
+        if self.times is None:
+            return (0, 0, len(chunks))
+        return (least_cost(self.times, self.states, len(chunks)),)
+
+    def _of(self, chunks: tuple[Chunk, ...], best: Fit | None) -> Iterator[Fit]:
+        """The fitting choices of a cut, from little to much streaming, while more of it can still gain something."""
+        for streamed in range(self.regions + 1):
+            if best is not None and self._cost(Choice(chunks, streamed, DEPTHS[-1], Saving(0)))[0] >= best.cost:
+                return
+            for depth in DEPTHS if streamed else DEPTHS[:1]:
+                fits = [f for f in (self._border(chunks, streamed, depth, o) for o in (False, True)) if f is not None]
+                yield from fits
+            if any(f.choice.saving == Saving(0) for f in fits) or (fits and self.times is None):
+                return  # everything is saved: streaming more gains nothing
+
+    def _border(self, chunks: tuple[Chunk, ...], streamed: int, depth: int, offloads: bool) -> Fit | None:
+        """The least recomputation with which a choice fits; None, and a note, when not even all of it does."""
+
+        def fit(save_from: int) -> Fit:
+            return self._fit(Choice(chunks, streamed, depth, Saving(save_from, save_from if offloads else 0)))
+
+        last = fit(self.regions)
+        if self.smallest is None or last.nbytes < self.smallest.nbytes:
+            self.smallest = last
+        if last.nbytes > self.budget:
+            self._note(last)
+            return None
+        least = fit(0)
+        self._note(least)
+        if least.nbytes <= self.budget:
+            return least
+        low, high, found = 1, self.regions, last
+        while low < high:
+            middle = (low + high) // 2
+            tried = fit(middle)
+            if tried.nbytes <= self.budget:
+                high, found = middle, tried
+            else:
+                low = middle + 1
+                self._note(tried)
+        self._note(found)
+        return found
+
+    def _fit(self, choice: Choice) -> Fit:
+        """A choice by the first chunk's step, with what is known to be needed more by others."""
+        more = self._extra.get(len(choice.chunks), 0)
+        moment = self._first(choice)
+        return self._exactly(choice, Moment(moment.label, moment.terms | ({LATER: more} if more else {})))
+
+    def _exactly(self, choice: Choice, moment: Moment) -> Fit:
+        fixed = self._fixed_terms(choice.chunks, choice.streamed, choice.depth)
+        return Fit(choice, fixed | moment.terms, moment.label, *self._cost(choice))
+
+    def _cost(self, choice: Choice) -> tuple[Cost, float | None]:
+        saving, times = choice.saving, self.times
+        if times is None:
+            order = (saving.offload_below > 0, choice.streamed, len(choice.chunks), saving.save_from, choice.depth)
+            return order, None
+        away = frozenset(streamed_regions(self.regions, choice.streamed))
+        bare = bare_steps(times, saving, away, choice.depth)
+        steps = [step_us(bare, self._work(c, times)) for c in choice.chunks]
+        # equal costs are told apart by what is simpler
+        cost = (sweep_cost(steps), choice.streamed, len(choice.chunks), saving.offload_below, choice.depth)
+        return cost, sum(steps) / len(steps)
+
+    def _fixed_terms(self, chunks: tuple[Chunk, ...], streamed: int, depth: int) -> Terms:
+        key = chunks, streamed, depth
+        if key not in self._fixed:
+            names = self._streamed_names if self._streamed_names is not None else streamed_choice(self.uses, streamed)
+            self._fixed[key] = fixed_terms(self.model, chunks, self.uses, names, depth)
+        return self._fixed[key]
+
+    def _first(self, choice: Choice) -> Moment:
+        """The largest moment of the first chunk's step."""
+        return self.predictor.peak(choice.chunks[0], choice.saving)
+
+    def _largest(self, choice: Choice) -> Moment:
+        """The largest moment of steps spread over a sweep; the first if there are several."""
+        chunks = choice.chunks
+        looked = sorted({k * (len(chunks) - 1) // LOOKED_AT for k in range(LOOKED_AT + 1)})
+        return max((self.predictor.peak(chunks[k], choice.saving) for k in looked), key=lambda m: m.nbytes)
+
+    def _note(self, fit: Fit) -> None:
+        choice = fit.choice
+        self.considered.append(
+            Considered(
+                len(choice.chunks), choice.streamed, choice.depth, choice.saving.save_from, choice.saving.offload_below,
+                fit.nbytes, fit.step_us, max(fit.terms, key=lambda name: fit.terms[name]),
+            )
+        )  # fmt: skip

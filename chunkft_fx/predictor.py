@@ -1,0 +1,106 @@
+"""What a captured model predicts of itself for the planner: the largest moment of a step, and how long its parts take.
+
+Bytes come from replaying the very programs that would run (`step_memory`), microseconds from the cost model and the
+measured rates of the machine. On the CPU states are updated where they are and host memory is device memory, so plans
+there are decided by memory alone and no times are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from chunkft_fx.cost_model import direction_us, transfer_us
+from chunkft_fx.memory_limit import overhead
+from chunkft_fx.outline import Region
+from chunkft_fx.passes.rewrite import tensor_nbytes
+from chunkft_fx.plan import Chunk
+from chunkft_fx.rates import Rates, rates
+from chunkft_fx.runtime import Executable
+from chunkft_fx.session import Session
+from chunkft_fx.step_cost import Saving, StepTimes, Work
+from chunkft_fx.step_memory import Moment, step_timeline
+
+# Bytes that the update of one element of a low-precision weight moves in device memory (`benchmarks.bench_kernels`).
+UPDATE_NBYTES = 32
+
+
+class Predictor:
+    """Predictions for one session; everything is found once."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._peaks: dict[tuple[Chunk, Saving], Moment] = {}
+        self._times: StepTimes | None = None
+        self._nodes = {node.name: node for node in session.capture.graph.nodes}
+        self._sizes = {name: p.numel() for name, p in session.owner.residency.parameters.items()}
+        self._regions = [frozenset(use) for use in session.uses()]
+
+    def uses(self) -> Sequence[frozenset[str]]:
+        """For each region the names of the parameters that it reads."""
+        return self._regions
+
+    def peak(self, chunk: Chunk, saving: Saving) -> Moment:
+        """The largest moment of a step on a chunk, in bytes beyond what `fixed_memory` counts."""
+        key = chunk, saving
+        if key not in self._peaks:
+            moments = step_timeline(self._executable(chunk, saving), self._session.backend)
+            largest = max(moments, key=lambda m: m.nbytes)
+            besides = self._session.given | overhead(self._session.owner.residency.device, largest.nbytes)
+            self._peaks[key] = Moment(largest.label, largest.terms | besides)
+        return self._peaks[key]
+
+    def timeline(self, chunk: Chunk, saving: Saving) -> tuple[Moment, ...]:
+        """All moments of a step on a chunk, in order."""
+        return step_timeline(self._executable(chunk, saving), self._session.backend)
+
+    def times(self, deepest: Chunk) -> StepTimes | None:
+        """Predicted times of the regions, by a step on a chunk whose backward reaches all of them; None on the CPU."""
+        device = self._session.owner.residency.device
+        if device.type != "cuda":
+            return None
+        if self._times is None:
+            self._times = self._predicted(deepest, rates(device))
+        return self._times
+
+    def work(self, chunk: Chunk, times: StepTimes, states_nbytes: int) -> Work:
+        """What a chunk, with so many bytes of states on the device, adds to a step."""
+        numel: dict[str, int] = {s.name: self._sizes[s.name] * s.length // s.size for s in chunk.slices}
+        gradients = 0.0
+        lowest = len(self._regions)
+        for i, use in enumerate(self._regions):
+            active = sum(numel.get(name, 0) for name in use)
+            if active:
+                lowest = min(lowest, i)
+                gradients += times.gradients_us[i] * active / sum(self._sizes[name] for name in use)
+        update = chunk.numel * times.update_us_per_element
+        return Work(lowest, gradients + update, states_nbytes * times.state_us_per_byte)
+
+    def _executable(self, chunk: Chunk, saving: Saving) -> Executable:
+        return self._session.planned(chunk, saving)
+
+    def _predicted(self, deepest: Chunk, known: Rates) -> StepTimes:
+        session = self._session
+        last = len(self._regions)
+        saving = session.planned(deepest, Saving(0)).program.variants
+        again = session.planned(deepest, Saving(last)).program.variants
+        forward = tuple(direction_us(v, False, known) for v in saving)
+        backward = tuple(direction_us(v, True, known) for v in saving)
+        recomputing = tuple(direction_us(v, True, known) for v in again)
+        parameters = session.owner.residency.parameters
+        weights = [sum(parameters[n].numel() * parameters[n].itemsize for n in use) for use in self._regions]
+        return StepTimes(
+            forward_us=forward,
+            backward_us=backward,
+            again_us=tuple(max(a - b, 0.0) for a, b in zip(recomputing, backward, strict=True)),
+            gradients_us=forward,  # a product with a weight has a gradient of the same size
+            fetch_us=tuple(transfer_us(n, known, "host_to_device") for n in weights),
+            keep_us=tuple(transfer_us(self._kept(r), known, "device_to_host") for r in session.outline.regions),
+            state_us_per_byte=transfer_us(1, known, "both_ways"),
+            update_us_per_element=UPDATE_NBYTES / known.memory_nbytes_per_s * 1e6,
+        )
+
+    def _kept(self, region: Region) -> int:
+        """Bytes that a recomputing region keeps: what it reads that regions before it made."""
+        made = {name for r in self._session.outline.regions for name in r.forward}
+        values = [self._nodes[name].meta["val"] for name in region.primals if name in made]
+        return sum(tensor_nbytes(v) for v in values)

@@ -1,0 +1,111 @@
+"""How long a step of a plan takes: regions one after another, copies between host and device beside them.
+
+Compute runs region by region. A streamed weight must have arrived before its region runs, and its buffer is filled
+again once the region is done; states of the next chunk and offloaded activations share the link. A step takes as long
+as the slower of both sides. Times of regions come from the cost model (`predictor`); here they are put together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Copies of states are planned to take at most this share of a step, so that jitter of the link stays hidden too.
+HIDDEN_SHARE = 0.8
+# A chunk more in a sweep lets every parameter wait a step longer for its update. How much that is worth depends on
+# the training; plans pay this share of a step for it, so that twice as many chunks are taken for a gain, not for noise.
+WAIT_SHARE = 1 / 2000
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Predicted microseconds of each region: forward, backward (input gradients), to recompute its activations, the
+    gradients of all its weights; ``fetch_us`` to bring all its weights from the host, ``keep_us`` to move what it
+    keeps between forward and backward one way. ``state_us_per_byte`` is of a chunk's states, both ways at once,
+    ``update_us_per_element`` of its update."""
+
+    forward_us: tuple[float, ...]
+    backward_us: tuple[float, ...]
+    again_us: tuple[float, ...]
+    gradients_us: tuple[float, ...]
+    fetch_us: tuple[float, ...]
+    keep_us: tuple[float, ...]
+    state_us_per_byte: float
+    update_us_per_element: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one chunk adds to a step: its lowest region, microseconds of gradients and update, and of copying states."""
+
+    lowest: int
+    gradients_us: float
+    states_us: float
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Two borders: regions below ``offload_below`` offload what they keep, those below ``save_from`` recompute."""
+
+    save_from: int
+    offload_below: int = 0
+
+
+@dataclass(frozen=True)
+class BareSteps:
+    """Steps without a chunk's own work, by the lowest region of backward: microseconds of compute and of the link."""
+
+    compute_us: tuple[float, ...]
+    link_us: tuple[float, ...]
+
+
+def bare_steps(times: StepTimes, saving: Saving, streamed: frozenset[int], depth: int) -> BareSteps:
+    """The two sides of a step; ``streamed`` are the regions whose weights are fetched for each use."""
+    last = len(times.forward_us)
+    fetch = [times.fetch_us[i] if i in streamed else 0.0 for i in range(last)]
+    again = [times.again_us[i] if i < saving.save_from else 0.0 for i in range(last)]
+    kept = [times.keep_us[i] if i < saving.offload_below else 0.0 for i in range(last)]
+    forward = _pipeline(times.forward_us, fetch, depth)[-1]
+    order = range(last - 1, -1, -1)
+    backward = _pipeline([times.backward_us[i] + again[i] for i in order], [fetch[i] for i in order], depth)
+    return BareSteps(
+        compute_us=tuple(forward + backward[last - 1 - lowest] for lowest in range(last)),
+        link_us=tuple(sum(fetch) + sum(fetch[lowest:]) + sum(kept[lowest:]) for lowest in range(last)),
+    )
+
+
+def step_us(bare: BareSteps, work: Work) -> float:
+    """Microseconds of one step on a chunk."""
+    compute = bare.compute_us[work.lowest] + work.gradients_us
+    return max(compute, bare.link_us[work.lowest] + work.states_us / HIDDEN_SHARE)
+
+
+def sweep_cost(steps_us: Sequence[float]) -> float:
+    """The mean step of a sweep with what waiting costs: the quantity that a plan minimises."""
+    return sum(steps_us) / len(steps_us) * (1 + WAIT_SHARE * len(steps_us))
+
+
+def least_cost(times: StepTimes, state_nbytes: int, count: int) -> float:
+    """No plan of ``count`` chunks costs less: everything is resident and saved, and chunks are equal."""
+    regions = len(times.forward_us)
+    floor = sum(times.forward_us) + sum(us * (i + 1) for i, us in enumerate(times.backward_us)) / regions
+    states = state_nbytes * times.state_us_per_byte / HIDDEN_SHARE
+    # cuts at borders let backward end a region earlier: two regions of slack keep this a bound
+    slack = max(times.backward_us) * min(2.0, regions / 2)
+    return max(floor - slack + sum(times.gradients_us) / count, states / count) * (1 + WAIT_SHARE * count)
+
+
+def _pipeline(compute_us: Sequence[float], fetch_us: Sequence[float], depth: int) -> list[float]:
+    """When each region ends, one after another, each after its fetch; ``depth`` buffers are filled in order."""
+    now = link = 0.0
+    free = [0.0] * depth
+    ends: list[float] = []
+    for compute, fetch in zip(compute_us, fetch_us, strict=True):
+        if fetch:
+            link = max(link, free.pop(0)) + fetch
+            now = max(now, link)
+        now += compute
+        if fetch:
+            free.append(now)
+        ends.append(now)
+    return ends

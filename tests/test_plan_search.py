@@ -1,0 +1,222 @@
+"""The search over plans: monotone, optimal on small cases, and every plan fits an independent replay of its terms."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from chunkft_fx import plan_search
+from chunkft_fx.chunk_path import cheapest_chunks
+from chunkft_fx.cuts import ParameterSpec, Stream, cut
+from chunkft_fx.errors import BudgetInfeasible
+from chunkft_fx.fixed_memory import fixed_terms, streamed_choice
+from chunkft_fx.plan import Chunk, Plan
+from chunkft_fx.plan_search import DEPTHS, Choice, Fit, Search
+from chunkft_fx.planner import Options, parameter_specs, plan_for_batch
+from chunkft_fx.step_cost import Saving, StepTimes, Work, bare_steps, step_us, sweep_cost
+from chunkft_fx.step_memory import Moment
+
+MB = 10**6
+
+
+class Blocks(nn.Module):
+    """Blocks of two matrices each, without a forward: what the search knows of a model are its parameters."""
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, width), nn.Linear(width, width)) for _ in range(count)
+        )
+
+
+class Predicted:
+    """A model's predictions by formula: every region saves as much, and needs as much while it runs."""
+
+    def __init__(self, model: Blocks, saved: int, kept: int, work: int, has_times: bool) -> None:
+        self.names = [
+            frozenset(f"layers.{i}.{n}" for n, _ in layer.named_parameters()) for i, layer in enumerate(model.layers)
+        ]
+        self.saved, self.kept, self.inside, self.has_times = saved, kept, work, has_times
+        self.sizes = {n: p.numel() for n, p in model.named_parameters()}
+
+    def uses(self) -> Sequence[frozenset[str]]:
+        return self.names
+
+    def lowest(self, chunk: Chunk) -> int:
+        return min(i for i, use in enumerate(self.names) if any(s.name in use for s in chunk.slices))
+
+    def peak(self, chunk: Chunk, saving: Saving) -> Moment:
+        above = range(self.lowest(chunk), len(self.names))
+        saved = sum(self.saved for i in above if i >= saving.save_from)
+        kept = sum(self.kept for i in above if saving.offload_below <= i < saving.save_from)
+        return Moment("top", {"saved activations": saved + kept, "workspace": self.inside})
+
+    def times(self, deepest: Chunk) -> StepTimes | None:
+        count = len(self.names)
+        if not self.has_times:
+            return None
+        forward, backward, again, gradients, fetch, keep = (
+            (us,) * count for us in (100.0, 110.0, 90.0, 100.0, 120.0, 15.0)
+        )
+        return StepTimes(forward, backward, again, gradients, fetch, keep, 2e-4, 1e-5)
+
+    def work(self, chunk: Chunk, times: StepTimes, states_nbytes: int) -> Work:
+        share = chunk.numel / sum(self.sizes.values())
+        return Work(self.lowest(chunk), share * sum(times.gradients_us), states_nbytes * times.state_us_per_byte)
+
+
+cases = st.tuples(
+    st.integers(2, 6),
+    st.sampled_from([64, 128]),
+    st.integers(0, 400_000),
+    st.integers(0, 60_000),
+    st.integers(0, 100_000),
+)
+
+
+def searched(case: tuple[int, int, int, int, int], budget: int, has_times: bool = True) -> tuple[Search, Fit | None]:
+    blocks, width, saved, kept, inside = case
+    model = Blocks(blocks, width)
+    search = Search(model, parameter_specs(model), Predicted(model, saved, kept, inside, has_times), budget)
+    return search, search.run()
+
+
+def needed(search: Search, choice: Choice) -> int:
+    """The peak of a choice over every chunk of its sweep, added up anew."""
+    streamed = streamed_choice(search.uses, choice.streamed)
+    fixed = fixed_terms(search.model, choice.chunks, search.uses, streamed, choice.depth)
+    return sum(fixed.values()) + max(search.predictor.peak(c, choice.saving).nbytes for c in choice.chunks)
+
+
+def everything(search: Search) -> list[Choice]:
+    """All choices there are, by brute force."""
+    assert search.times is not None
+    counts = sorted({c for c in plan_search.COUNTS if c < len(search.finest)} | {len(search.finest)})
+    regions = range(search.regions + 1)
+    return [
+        Choice(search._cut(count, search.times), streamed, depth, Saving(save_from, save_from if offloads else 0))
+        for count, streamed, save_from, offloads in itertools.product(counts, regions, regions, (False, True))
+        for depth in (DEPTHS if streamed else DEPTHS[:1])
+    ]
+
+
+def cost(search: Search, choice: Choice) -> float:
+    assert search.times is not None
+    away = frozenset(i * search.regions // choice.streamed for i in range(choice.streamed))
+    bare = bare_steps(search.times, choice.saving, away, choice.depth)
+    return sweep_cost([step_us(bare, search._work(c, search.times)) for c in choice.chunks])
+
+
+@pytest.fixture(autouse=True)
+def few_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_search, "COUNTS", (1, 2, 3, 4, 6))
+    monkeypatch.setattr(plan_search, "MOST_CHUNKS", 9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases, st.floats(0.0, 1.2))
+def test_the_cheapest_choice_that_fits_is_found(case: tuple[int, int, int, int, int], share: float) -> None:
+    probe, _ = searched(case, 0)
+    assert probe.smallest is not None
+    everyone = everything(probe)
+    largest = max(needed(probe, c) for c in everyone)
+    budget = int(probe.smallest.nbytes + share * (largest - probe.smallest.nbytes))
+    search, best = searched(case, budget)
+    fitting = [c for c in everyone if needed(probe, c) <= budget]
+    assert best is not None
+    assert needed(search, best.choice) == best.nbytes <= budget
+    assert best.cost[0] == pytest.approx(min(cost(probe, c) for c in fitting), rel=1e-12)
+
+
+@settings(max_examples=30, deadline=None)
+@given(cases, st.lists(st.floats(0.0, 1.2), min_size=2, max_size=5))
+def test_a_larger_budget_never_costs_more(case: tuple[int, int, int, int, int], shares: list[float]) -> None:
+    probe, _ = searched(case, 0)
+    assert probe.smallest is not None
+    largest = max(needed(probe, c) for c in everything(probe))
+    fits = [
+        searched(case, int(probe.smallest.nbytes + s * (largest - probe.smallest.nbytes)))[1] for s in sorted(shares)
+    ]
+    costs = [f.cost[0] for f in fits if f is not None]
+    assert len(costs) == len(shares)
+    assert costs == sorted(costs, reverse=True)
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases, st.booleans())
+def test_the_budget_that_an_infeasible_one_is_told_is_feasible(
+    case: tuple[int, int, int, int, int], has_times: bool
+) -> None:
+    blocks, width, saved, kept, inside = case
+    model = Blocks(blocks, width)
+    predicted = Predicted(model, saved, kept, inside, has_times)
+
+    def plan(budget: int) -> Plan:
+        return plan_for_batch(model, Options(budget, "auto", "ascending", 1, 0), None, predicted, "a batch")
+
+    with pytest.raises(BudgetInfeasible) as caught:
+        plan(1)
+    smallest = caught.value.smallest_budget_bytes
+    assert plan(smallest).predicted_peak_bytes == smallest
+    with pytest.raises(BudgetInfeasible):
+        plan(smallest - 1)
+
+
+def test_equal_questions_get_equal_plans() -> None:
+    model = Blocks(5, 128)
+    options = Options(2 * MB, "auto", "ascending", 1, 0)
+    plans = [
+        plan_for_batch(model, options, None, Predicted(model, 300_000, 40_000, 50_000, True), "b") for _ in range(2)
+    ]
+    assert plans[0] == plans[1]
+    assert Plan.from_json(plans[0].to_json()) == plans[0]
+
+
+def test_what_was_not_taken_is_explained_with_the_term_that_did_not_fit() -> None:
+    model = Blocks(5, 128)
+    predicted = Predicted(model, 300_000, 40_000, 50_000, True)
+    plan = plan_for_batch(model, Options(2 * MB, "auto", "ascending", 1, 0), None, predicted, "a batch")
+    over = [c for c in plan.considered if c.nbytes > 2 * MB]
+    assert over
+    text = plan.explain()
+    assert all(c.largest in text for c in over)
+    assert "over budget" in text
+    assert "fits, but is not better" in text or all(c.nbytes > 2 * MB for c in plan.considered)
+
+
+specs = st.lists(st.integers(1, 12), min_size=2, max_size=6)
+
+
+@given(specs, st.integers(2, 5))
+def test_the_path_through_the_cuts_is_the_cheapest(sizes: list[int], count: int) -> None:
+    parameters = [ParameterSpec(f"p{i}", (64 * n,), 12, i) for i, n in enumerate(sizes)]
+    weights: dict[Chunk, float] = {}
+
+    def price(chunk: Chunk) -> float:
+        return weights.setdefault(chunk, 1.0 + torch.rand(()).item())
+
+    torch.manual_seed(0)
+    chunks = cheapest_chunks(parameters, count, price)
+    stream = Stream(parameters)
+    layers = [stream.choices(k, count) for k in range(1, count)]
+    totals = []
+    for inner in itertools.product(*(list(enumerate(layer)) for layer in layers)):
+        ends = [0, *(piece for _, piece in inner), stream.pieces]
+        if ends == sorted(set(ends)):
+            places = [*(place for place, _ in inner), 0]
+            parts = [stream.chunk(a, b) for a, b in itertools.pairwise(ends)]
+            totals.append(sum(price(c) * (1 + 0.01 * p) for c, p in zip(parts, places, strict=True)))
+    if not totals:
+        assert chunks == cut(parameters, count)
+        return
+    ends = list(itertools.accumulate(sum(s.length for s in c.slices) for c in chunks))
+    places = [layers[k].index(ends[k]) for k in range(count - 1)] + [0]
+    found = sum(price(c) * (1 + 0.01 * p) for c, p in zip(chunks, places, strict=True))
+    assert found == pytest.approx(min(totals), rel=1e-12)
+    assert sum(c.numel for c in chunks) == sum(64 * n for n in sizes)
