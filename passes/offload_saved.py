@@ -6,8 +6,9 @@ that is later), and fetched again before the first backward call that reads it. 
 when the backward of two neighbours reads it: the output of one is the input of the next. Values do not change.
 
 What stays on the device: placeholders (weights, batch, tangents); outputs of the model and new values of buffers;
-values that the backward of regions further apart reads (masks, rotary tables, an encoder's output); values smaller
-than ``smallest``, on another device, or with gaps in their memory (views of a part of something).
+values that the backward of regions further apart reads (masks, rotary tables, an encoder's output); values that would
+be back before any other region call has run without them; values smaller than ``smallest``, on another device, or with
+gaps in their memory (views of a part of something).
 
 Terms: a *copy* is what a fetch of a saved value returns, a tensor of its own (``ops.FRESH``), which dies with its last
 use; *part* is as in `insert_streams`. Which region a call belongs to is in ``meta["region"]``, what a value looks like
@@ -45,6 +46,7 @@ from torch import Tensor, fx
 from chunkft_fx import ops
 from chunkft_fx.capture import hint
 from chunkft_fx.passes.insert_streams import PARTS
+from chunkft_fx.passes.schedule_prefetch import PREFETCH_CALLS
 from chunkft_fx.streams import run_strides
 
 # Bytes below which a value stays. A copy of this size takes 20 us at the 51 GiB/s measured over the link, about what it
@@ -66,22 +68,22 @@ class OffloadSaved:
     def __call__(self, module: fx.GraphModule) -> int:
         """Rewrite a program in place; returns the number of values that are offloaded."""
         forward, backward = _Calls.of(module, False), _Calls.of(module, True)
-        by_producer = {call: self._chosen(call, backward) for call in forward.order}
+        by_producer = {call: self._chosen(call, forward, backward) for call in forward.order}
         host: dict[fx.Node, fx.Node] = {}
         for call, values in by_producer.items():
             if values:
                 host |= _offload(module.graph, call, values)
-                _release(module.graph, forward, call, values)
+                _release(module.graph, forward, values)
         by_reader: dict[fx.Node, list[fx.Node]] = {}
         for value in host:
-            first = min((u for u in value.users if u in backward.position), key=backward.position.__getitem__)
-            by_reader.setdefault(first, []).append(value)
+            by_reader.setdefault(backward.order[backward.first(value)], []).append(value)
         for call, values in by_reader.items():
             self._fetch(module.graph, call, {value: host[value] for value in values}, backward)
         return len(host)
 
-    def _chosen(self, call: fx.Node, backward: _Calls) -> list[fx.Node]:
-        return [item for item in call.users if item.target is operator.getitem and self._goes(item, backward)]
+    def _chosen(self, call: fx.Node, forward: _Calls, backward: _Calls) -> list[fx.Node]:
+        items = [item for item in call.users if item.target is operator.getitem]
+        return [item for item in items if self._goes(item, backward) and _is_away(item, forward, backward)]
 
     def _goes(self, value: fx.Node, backward: _Calls) -> bool:
         if any(user.op != "call_module" for user in value.users):
@@ -123,6 +125,14 @@ class _Calls:
         order = tuple(c for c in calls if module.get_submodule(str(c.target)).is_backward == is_backward)
         return cls(order, {call: i for i, call in enumerate(order)})
 
+    def readers(self, value: fx.Node) -> list[int]:
+        """The positions of the calls that read a value."""
+        return [self.position[user] for user in value.users if user in self.position]
+
+    def first(self, value: fx.Node) -> int:
+        """The position of the first call that reads a value."""
+        return min(self.readers(value))
+
 
 def _offload(graph: fx.Graph, call: fx.Node, values: list[fx.Node]) -> dict[fx.Node, fx.Node]:
     """Offload values of a call right behind it; returns the host copy of each."""
@@ -140,13 +150,22 @@ def _offload(graph: fx.Graph, call: fx.Node, values: list[fx.Node]) -> dict[fx.N
     return host
 
 
-def _release(graph: fx.Graph, forward: _Calls, call: fx.Node, values: list[fx.Node]) -> None:
-    """Release offloaded values ``RELEASE_CALLS`` behind their producer, each not before its last reader in forward."""
-    earliest = min(forward.position[call] + RELEASE_CALLS, len(forward.order) - 1)
+def _released_at(value: fx.Node, forward: _Calls) -> int:
+    """The position of the call behind which a value is released: ``RELEASE_CALLS`` on, or its last reader's."""
+    made = forward.position[value.all_input_nodes[0]]
+    return min(max([made + RELEASE_CALLS, *forward.readers(value)]), len(forward.order) - 1)
+
+
+def _is_away(value: fx.Node, forward: _Calls, backward: _Calls) -> bool:
+    """Whether a region call runs between the release of a value and its fetch; if not, nothing is gained."""
+    return _released_at(value, forward) < len(forward.order) - 1 or backward.first(value) > PREFETCH_CALLS
+
+
+def _release(graph: fx.Graph, forward: _Calls, values: list[fx.Node]) -> None:
+    """Release offloaded values, those that go at the same place together."""
     places: dict[int, list[fx.Node]] = {}
     for value in values:
-        readers = [forward.position[user] for user in value.users if user in forward.position]
-        places.setdefault(max([earliest, *readers]), []).append(value)
+        places.setdefault(_released_at(value, forward), []).append(value)
     for place, released in places.items():
         with graph.inserting_after(_end_of(forward.order[place])):
             release = graph.call_function(ops.release, (released,))
