@@ -9,7 +9,8 @@ chunks, offloading and recomputing regions.
 
 from __future__ import annotations
 
-import logging
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,8 +24,6 @@ from chunkft_fx.optim_state import stage_capacity_nbytes
 from chunkft_fx.plan import Chunk, Considered
 from chunkft_fx.step_cost import Saving, StepTimes, Work, bare_steps, least_cost, step_us, sweep_cost
 from chunkft_fx.step_memory import Moment
-
-log = logging.getLogger("chunkft_fx.plan_search")
 
 # Numbers of chunks that are tried where times are known; neighbours differ by a third at least.
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
@@ -97,12 +96,14 @@ class Search:
         self._streamed_names: frozenset[str] | None = None  # by default those of regions spread evenly
         self.considered: list[Considered] = []
         self.smallest: Fit | None = None
-        self._extra: dict[int, int] = {}  # by number of chunks, bytes that other steps need more than the first
+        # by number of chunks and saving, bytes that other steps of a sweep need more than the first
+        self._extra: dict[tuple[int, Saving], int] = {}
         self._chunks: dict[int, tuple[Chunk, ...]] = {}
         self._fixed: dict[tuple[tuple[Chunk, ...], int, int], Terms] = {}
         self._works: dict[Chunk, Work] = {}
         named = dict(model.named_parameters())
-        self.states = sum(stage_capacity_nbytes(c, named) for c in cut(parameters, 1))
+        (whole,) = cut(parameters, 1)
+        self.nbytes, self.states = whole.nbytes, stage_capacity_nbytes(whole, named)
         self.finest = chunks or cut(parameters, min(max_chunks(parameters), MOST_CHUNKS))
         self.times = predictor.times(self.finest[0])
 
@@ -111,28 +112,35 @@ class Search:
         return self._settled(self._cheapest)
 
     def _settled(self, find: Callable[[], Fit | None]) -> Fit | None:
-        """Find again, with room for what other steps of the sweep need more than the first, until all steps fit."""
+        """Find again, with room for what other steps of a sweep need more than its first, until all steps fit."""
         while True:
             self.smallest = None
             found = find()
             checked = found or self.smallest
             assert checked is not None
+            key = _key(checked.choice)
             moment = self._largest(checked.choice)
             more = moment.nbytes - self._first(checked.choice).nbytes
-            if more <= self._extra.get(len(checked.choice.chunks), 0):
+            if more <= self._extra.get(key, 0):
                 exact = self._exactly(checked.choice, moment)
                 self.smallest = exact if found is None else self.smallest
                 return exact if found is not None else None
-            self._extra[len(checked.choice.chunks)] = more
+            self._extra[key] = more
 
     def _cheapest(self) -> Fit | None:
         best: Fit | None = None
-        for chunks in self._numbers():
-            if best is not None and self._least(chunks) >= best.cost:
+        for least, make in self._numbers():
+            if best is not None and least >= best.cost:
                 continue
-            for fit in self._of(chunks, best):
-                if best is None or fit.cost < best.cost:
-                    best = fit
+            chunks = make()
+            for streamed in range(self.regions + 1):
+                # more streaming never costs less by itself; it only makes room to recompute less
+                if best is not None and self._cost(Choice(chunks, streamed, DEPTHS[-1], Saving(0)))[0] >= best.cost:
+                    break
+                for depth, offloads in itertools.product(DEPTHS if streamed else DEPTHS[:1], (False, True)):
+                    fit = self._border(chunks, streamed, depth, offloads, best)
+                    if fit is not None and (best is None or fit.cost < best.cost):
+                        best = fit
         return best
 
     def with_streamed(self, streamed: frozenset[str], depth: int) -> Fit:
@@ -143,25 +151,29 @@ class Search:
         chunks = self.given
 
         def cheapest() -> Fit | None:
-            fits = (self._border(chunks, count, depth, offloads) for offloads in (False, True))
+            fits = (self._border(chunks, count, depth, offloads, None) for offloads in (False, True))
             return min((f for f in fits if f is not None), key=lambda f: f.cost, default=None)
 
         best = self._settled(cheapest) or self.smallest
         assert best is not None
         return best
 
-    def _numbers(self) -> Iterator[tuple[Chunk, ...]]:
-        """The cuts to try: the given one, else by their least cost, or where times are unknown the fewest that fit."""
+    def _numbers(self) -> Iterator[tuple[Cost, Callable[[], tuple[Chunk, ...]]]]:
+        """The cuts to try, each with a bound of its cost: the given one, or where times are unknown the fewest.
+
+        Else those of all counts, the cheapest bound first.
+        """
         if self.given is not None:
-            yield self.given
+            given = self.given
+            yield (), lambda: given
         elif self.times is None:
-            yield from self._by_memory()
+            yield from (((), functools.partial(tuple, chunks)) for chunks in self._by_memory())
         else:
             times = self.times
             most = len(self.finest)
             counts = sorted({c for c in COUNTS if c < most} | {most})
-            for count in sorted(counts, key=lambda c: (least_cost(times, self.states, c), c)):
-                yield self._cut(count, times)
+            bounds = sorted((least_cost(times, self.states, c), c) for c in counts)
+            yield from (((bound,), functools.partial(self._cut, count, times)) for bound, count in bounds)
 
     def _by_memory(self) -> Iterator[tuple[Chunk, ...]]:
         """With as little streaming as the finest cut needs, the fewest chunks that fit; then the finest."""
@@ -196,57 +208,44 @@ class Search:
 
     def _work(self, chunk: Chunk, times: StepTimes) -> Work:
         if chunk not in self._works:
-            nbytes = self.states * chunk.nbytes // sum(c.nbytes for c in cut(self.parameters, 1))
+            nbytes = self.states * chunk.nbytes // self.nbytes
             self._works[chunk] = self.predictor.work(chunk, times, nbytes)
         return self._works[chunk]
 
-    def _least(self, chunks: tuple[Chunk, ...]) -> Cost:
-        if self.times is None:
-            return (0, 0, len(chunks))
-        return (least_cost(self.times, self.states, len(chunks)),)
+    def _border(
+        self, chunks: tuple[Chunk, ...], streamed: int, depth: int, offloads: bool, best: Fit | None
+    ) -> Fit | None:
+        """The least recomputation with which a choice fits; None if it does not, or not for less than ``best``."""
 
-    def _of(self, chunks: tuple[Chunk, ...], best: Fit | None) -> Iterator[Fit]:
-        """The fitting choices of a cut, from little to much streaming, while more of it can still gain something."""
-        for streamed in range(self.regions + 1):
-            if best is not None and self._cost(Choice(chunks, streamed, DEPTHS[-1], Saving(0)))[0] >= best.cost:
-                return
-            for depth in DEPTHS if streamed else DEPTHS[:1]:
-                fits = [f for f in (self._border(chunks, streamed, depth, o) for o in (False, True)) if f is not None]
-                yield from fits
-            if any(f.choice.saving == Saving(0) for f in fits) or (fits and self.times is None):
-                return  # everything is saved: streaming more gains nothing
+        def choice(save_from: int) -> Choice:
+            return Choice(chunks, streamed, depth, Saving(save_from, save_from if offloads else 0))
 
-    def _border(self, chunks: tuple[Chunk, ...], streamed: int, depth: int, offloads: bool) -> Fit | None:
-        """The least recomputation with which a choice fits; None, and a note, when not even all of it does."""
-
-        def fit(save_from: int) -> Fit:
-            return self._fit(Choice(chunks, streamed, depth, Saving(save_from, save_from if offloads else 0)))
-
-        last = fit(self.regions)
-        if self.smallest is None or last.nbytes < self.smallest.nbytes:
-            self.smallest = last
-        if last.nbytes > self.budget:
-            self._note(last)
+        most = self.regions
+        while best is not None and most >= 0 and self._cost(choice(most))[0] >= best.cost:
+            most -= 1
+        if most < 0:
             return None
-        least = fit(0)
-        self._note(least)
-        if least.nbytes <= self.budget:
-            return least
-        low, high, found = 1, self.regions, last
+        found = self._fit(choice(most))
+        self._note(found)
+        if self.smallest is None or found.nbytes < self.smallest.nbytes:
+            self.smallest = found
+        if found.nbytes > self.budget:
+            return None
+        low, high = 0, most
+        middle = 0  # first of all: does everything fit?
         while low < high:
-            middle = (low + high) // 2
-            tried = fit(middle)
+            tried = self._fit(choice(middle))
+            self._note(tried)
             if tried.nbytes <= self.budget:
                 high, found = middle, tried
             else:
                 low = middle + 1
-                self._note(tried)
-        self._note(found)
+            middle = (low + high) // 2
         return found
 
     def _fit(self, choice: Choice) -> Fit:
         """A choice by the first chunk's step, with what is known to be needed more by others."""
-        more = self._extra.get(len(choice.chunks), 0)
+        more = self._extra.get(_key(choice), 0)
         moment = self._first(choice)
         return self._exactly(choice, Moment(moment.label, moment.terms | ({LATER: more} if more else {})))
 
@@ -291,3 +290,7 @@ class Search:
                 fit.nbytes, fit.step_us, max(fit.terms, key=lambda name: fit.terms[name]),
             )
         )  # fmt: skip
+
+
+def _key(choice: Choice) -> tuple[int, Saving]:
+    return len(choice.chunks), choice.saving
