@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,7 +23,7 @@ from chunkft_fx.cuts import ParameterSpec, cut, max_chunks
 from chunkft_fx.fixed_memory import DEPTH, Terms, fixed_terms, streamed_choice, streamed_regions
 from chunkft_fx.optim_state import stage_capacity_nbytes
 from chunkft_fx.plan import Chunk, Considered
-from chunkft_fx.step_cost import Saving, StepTimes, Work, bare_steps, least_cost, step_us, sweep_cost
+from chunkft_fx.step_cost import Saving, StepTimes, SweepWork, Work, bare_steps, least_cost, step_us, sweep_cost
 from chunkft_fx.step_memory import Moment
 
 # Numbers of chunks that are tried where times are known; neighbours differ by a third at least.
@@ -99,8 +100,8 @@ class Search:
         # by number of chunks and saving, bytes that other steps of a sweep need more than the first
         self._extra: dict[tuple[int, Saving], int] = {}
         self._chunks: dict[int, tuple[Chunk, ...]] = {}
-        self._fixed: dict[tuple[tuple[Chunk, ...], int, int], Terms] = {}
-        self._works: dict[Chunk, Work] = {}
+        self._fixed: dict[tuple[int, int, int], Terms] = {}
+        self._works: dict[int, SweepWork] = {}
         named = dict(model.named_parameters())
         (whole,) = cut(parameters, 1)
         self.nbytes, self.states = whole.nbytes, stage_capacity_nbytes(whole, named)
@@ -207,10 +208,7 @@ class Search:
         return self._chunks[count]
 
     def _work(self, chunk: Chunk, times: StepTimes) -> Work:
-        if chunk not in self._works:
-            nbytes = self.states * chunk.nbytes // self.nbytes
-            self._works[chunk] = self.predictor.work(chunk, times, nbytes)
-        return self._works[chunk]
+        return self.predictor.work(chunk, times, self.states * chunk.nbytes // self.nbytes)
 
     def _border(
         self, chunks: tuple[Chunk, ...], streamed: int, depth: int, offloads: bool, best: Fit | None
@@ -221,8 +219,9 @@ class Search:
             return Choice(chunks, streamed, depth, Saving(save_from, save_from if offloads else 0))
 
         most = self.regions
-        while best is not None and most >= 0 and self._cost(choice(most))[0] >= best.cost:
-            most -= 1
+        if best is not None:  # costs rise with what is recomputed
+            bound = best.cost
+            most = bisect_left(range(self.regions + 1), True, key=lambda s: self._cost(choice(s))[0] >= bound) - 1
         if most < 0:
             return None
         found = self._fit(choice(most))
@@ -259,14 +258,16 @@ class Search:
             order = (saving.offload_below > 0, choice.streamed, len(choice.chunks), saving.save_from, choice.depth)
             return order, None
         away = frozenset(streamed_regions(self.regions, choice.streamed))
-        bare = bare_steps(times, saving, away, choice.depth)
-        steps = [step_us(bare, self._work(c, times)) for c in choice.chunks]
+        count = len(choice.chunks)
+        if count not in self._works:
+            self._works[count] = SweepWork.of([self._work(c, times) for c in choice.chunks])
+        steps = self._works[count].steps_us(bare_steps(times, saving, away, choice.depth))
         # equal costs are told apart by what is simpler
         cost = (sweep_cost(steps), choice.streamed, len(choice.chunks), saving.offload_below, choice.depth)
-        return cost, sum(steps) / len(steps)
+        return cost, float(steps.mean())
 
     def _fixed_terms(self, chunks: tuple[Chunk, ...], streamed: int, depth: int) -> Terms:
-        key = chunks, streamed, depth
+        key = len(chunks), streamed, depth
         if key not in self._fixed:
             names = self._streamed_names if self._streamed_names is not None else streamed_choice(self.uses, streamed)
             self._fixed[key] = fixed_terms(self.model, chunks, self.uses, names, depth)

@@ -33,7 +33,9 @@ class Predictor:
         self._times: StepTimes | None = None
         self._nodes = {node.name: node for node in session.capture.graph.nodes}
         self._sizes = {name: p.numel() for name, p in session.owner.residency.parameters.items()}
-        self._regions = [frozenset(use) for use in session.uses()]
+        self._regions = session.uses()
+        self._region_sizes = [sum(self._sizes[name] for name in use) for use in self._regions]
+        self._used_in = {name: [i for i, use in enumerate(self._regions) if name in use] for name in self._sizes}
 
     def uses(self) -> Sequence[frozenset[str]]:
         """For each region the names of the parameters that it reads."""
@@ -64,14 +66,12 @@ class Predictor:
 
     def work(self, chunk: Chunk, times: StepTimes, states_nbytes: int) -> Work:
         """What a chunk, with so many bytes of states on the device, adds to a step."""
-        numel: dict[str, int] = {s.name: self._sizes[s.name] * s.length // s.size for s in chunk.slices}
         gradients = 0.0
         lowest = len(self._regions)
-        for i, use in enumerate(self._regions):
-            active = sum(numel.get(name, 0) for name in use)
-            if active:
+        for s in chunk.slices:
+            for i in self._used_in[s.name]:
                 lowest = min(lowest, i)
-                gradients += times.gradients_us[i] * active / sum(self._sizes[name] for name in use)
+                gradients += times.gradients_us[i] * self._sizes[s.name] * s.length / s.size / self._region_sizes[i]
         update = chunk.numel * times.update_us_per_element
         return Work(lowest, gradients + update, states_nbytes * times.state_us_per_byte)
 

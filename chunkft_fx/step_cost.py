@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 # Copies of states are planned to take at most this share of a step, so that jitter of the link stays hidden too.
 HIDDEN_SHARE = 0.8
 # A chunk more in a sweep lets every parameter wait a step longer for its update. How much that is worth depends on
@@ -80,9 +83,28 @@ def step_us(bare: BareSteps, work: Work) -> float:
     return max(compute, bare.link_us[work.lowest] + work.states_us / HIDDEN_SHARE)
 
 
-def sweep_cost(steps_us: Sequence[float]) -> float:
+@dataclass(frozen=True)
+class SweepWork:
+    """The work of all chunks of a sweep, column by column."""
+
+    lowest: NDArray[np.int64]
+    gradients_us: NDArray[np.float64]
+    states_us: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, works: Sequence[Work]) -> SweepWork:
+        columns = ([w.lowest for w in works], [w.gradients_us for w in works], [w.states_us for w in works])
+        return cls(*(np.array(c) for c in columns))
+
+    def steps_us(self, bare: BareSteps) -> NDArray[np.float64]:
+        """`step_us` of every chunk."""
+        compute, link = np.array(bare.compute_us)[self.lowest], np.array(bare.link_us)[self.lowest]
+        return np.maximum(compute + self.gradients_us, link + self.states_us / HIDDEN_SHARE)
+
+
+def sweep_cost(steps_us: NDArray[np.float64]) -> float:
     """The mean step of a sweep with what waiting costs: the quantity that a plan minimises."""
-    return sum(steps_us) / len(steps_us) * (1 + WAIT_SHARE * len(steps_us))
+    return float(steps_us.mean() * (1 + WAIT_SHARE * len(steps_us)))
 
 
 def least_cost(times: StepTimes, state_nbytes: int, count: int) -> float:

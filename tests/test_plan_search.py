@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -110,7 +111,7 @@ def cost(search: Search, choice: Choice) -> float:
     assert search.times is not None
     away = frozenset(i * search.regions // choice.streamed for i in range(choice.streamed))
     bare = bare_steps(search.times, choice.saving, away, choice.depth)
-    return sweep_cost([step_us(bare, search._work(c, search.times)) for c in choice.chunks])
+    return sweep_cost(np.array([step_us(bare, search._work(c, search.times)) for c in choice.chunks]))
 
 
 @pytest.fixture(autouse=True)
