@@ -1,8 +1,4 @@
-"""Models of published shapes with random bf16 weights, and batches for them.
-
-Made on a GPU they are initialised as transformers does. Made in host memory, where that would take minutes, matrices
-repeat one block of normal numbers: enough to measure time and memory with.
-"""
+"""Models of published shapes with random bf16 weights, and batches for them."""
 
 from __future__ import annotations
 
@@ -11,7 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PretrainedConfig
-from transformers.initialization import no_init_weights
 
 Maker = Callable[[int | None], tuple[type[nn.Module], PretrainedConfig]]
 
@@ -45,32 +40,23 @@ SHAPES: dict[str, Maker] = {
 
 
 def build(shape: str, device: str, layers: int | None = None) -> nn.Module:
-    """A model in training mode; ``layers`` changes its depth."""
+    """A model in training mode, initialised on a GPU as transformers does; ``layers`` changes its depth.
+
+    For ``device="cpu"`` it is then moved to host memory, and the GPU is as if it had never been there.
+    """
     kind, config = SHAPES[shape](layers)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        if device != "cpu":
-            with torch.device(device):
-                return kind(config).train()
-        with no_init_weights():
+        with torch.device("cuda"):
             model = kind(config).train()
     finally:
         torch.set_default_dtype(torch.float32)
-    for parameter in model.parameters():
-        _fill(parameter.detach())
+    if device == "cpu":
+        model = model.cpu()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     return model
-
-
-def _fill(weight: Tensor) -> None:
-    if weight.dim() < 2:
-        weight.fill_(1.0)  # the scale of a norm; a bias of ones trains as well as another
-        return
-    block = torch.empty(1_000_003, dtype=weight.dtype).normal_(0.0, 0.02)
-    flat = weight.view(-1)
-    for start in range(0, flat.numel(), block.numel()):
-        part = flat[start : start + block.numel()]
-        part.copy_(block[: part.numel()])
 
 
 def batches(vocabulary: int, batch: int, sequence: int, device: str, count: int = 4) -> list[Tensor]:

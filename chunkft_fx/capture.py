@@ -81,8 +81,18 @@ def _quiet_logging_calls() -> Iterator[None]:
     warning_once = getattr(logging.Logger, "warning_once", None)
     if warning_once is not None:
         ignored.add(warning_once)
-    with torch._dynamo.config.patch({option: ignored}):
-        yield
+    # torch 2.11 then cannot write its compile metrics down, and logs that as an error with each compilation
+    metrics = logging.getLogger("torch._dynamo.metrics_context")
+    metrics.addFilter(_drop)
+    try:
+        with torch._dynamo.config.patch({option: ignored}):
+            yield
+    finally:
+        metrics.removeFilter(_drop)
+
+
+def _drop(record: logging.LogRecord) -> bool:
+    return False
 
 
 def trace(model: nn.Module, backend: Callable[[fx.GraphModule, list[Any]], Any]) -> Callable[..., Any]:
