@@ -77,6 +77,7 @@ def measure(name: str, batch: int, step: Callable[[int], None], warm: Callable[[
     torch.cuda.synchronize()
     first = time.perf_counter() - begin
     before = warm()
+    print(f"{name}: first step {first:.1f} s", flush=True)
     for i in range(1, before):
         step(i)
     count = steps or before

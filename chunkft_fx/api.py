@@ -23,10 +23,11 @@ from chunkft_fx.predictor import Predictor
 from chunkft_fx.program import Program
 from chunkft_fx.residency import Residency
 from chunkft_fx.routing import through_compiled
+from chunkft_fx.runtime import Executable
 from chunkft_fx.session import Session
 from chunkft_fx.slices import ActiveSlice, ChunkSchedule, zero_gradients
 from chunkft_fx.specialize import Variant
-from chunkft_fx.step_memory import storages_nbytes
+from chunkft_fx.step_memory import Moment, step_timeline, storages_nbytes
 
 BACKENDS = ("inductor", "eager")
 
@@ -46,8 +47,8 @@ def compile(
     """Compile a model for full-parameter training in which one chunk of the parameters is active a step.
 
     ``budget`` is the device memory to stay within (``"24GB"``, ``"24GiB"`` or bytes). ``chunks`` is a
-    number or ``"auto"``, the fewest whose predicted peak fits the budget, on a GPU enough of them to hide
-    the copies of their states. ``order`` is how a sweep visits them (``"ascending"``, ``"descending"``,
+    number or ``"auto"``: on a GPU as many as make the predicted step fast, in a sweep that is not too long,
+    on the CPU the fewest that fit the budget. ``order`` is how a sweep visits them (``"ascending"``, ``"descending"``,
     ``"random"`` with ``seed``), ``interval`` the optimizer steps spent on each. ``backend="eager"`` runs
     the rewritten FX graphs as they are, ``"inductor"`` compiles them. ``device`` is where the model runs,
     by default where its first parameter is; its weights can be anywhere: those that the budget cannot
@@ -56,8 +57,8 @@ def compile(
     In training, logits that only feed a cross-entropy are never held whole: the model returns ``None`` in
     their place, unless ``return_logits``. In evaluation and under ``no_grad`` it returns them.
 
-    Raises `BudgetParseError`, `BudgetInfeasible`, `ChunkCountError`, `OptionError`,
-    `NoTrainableParameters`, `AlreadyCompiled`; the first call can raise `UnsupportedGraph`.
+    Raises `BudgetParseError`, `ChunkCountError`, `OptionError`, `NoTrainableParameters`, `AlreadyCompiled`;
+    a call with a new kind of batch can raise `UnsupportedGraph` or `BudgetInfeasible`.
     """
     if isinstance(model, CompiledModule):
         raise AlreadyCompiled("this model was already compiled by chunkft_fx; call compile once, on the plain model")
@@ -222,10 +223,18 @@ class CompiledModule(nn.Module):
     @property
     def program(self) -> Program:
         """The program that ran last (or was built last); `NotPlanned` before the first call."""
+        return self._last().program
+
+    @property
+    def timeline(self) -> tuple[Moment, ...]:
+        """What its step is predicted to hold, moment by moment, beside weights, states and gradients held before."""
+        return step_timeline(self._last(), self._backend)
+
+    def _last(self) -> Executable:
         last = next((s.last for s in reversed(self._sessions) if s.last is not None), None)
         if last is None:
             raise NotPlanned("there is no program yet; call the model once on a batch")
-        return last.program
+        return last
 
     @property
     def templates(self) -> tuple[Template, ...]:

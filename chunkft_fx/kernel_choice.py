@@ -27,6 +27,8 @@ from chunkft_fx.specialize import Choose
 
 log = logging.getLogger("chunkft_fx.kernel_choice")
 
+# The environment variable that lets problems be measured.
+SWITCH = "CHUNKFT_MEASURE_KERNELS"
 # Of the time of the graph as traced, that a candidate must save: measurements of equal work differ by a percent or two.
 LEAST_GAIN = 0.02
 # Bytes that operands and results of a measurement may take: as much as the calibration of rates.
@@ -42,8 +44,13 @@ _known: dict[tuple[Path, str], dict[Problem, str | None]] = {}
 
 
 def chooser(device: torch.device) -> Choose:
-    """Decides for problems on a device; on the CPU always for the library's product, as traced."""
-    return functools.partial(choice, device) if device.type == "cuda" else lambda _: None
+    """Decides for problems on CUDA with ``CHUNKFT_MEASURE_KERNELS=1``; else for the library's product, as traced.
+
+    Not by default, because each new problem costs seconds while a model is compiled, and gradients of weights are a
+    small part of a step with many chunks.
+    """
+    is_asked = device.type == "cuda" and os.environ.get(SWITCH) == "1"
+    return functools.partial(choice, device) if is_asked else lambda _: None
 
 
 def choice(device: torch.device, problem: Problem) -> str | None:

@@ -196,7 +196,9 @@ class Search:
         yield self.finest
 
     def _can(self, chunks: tuple[Chunk, ...], streamed: int, saving: Saving) -> bool:
-        return self._fit(Choice(chunks, streamed, DEPTH, saving)).nbytes <= self.budget
+        fit = self._fit(Choice(chunks, streamed, DEPTH, saving))
+        self._note(fit)
+        return fit.nbytes <= self.budget
 
     def _frugal(self) -> Saving:
         return Saving(self.regions, self.regions)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from chunkft_fx.capture import Capture, OutputName, hint
+from chunkft_fx.kernel_choice import chooser
 from chunkft_fx.memory_limit import explained
 from chunkft_fx.outline import Outline
 from chunkft_fx.passes.insert_streams import InsertStreams
@@ -48,7 +49,7 @@ class Session:
         self.capture = capture
         self.outline = outline
         self.backend = backend
-        self.specializer = Specializer()
+        self.specializer = Specializer(chooser(owner.residency.device))
         self.executables: dict[tuple[Any, ...], Executable] = {}
         self.last: Executable | None = None
         self.save_from: tuple[int, ...] = ()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import chunkft_fx
 from chunkft_fx.api import CompiledModule
 from chunkft_fx.errors import CheckpointMismatch, OptionError
+from chunkft_fx.plan import Plan
 from chunkft_fx.tools import cli, console, demo, inspect
 from chunkft_fx.tools.data import pack
 from chunkft_fx.tools.load import pick_device, pick_dtype, source
@@ -221,6 +222,22 @@ def test_dtype_follows_the_device_unless_it_is_named() -> None:
     assert pick_dtype("auto", pick_device("cpu")) == torch.float32
     assert pick_dtype("auto", torch.device("cuda")) == torch.bfloat16
     assert pick_dtype("bfloat16", pick_device("cpu")) == torch.bfloat16
+
+
+def test_plan_shows_the_peak_with_its_terms_the_timeline_and_what_was_not_taken(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ["--budget", "2MB", "--seq-len", "16", "--backend", "eager"]
+    chunkft("plan", "tiny:llama", *options, "--explain", "--timeline")
+    printed = capsys.readouterr().out
+    chunkft("plan", "tiny:llama", *options, "--json")
+    plan = Plan.from_json(capsys.readouterr().out)
+    assert printed.startswith(str(plan))
+    assert plan.peak_at
+    assert plan.explain() in printed
+    assert any(c.chunks < len(plan.chunks) and c.nbytes > plan.budget_bytes for c in plan.considered)
+    assert "over budget" in printed
+    assert printed.split(plan.explain())[1].count("backward") == 3 + 2  # blocks, and what lies before and after them
 
 
 def test_inspect_prints_plan_program_and_variants(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import typer
 
-from chunkft_fx.tools import console, demo, inspect, train
+from chunkft_fx.tools import console, demo, inspect, plan, train
 
 app = typer.Typer(help="Full-parameter fine-tuning inside a byte budget.", no_args_is_help=True, add_completion=False)
 app.command("train")(train.command)
 app.command("inspect")(inspect.command)
+app.command("plan")(plan.command)
 app.command("demo")(demo.command)
 
 
