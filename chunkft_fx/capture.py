@@ -32,6 +32,7 @@ from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -296,6 +297,11 @@ def compile_graph(module: fx.GraphModule, fake_mode: FakeTensorMode, is_backward
     with inductor_config.patch(fallback_random=True), tracing(TracingContext(fake_mode)), fake_mode:
         compiled: Compiled = compile_fx_inner(module, fakes, is_backward=is_backward)
     return compiled
+
+
+def graph_module(root: nn.Module | dict[str, Any], graph: fx.Graph) -> fx.GraphModule:
+    """A module whose Python code is generated when it is called or shown: most graphs made while planning never are."""
+    return _LazyGraphModule(root, graph)
 
 
 def keeps_graph() -> bool:

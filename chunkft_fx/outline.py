@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from chunkft_fx.blocks import label_of, module_path
-from chunkft_fx.capture import Capture, OutputName, symbols
+from chunkft_fx.capture import Capture, OutputName, graph_module, symbols
 from chunkft_fx.region import RegionGraph
 
 aten = torch.ops.aten
@@ -265,7 +265,7 @@ def _extract(
     for source in nodes:
         env[source] = graph.node_copy(source, env.__getitem__)
     graph.output(tuple(env[n] for n in [*forward, *backward]))
-    return RegionGraph(fx.GraphModule({}, graph), len(forward))
+    return RegionGraph(graph_module({}, graph), len(forward))
 
 
 def structural_key(region: RegionGraph) -> str:

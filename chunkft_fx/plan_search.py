@@ -179,7 +179,7 @@ class Search:
     def _by_memory(self) -> Iterator[tuple[Chunk, ...]]:
         """With as little streaming as the finest cut needs, the fewest chunks that fit; then the finest."""
         one = cut(self.parameters, 1)
-        if self._can(one, 0, Saving(self.regions)):
+        if self._can(one, 0, Saving(0)) or self._can(one, 0, Saving(self.regions)):
             yield one
             return
         for saving in (Saving(self.regions), self._frugal()):
@@ -226,22 +226,25 @@ class Search:
             most = bisect_left(range(self.regions + 1), True, key=lambda s: self._cost(choice(s))[0] >= bound) - 1
         if most < 0:
             return None
+        all_saved = self._fit(choice(0))  # asked first: where it fits, no recomputing variant has to be made
+        self._note(all_saved)
+        if all_saved.nbytes <= self.budget:
+            return all_saved
         found = self._fit(choice(most))
         self._note(found)
         if self.smallest is None or found.nbytes < self.smallest.nbytes:
             self.smallest = found
         if found.nbytes > self.budget:
             return None
-        low, high = 0, most
-        middle = 0  # first of all: does everything fit?
+        low, high = 1, most
         while low < high:
+            middle = (low + high) // 2
             tried = self._fit(choice(middle))
             self._note(tried)
             if tried.nbytes <= self.budget:
                 high, found = middle, tried
             else:
                 low = middle + 1
-            middle = (low + high) // 2
         return found
 
     def _fit(self, choice: Choice) -> Fit:

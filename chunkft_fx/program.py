@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from chunkft_fx.capture import Capture, OutputName
+from chunkft_fx.capture import Capture, OutputName, graph_module
 from chunkft_fx.outline import Outline, Region
 from chunkft_fx.passes.insert_streams import InsertStreams
 from chunkft_fx.passes.offload_saved import OffloadSaved
@@ -182,7 +182,7 @@ def _write(capture: Capture, outline: Outline, spec: ProgramSpec, variants: list
     root = nn.Module()
     for name, module in modules.items():
         root.add_module(name, module)
-    return Program(fx.GraphModule(root, graph), tuple(p for p, _ in gradients), tuple(variants), lowest)
+    return Program(graph_module(root, graph), tuple(p for p, _ in gradients), tuple(variants), lowest)
 
 
 def _call(

@@ -16,6 +16,8 @@ from typing import Literal, Protocol
 
 from torch import fx
 
+from chunkft_fx.capture import graph_module
+
 
 @dataclass(frozen=True)
 class DenseGradient:
@@ -73,7 +75,7 @@ class RegionGraph:
         for old, new in memo.items():
             new.meta = dict(old.meta)
         graph.output_node().meta = dict(self.graph.output_node().meta)
-        return RegionGraph(fx.GraphModule(self.module, graph), self.num_forward_outputs, list(self.dense))
+        return RegionGraph(graph_module(self.module, graph), self.num_forward_outputs, list(self.dense))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from torch import fx
 
 from chunkft_fx import passes, pipeline
-from chunkft_fx.capture import partition
+from chunkft_fx.capture import graph_module, partition
 from chunkft_fx.kernels.weight_gradient import Problem
 from chunkft_fx.outline import Template
 from chunkft_fx.passes.eliminate import Eliminate
@@ -160,7 +160,7 @@ class Specializer:
             else:
                 # torch's partitioner knows backward inputs by this part of their name
                 node.target = f"tangents_{node.target}"
-        joint = fx.GraphModule({}, region.graph)
+        joint = graph_module({}, region.graph)
         tangents = {n.name: i for i, n in enumerate(region.placeholders("tangent"))}
         asked = region.outputs[: region.num_forward_outputs] + tuple(
             n for n in region.backward_outputs if n is not None
