@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from chunkft_fx.optim_state import stage_capacity_nbytes
 from chunkft_fx.plan import Chunk
@@ -39,37 +39,36 @@ def streamed_regions(regions: int, count: int) -> tuple[int, ...]:
     return tuple(i * regions // count for i in range(count))
 
 
-def ring_nbytes(model: nn.Module, uses: Sequence[frozenset[str]], streamed: frozenset[str], depth: int = DEPTH) -> int:
+def ring_nbytes(
+    parameters: Mapping[str, Tensor], uses: Sequence[frozenset[str]], streamed: frozenset[str], depth: int = DEPTH
+) -> int:
     """Bytes of the buffers that streamed weights pass through, each as large as the largest region's."""
-    parameters = dict(model.named_parameters())
     return depth * ring_buffer_nbytes([[parameters[n] for n in use & streamed] for use in uses])
 
 
-def fixed_terms(
-    model: nn.Module,
-    chunks: Sequence[Chunk],
+def weight_terms(
+    parameters: Mapping[str, Tensor],
+    resident: int,
     uses: Sequence[frozenset[str]] = (),
     streamed: frozenset[str] = frozenset(),
     depth: int = DEPTH,
 ) -> Terms:
-    """The terms that need no batch: weights, and gradients and states of the largest chunk.
+    """Weights and buffers on the device, of ``resident`` bytes in all (`resident_nbytes`).
 
-    ``uses`` says which parameters each region reads, ``streamed`` which of them stay in host memory.
+    ``uses`` says which parameters each region reads, ``streamed`` which stay in host memory and pass through a ring.
     """
-    parameters = dict(model.named_parameters())
-    dtypes = {name: p.dtype for name, p in parameters.items()}
+    away = sum(parameters[n].numel() * parameters[n].itemsize for n in streamed)
+    ring = {"ring of streamed weights": ring_nbytes(parameters, uses, streamed, depth)} if streamed else {}
+    return {"weights and buffers": resident - away, **ring}
+
+
+def chunk_terms(parameters: Mapping[str, Tensor], chunks: Sequence[Chunk]) -> Terms:
+    """Gradients and staged states of the largest chunk."""
+    widths = {name: torch.promote_types(p.dtype, torch.float32).itemsize for name, p in parameters.items()}
     sizes = {name: p.numel() for name, p in parameters.items()}
-
-    def total(chunk: Chunk, per_element: Callable[[torch.dtype], int]) -> int:
-        return sum(sizes[s.name] * s.length // s.size * per_element(dtypes[s.name]) for s in chunk.slices)
-
-    away = sum(sizes[n] * dtypes[n].itemsize for n in streamed)
-    ring = {"ring of streamed weights": ring_nbytes(model, uses, streamed, depth)} if streamed else {}
     return {
-        "weights and buffers": resident_nbytes(model) - away,
-        **ring,
         "optimizer state of the active chunk": max(stage_capacity_nbytes(c, parameters) for c in chunks),
         "gradients of the active chunk": max(
-            total(c, lambda d: torch.promote_types(d, torch.float32).itemsize) for c in chunks
+            sum(sizes[s.name] * s.length // s.size * widths[s.name] for s in c.slices) for c in chunks
         ),
     }

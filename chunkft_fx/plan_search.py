@@ -13,17 +13,34 @@ import functools
 import itertools
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 from torch import nn
 
 from chunkft_fx.chunk_path import cheapest_chunks
 from chunkft_fx.cuts import ParameterSpec, cut, max_chunks
-from chunkft_fx.fixed_memory import DEPTH, Terms, fixed_terms, streamed_choice, streamed_regions
+from chunkft_fx.fixed_memory import (
+    DEPTH,
+    Terms,
+    chunk_terms,
+    resident_nbytes,
+    streamed_choice,
+    streamed_regions,
+    weight_terms,
+)
 from chunkft_fx.optim_state import stage_capacity_nbytes
 from chunkft_fx.plan import Chunk, Considered
-from chunkft_fx.step_cost import Saving, StepTimes, SweepWork, Work, bare_steps, least_cost, step_us, sweep_cost
+from chunkft_fx.plan_choice import Choice, Cost, Fit, Predicts, key_of
+from chunkft_fx.step_cost import (
+    BareSteps,
+    Saving,
+    StepTimes,
+    SweepWork,
+    Work,
+    bare_steps,
+    least_cost,
+    step_us,
+    sweep_cost,
+)
 from chunkft_fx.step_memory import Moment
 
 # Numbers of chunks that are tried where times are known; neighbours differ by a third at least.
@@ -38,46 +55,6 @@ LOOKED_AT = 6
 
 LATER = "larger steps later in the sweep"
 
-# What a choice costs; compared in order.
-Cost = tuple[float, ...]
-
-
-class Predicts(Protocol):
-    """What the search asks of a captured model (`predictor.Predictor`)."""
-
-    def uses(self) -> Sequence[frozenset[str]]: ...
-
-    def peak(self, chunk: Chunk, saving: Saving) -> Moment: ...
-
-    def times(self, deepest: Chunk) -> StepTimes | None: ...
-
-    def work(self, chunk: Chunk, times: StepTimes, states_nbytes: int) -> Work: ...
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One way to train: ``streamed`` counts the regions whose weights are fetched through ``depth`` buffers."""
-
-    chunks: tuple[Chunk, ...]
-    streamed: int
-    depth: int
-    saving: Saving
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A choice with its terms of the peak, the label of the largest moment, its cost and (if known) its mean step."""
-
-    choice: Choice
-    terms: Terms
-    peak_at: str
-    cost: Cost
-    step_us: float | None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(self.terms.values())
-
 
 class Search:
     """Finds the cheapest choice that fits; ``considered`` tells of the others, with the bytes that they need."""
@@ -90,7 +67,7 @@ class Search:
         budget: int,
         chunks: tuple[Chunk, ...] | None = None,
     ) -> None:
-        self.model, self.parameters, self.predictor, self.budget = model, parameters, predictor, budget
+        self.parameters, self.predictor, self.budget = parameters, predictor, budget
         self.given = chunks
         self.uses = predictor.uses()
         self.regions = len(self.uses)
@@ -100,11 +77,13 @@ class Search:
         # by number of chunks and saving, bytes that other steps of a sweep need more than the first
         self._extra: dict[tuple[int, Saving], int] = {}
         self._chunks: dict[int, tuple[Chunk, ...]] = {}
-        self._fixed: dict[tuple[int, int, int], Terms] = {}
+        self._weights: dict[tuple[int, int], Terms] = {}
+        self._states: dict[int, Terms] = {}
+        self._bare: dict[tuple[int, int, Saving], BareSteps] = {}
         self._works: dict[int, SweepWork] = {}
-        named = dict(model.named_parameters())
+        self.named, self.resident = dict(model.named_parameters()), resident_nbytes(model)
         (whole,) = cut(parameters, 1)
-        self.nbytes, self.states = whole.nbytes, stage_capacity_nbytes(whole, named)
+        self.nbytes, self.states = whole.nbytes, stage_capacity_nbytes(whole, self.named)
         self.finest = chunks or cut(parameters, min(max_chunks(parameters), MOST_CHUNKS))
         self.times = predictor.times(self.finest[0])
 
@@ -119,7 +98,7 @@ class Search:
             found = find()
             checked = found or self.smallest
             assert checked is not None
-            key = _key(checked.choice)
+            key = key_of(checked.choice)
             moment = self._largest(checked.choice)
             more = moment.nbytes - self._first(checked.choice).nbytes
             if more <= self._extra.get(key, 0):
@@ -249,7 +228,7 @@ class Search:
 
     def _fit(self, choice: Choice) -> Fit:
         """A choice by the first chunk's step, with what is known to be needed more by others."""
-        more = self._extra.get(_key(choice), 0)
+        more = self._extra.get(key_of(choice), 0)
         moment = self._first(choice)
         return self._exactly(choice, Moment(moment.label, moment.terms | ({LATER: more} if more else {})))
 
@@ -262,21 +241,26 @@ class Search:
         if times is None:
             order = (saving.offload_below > 0, choice.streamed, len(choice.chunks), saving.save_from, choice.depth)
             return order, None
-        away = frozenset(streamed_regions(self.regions, choice.streamed))
+        key = choice.streamed, choice.depth, saving
+        if key not in self._bare:
+            away = frozenset(streamed_regions(self.regions, choice.streamed))
+            self._bare[key] = bare_steps(times, saving, away, choice.depth)
         count = len(choice.chunks)
         if count not in self._works:
             self._works[count] = SweepWork.of([self._work(c, times) for c in choice.chunks])
-        steps = self._works[count].steps_us(bare_steps(times, saving, away, choice.depth))
+        steps = self._works[count].steps_us(self._bare[key])
         # equal costs are told apart by what is simpler
         cost = (sweep_cost(steps), choice.streamed, len(choice.chunks), saving.offload_below, choice.depth)
         return cost, float(steps.mean())
 
     def _fixed_terms(self, chunks: tuple[Chunk, ...], streamed: int, depth: int) -> Terms:
-        key = len(chunks), streamed, depth
-        if key not in self._fixed:
+        where = streamed, depth
+        if where not in self._weights:
             names = self._streamed_names if self._streamed_names is not None else streamed_choice(self.uses, streamed)
-            self._fixed[key] = fixed_terms(self.model, chunks, self.uses, names, depth)
-        return self._fixed[key]
+            self._weights[where] = weight_terms(self.named, self.resident, self.uses, names, depth)
+        if len(chunks) not in self._states:
+            self._states[len(chunks)] = chunk_terms(self.named, chunks)
+        return self._weights[where] | self._states[len(chunks)]
 
     def _first(self, choice: Choice) -> Moment:
         """The largest moment of the first chunk's step."""
@@ -296,7 +280,3 @@ class Search:
                 fit.nbytes, fit.step_us, max(fit.terms, key=lambda name: fit.terms[name]),
             )
         )  # fmt: skip
-
-
-def _key(choice: Choice) -> tuple[int, Saving]:
-    return len(choice.chunks), choice.saving

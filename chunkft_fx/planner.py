@@ -16,7 +16,8 @@ from chunkft_fx.cuts import ParameterSpec, cut
 from chunkft_fx.errors import BudgetInfeasible, NoTrainableParameters
 from chunkft_fx.fixed_memory import state_nbytes, streamed_choice
 from chunkft_fx.plan import Considered, Plan
-from chunkft_fx.plan_search import Choice, Fit, Predicts, Search
+from chunkft_fx.plan_choice import Choice, Fit, Predicts
+from chunkft_fx.plan_search import Search
 from chunkft_fx.step_cost import Saving
 
 # Of the choices that were not taken, a plan keeps so many, those that came closest.

@@ -58,8 +58,8 @@ class Saving:
 class BareSteps:
     """Steps without a chunk's own work, by the lowest region of backward: microseconds of compute and of the link."""
 
-    compute_us: tuple[float, ...]
-    link_us: tuple[float, ...]
+    compute_us: NDArray[np.float64]
+    link_us: NDArray[np.float64]
 
 
 def bare_steps(times: StepTimes, saving: Saving, streamed: frozenset[int], depth: int) -> BareSteps:
@@ -71,16 +71,14 @@ def bare_steps(times: StepTimes, saving: Saving, streamed: frozenset[int], depth
     forward = _pipeline(times.forward_us, fetch, depth)[-1]
     order = range(last - 1, -1, -1)
     backward = _pipeline([times.backward_us[i] + again[i] for i in order], [fetch[i] for i in order], depth)
-    return BareSteps(
-        compute_us=tuple(forward + backward[last - 1 - lowest] for lowest in range(last)),
-        link_us=tuple(sum(fetch) + sum(fetch[lowest:]) + sum(kept[lowest:]) for lowest in range(last)),
-    )
+    moved = np.cumsum(np.add(fetch, kept)[::-1])[::-1]  # from each region up
+    return BareSteps(forward + np.array(backward)[::-1], sum(fetch) + moved)
 
 
 def step_us(bare: BareSteps, work: Work) -> float:
     """Microseconds of one step on a chunk."""
     compute = bare.compute_us[work.lowest] + work.gradients_us
-    return max(compute, bare.link_us[work.lowest] + work.states_us / HIDDEN_SHARE)
+    return float(max(compute, bare.link_us[work.lowest] + work.states_us / HIDDEN_SHARE))
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ class SweepWork:
 
     def steps_us(self, bare: BareSteps) -> NDArray[np.float64]:
         """`step_us` of every chunk."""
-        compute, link = np.array(bare.compute_us)[self.lowest], np.array(bare.link_us)[self.lowest]
+        compute, link = bare.compute_us[self.lowest], bare.link_us[self.lowest]
         return np.maximum(compute + self.gradients_us, link + self.states_us / HIDDEN_SHARE)
 
 

@@ -16,9 +16,10 @@ from chunkft_fx import plan_search
 from chunkft_fx.chunk_path import cheapest_chunks
 from chunkft_fx.cuts import ParameterSpec, Stream, cut
 from chunkft_fx.errors import BudgetInfeasible
-from chunkft_fx.fixed_memory import fixed_terms, streamed_choice
+from chunkft_fx.fixed_memory import chunk_terms, streamed_choice, weight_terms
 from chunkft_fx.plan import Chunk, Plan
-from chunkft_fx.plan_search import DEPTHS, Choice, Fit, Search
+from chunkft_fx.plan_choice import Choice, Fit
+from chunkft_fx.plan_search import DEPTHS, Search
 from chunkft_fx.planner import Options, parameter_specs, plan_for_batch
 from chunkft_fx.step_cost import Saving, StepTimes, Work, bare_steps, step_us, sweep_cost
 from chunkft_fx.step_memory import Moment
@@ -91,8 +92,12 @@ def searched(case: tuple[int, int, int, int, int], budget: int, has_times: bool 
 def needed(search: Search, choice: Choice) -> int:
     """The peak of a choice over every chunk of its sweep, added up anew."""
     streamed = streamed_choice(search.uses, choice.streamed)
-    fixed = fixed_terms(search.model, choice.chunks, search.uses, streamed, choice.depth)
-    return sum(fixed.values()) + max(search.predictor.peak(c, choice.saving).nbytes for c in choice.chunks)
+    weights = weight_terms(search.named, search.resident, search.uses, streamed, choice.depth)
+    return (
+        sum(weights.values())
+        + sum(chunk_terms(search.named, choice.chunks).values())
+        + max(search.predictor.peak(c, choice.saving).nbytes for c in choice.chunks)
+    )
 
 
 def everything(search: Search) -> list[Choice]:

@@ -1,0 +1,57 @@
+"""Choices of the planner: what one is, how it fits, and what is asked of a model to tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from chunkft_fx.fixed_memory import Terms
+from chunkft_fx.plan import Chunk
+from chunkft_fx.step_cost import Saving, StepTimes, Work
+from chunkft_fx.step_memory import Moment
+
+# What a choice costs; compared in order.
+Cost = tuple[float, ...]
+
+
+class Predicts(Protocol):
+    """What the search asks of a captured model (`predictor.Predictor`)."""
+
+    def uses(self) -> Sequence[frozenset[str]]: ...
+
+    def peak(self, chunk: Chunk, saving: Saving) -> Moment: ...
+
+    def times(self, deepest: Chunk) -> StepTimes | None: ...
+
+    def work(self, chunk: Chunk, times: StepTimes, states_nbytes: int) -> Work: ...
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to train: ``streamed`` counts the regions whose weights are fetched through ``depth`` buffers."""
+
+    chunks: tuple[Chunk, ...]
+    streamed: int
+    depth: int
+    saving: Saving
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A choice with its terms of the peak, the label of the largest moment, its cost and (if known) its mean step."""
+
+    choice: Choice
+    terms: Terms
+    peak_at: str
+    cost: Cost
+    step_us: float | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.terms.values())
+
+
+def key_of(choice: Choice) -> tuple[int, Saving]:
+    """What the peaks of a choice's steps depend on; a number of chunks stands for one cut."""
+    return len(choice.chunks), choice.saving
