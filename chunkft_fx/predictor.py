@@ -25,10 +25,13 @@ UPDATE_NBYTES = 32
 
 
 class Predictor:
-    """Predictions for one session; everything is found once."""
+    """Predictions for one session; everything is found once.
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    ``known`` are rates to predict times with, by default the measured ones of a GPU, and none on the CPU.
+    """
+
+    def __init__(self, session: Session, known: Rates | None = None) -> None:
+        self._session, self._known = session, known
         self._peaks: dict[tuple[Chunk, Saving], Moment] = {}
         self._times: StepTimes | None = None
         self._nodes = {node.name: node for node in session.capture.graph.nodes}
@@ -56,12 +59,12 @@ class Predictor:
         return step_timeline(self._executable(chunk, saving), self._session.backend)
 
     def times(self, deepest: Chunk) -> StepTimes | None:
-        """Predicted times of the regions, by a step on a chunk whose backward reaches all of them; None on the CPU."""
+        """Predicted times of the regions, by a step whose backward reaches all; None where no rates are known."""
         device = self._session.owner.residency.device
-        if device.type != "cuda":
+        if self._known is None and device.type != "cuda":
             return None
         if self._times is None:
-            self._times = self._predicted(deepest, rates(device))
+            self._times = self._predicted(deepest, self._known or rates(device))
         return self._times
 
     def work(self, chunk: Chunk, times: StepTimes, states_nbytes: int) -> Work:
