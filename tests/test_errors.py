@@ -34,7 +34,7 @@ def test_an_infeasible_budget_names_what_would_be_enough_and_the_largest_terms(c
     assert str(caught.value.smallest_budget_bytes) in str(caught.value)
 
 
-@pytest.mark.parametrize("chunks", ["auto", 4])
+@pytest.mark.parametrize("chunks", ["auto", pytest.param(4, marks=pytest.mark.slow)])
 def test_the_smallest_feasible_budget_named_by_the_error_is_feasible(chunks: Any) -> None:
     model, batch = tiny("llama")
     smallest = smallest_budget(model, batch(4, 16, 0), chunks)

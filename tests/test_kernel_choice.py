@@ -168,7 +168,7 @@ def choose_everywhere(monkeypatch: pytest.MonkeyPatch, by: str = LIBRARY) -> lis
     return asked
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_step_with_the_operator_gives_the_librarys_gradients(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = tiny("llama", dtype=torch.bfloat16)
     values = batch(2, 12, 0)

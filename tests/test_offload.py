@@ -69,8 +69,16 @@ def is_idle(compiled: CompiledModule) -> bool:
     return 0 < pool.nbytes == pool.free_nbytes
 
 
-@pytest.mark.parametrize("policy", ["recompute all", "recompute half", "save all", "streamed weights"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "cnn"])
+POLICIES = [
+    pytest.param(
+        family, policy, marks=() if family in ("llama", "cnn") or policy == "recompute half" else pytest.mark.slow
+    )
+    for family in ("llama", "gpt2", "bert", "cnn")
+    for policy in ("recompute all", "recompute half", "save all", "streamed weights")
+]
+
+
+@pytest.mark.parametrize(("family", "policy"), POLICIES)
 def test_gradients_with_offloaded_values_equal_the_dense_ones(family: str, policy: str) -> None:
     model, compiled, batch = offloading(family, dropout=0.2 if family == "bert" else 0.0)
     session = compiled._sessions[-1]

@@ -31,6 +31,7 @@ def test_an_ample_budget_gives_one_chunk_that_saves_everything() -> None:
     assert plan.save_from == (0,)
 
 
+@pytest.mark.slow
 def test_auto_takes_the_fewest_chunks_that_fit() -> None:
     model, batch = tiny("llama")
     budget = smallest_budget(model, batch(2, 16, 0)) * 5 // 4
@@ -42,6 +43,7 @@ def test_auto_takes_the_fewest_chunks_that_fit() -> None:
     assert len(planned(model, budget, batch(2, 16, 0), chunks=count - 1).plan.streamed) > len(plan.streamed)
 
 
+@pytest.mark.slow
 def test_a_larger_budget_never_asks_for_more_chunks_or_more_recomputation() -> None:
     model, batch = tiny("llama")
     low = smallest_budget(model, batch(4, 32, 0), chunks=3)

@@ -57,7 +57,7 @@ def reference_step(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor]
 
 
 @pytest.mark.parametrize("interval", [1, 2])
-@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
 def test_chunks_equal_a_loop_that_updates_only_the_active_slices(family: str, interval: int) -> None:
     """Dense gradients, three sweeps, step counts per slice; float64, so that only the schedule can differ."""
     model, batch = tiny(family, dtype=torch.float64)

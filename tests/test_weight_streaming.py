@@ -17,7 +17,7 @@ from chunkft_fx.errors import OptionError, StaleBackward, UnsupportedGraph
 from chunkft_fx.tools.zoo import tiny
 from tests.equivalence import assert_same_gradients, loss_of, smallest_budget
 
-FAMILIES = ("llama", "gpt2", "t5", "bert")
+FAMILIES = ("llama", "gpt2", *(pytest.param(family, marks=pytest.mark.slow) for family in ("t5", "bert")))
 
 
 def tight(model: nn.Module, batch: dict[str, Any], chunks: int = 3) -> CompiledModule:
