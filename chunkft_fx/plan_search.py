@@ -3,8 +3,8 @@
 A choice is a number of chunks, how many regions stream their weights and through how many buffers, and the two borders
 of `Saving`. What a choice needs is the fixed terms of its chunks and the largest moment of its steps; what it costs is
 `step_cost.sweep_cost` of its predicted steps. Choices do not depend on the budget, only which of them fit does: so a
-larger budget never costs more. Where no times are known (on the CPU) a choice costs, in this order: streamed regions,
-chunks, offloading and recomputing regions.
+larger budget never costs more. Where no times are known (on the CPU) choices are compared by whether they offload, then
+by streamed regions, chunks, and recomputing regions.
 """
 
 from __future__ import annotations
