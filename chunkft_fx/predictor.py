@@ -15,7 +15,6 @@ from chunkft_fx.outline import Region
 from chunkft_fx.passes.rewrite import tensor_nbytes
 from chunkft_fx.plan import Chunk
 from chunkft_fx.rates import Rates, rates
-from chunkft_fx.runtime import Executable
 from chunkft_fx.session import Session
 from chunkft_fx.step_cost import Saving, StepTimes, Work
 from chunkft_fx.step_memory import Moment, step_timeline
@@ -48,15 +47,11 @@ class Predictor:
         """The largest moment of a step on a chunk, in bytes beyond what `fixed_memory` counts."""
         key = chunk, saving
         if key not in self._peaks:
-            moments = step_timeline(self._executable(chunk, saving), self._session.backend)
+            moments = step_timeline(self._session.planned(chunk, saving), self._session.backend)
             largest = max(moments, key=lambda m: m.nbytes)
             besides = self._session.given | overhead(self._session.owner.residency.device, largest.nbytes)
             self._peaks[key] = Moment(largest.label, largest.terms | besides)
         return self._peaks[key]
-
-    def timeline(self, chunk: Chunk, saving: Saving) -> tuple[Moment, ...]:
-        """All moments of a step on a chunk, in order."""
-        return step_timeline(self._executable(chunk, saving), self._session.backend)
 
     def times(self, deepest: Chunk) -> StepTimes | None:
         """Predicted times of the regions, by a step whose backward reaches all; None where no rates are known."""
@@ -77,9 +72,6 @@ class Predictor:
                 gradients += times.gradients_us[i] * self._sizes[s.name] * s.length / s.size / self._region_sizes[i]
         update = chunk.numel * times.update_us_per_element
         return Work(lowest, gradients + update, states_nbytes * times.state_us_per_byte)
-
-    def _executable(self, chunk: Chunk, saving: Saving) -> Executable:
-        return self._session.planned(chunk, saving)
 
     def _predicted(self, deepest: Chunk, known: Rates) -> StepTimes:
         session = self._session

@@ -10,6 +10,7 @@ from chunkft_fx.planner import parameter_specs
 from chunkft_fx.predictor import Predictor
 from chunkft_fx.rates import Rates
 from chunkft_fx.step_cost import Saving
+from chunkft_fx.step_memory import step_timeline
 from chunkft_fx.tools.zoo import tiny
 
 # Round figures: what is predicted with them is compared with itself.
@@ -57,12 +58,13 @@ def test_the_timeline_of_a_step_holds_its_peak() -> None:
     model, batch = tiny("llama")
     compiled = chunkft_fx.compile(model, "8GB", chunks=3, backend="eager")
     compiled(**batch(2, 16, 0))
-    predictor = Predictor(compiled._sessions[-1])
+    session = compiled._sessions[-1]
+    predictor = Predictor(session)
     regions = len(predictor.uses())
     for saving in (Saving(0), Saving(regions)):
-        moments = predictor.timeline(compiled.plan.chunks[0], saving)
+        moments = step_timeline(session.planned(compiled.plan.chunks[0], saving), "eager")
         peak = predictor.peak(compiled.plan.chunks[0], saving)
         assert peak.label in {m.label for m in moments}
-        given = compiled._sessions[-1].given
+        given = session.given
         assert peak.nbytes == max(m.nbytes for m in moments) + sum(given.values())
-    assert compiled.timeline == predictor.timeline(compiled.plan.chunks[0], Saving(0))
+    assert compiled.timeline == step_timeline(session.planned(compiled.plan.chunks[0], Saving(0)), "eager")
