@@ -3,9 +3,10 @@
     python -m benchmarks.bench_budget --jobs 4 --out budget.json
     python -m benchmarks.bench_budget --case llama2-7b,1,1024,13.3GiB
 
-A case is ``shape,batch,sequence,budget``. Each runs in a process of its own: the model is made in host memory,
-compiled with ``chunks="auto"`` and trained for two steps on each of `SPOTS` chunks spread over the sweep, the first and
-the last among them. ``reserved`` is ``torch.cuda.max_memory_reserved()`` over the life of the process.
+A case is ``shape,batch,sequence,budget``. Each runs in a process of its own: the model is made in host memory
+(``--on-device``: on the GPU, for a model that only fits there), compiled and trained for two steps on each of `SPOTS`
+chunks spread over the sweep, the first and the last among them. ``reserved`` is
+``torch.cuda.max_memory_reserved()`` over the life of the process.
 """
 
 from __future__ import annotations
@@ -29,22 +30,22 @@ from chunkft_fx.rates import rates
 GIB = 2**30
 SPOTS = 4
 CASES = (
-    "llama2-7b,1,1024,13.3GiB",
-    "llama2-7b,1,1024,6GiB",
-    "llama2-7b,1,1024,24GiB",
-    "llama2-7b,8,1024,24GiB",
     "llama2-7b,8,1024,45GiB",
-    "llama2-7b,1,4096,15GiB",
-    "llama2-7b,8,512,9GiB",
-    "llama3-8b,2,1024,18GiB",
-    "llama3-8b,8,1024,24GiB",
-    "llama3-1b,1,1024,4GiB",
-    "llama3-1b,8,1024,8GiB",
+    "llama2-7b,1,1024,6GiB",
     "llama3-1b,8,4096,20GiB",
-    "llama3-1b,1,512,2GiB",
     "gpt2-xl,1,1024,4GiB",
+    "llama2-7b,1,1024,13.3GiB",
+    "llama3-1b,1,1024,4GiB",
+    "llama3-8b,8,1024,24GB",
     "gpt2-xl,8,1024,12GiB",
+    "llama2-7b,8,1024,24GB",
+    "llama3-1b,8,1024,8GiB",
+    "llama3-8b,2,1024,18GiB",
     "gpt2-xl,8,512,2.5GiB",
+    "llama2-7b,1,4096,15GiB",
+    "llama3-1b,1,512,2GiB",
+    "llama2-7b,8,512,9GiB",
+    "llama2-7b,1,1024,24GiB",
 )
 
 
@@ -70,10 +71,10 @@ class Result:
     error: str = ""
 
 
-def run(case: str, chunks: int | str, states: str) -> Result:
+def run(case: str, chunks: int | str, states: str, built_on: str) -> Result:
     """Train a case in this process; ``steps`` holds (chunk, bytes allocated at the peak) of every step."""
     shape, batch, sequence, budget = case.split(",")
-    model: Any = build(shape, "cpu")
+    model: Any = build(shape, built_on)
     ids = batches(model.config.vocab_size, int(batch), int(sequence), "cuda", 1)[0]
     compiled = chunkft_fx.compile(model, budget, chunks=chunks, device="cuda")
     optimizer = chunkft_fx.AdamW(compiled, lr=1e-5, weight_decay=0.0, states=states)
@@ -136,6 +137,7 @@ def main() -> None:
     parser.add_argument("--case", action="append", help="shape,batch,sequence,budget; one runs in this process")
     parser.add_argument("--chunks", default="auto")
     parser.add_argument("--states", default="keep")
+    parser.add_argument("--on-device", action="store_true", help="make one case's model on the GPU")
     parser.add_argument("--jobs", type=int, default=1, help="cases at once; memory figures do not depend on it")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -143,9 +145,9 @@ def main() -> None:
         parser.error("this measurement needs a CUDA GPU")
     cases = args.case or CASES
     if len(cases) == 1:
-        print(
-            json.dumps(asdict(run(cases[0], args.chunks if args.chunks == "auto" else int(args.chunks), args.states)))
-        )
+        chunks = args.chunks if args.chunks == "auto" else int(args.chunks)
+        result = run(cases[0], chunks, args.states, "cuda" if args.on_device else "cpu")
+        print(table([result]), json.dumps(asdict(result)), sep="\n")
         return
     rates(torch.device("cuda"))  # once, undisturbed; the cases read it from its cache
     with ThreadPoolExecutor(args.jobs) as pool:
