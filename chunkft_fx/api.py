@@ -15,7 +15,7 @@ from chunkft_fx.capture import capture, trace
 from chunkft_fx.errors import AlreadyCompiled, NotPlanned, OptionError
 from chunkft_fx.head_rewrite import chunk_head
 from chunkft_fx.host_memory import HostMemory
-from chunkft_fx.memory_limit import limit
+from chunkft_fx.memory_limit import avoid_fragmentation, limit
 from chunkft_fx.outline import Template, outline
 from chunkft_fx.plan import Plan
 from chunkft_fx.planner import Options, first_plan, parameter_specs, plan_for_batch
@@ -261,6 +261,7 @@ class CompiledModule(nn.Module):
             batch = f"a batch with inputs of shapes {shapes[:4]}"
             plan = plan_for_batch(self._model, self._options, self._plan, Predictor(session), batch)
             session.save_from, session.offload_below = plan.save_from, plan.offload_below
+            avoid_fragmentation(self._residency.device)
             self._residency.settle(plan.streamed, plan.depth)
             limit(self._residency.device, self._options.budget_bytes)
             if self._plan is None or not self._plan.batch:

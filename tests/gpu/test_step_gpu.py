@@ -75,3 +75,14 @@ def test_memory_returns_to_what_is_resident_after_a_step() -> None:
         torch.cuda.synchronize()
         used.append(torch.cuda.memory_allocated())
     assert used[8] == used[5]
+
+
+def test_segments_grow_in_place_under_a_budget() -> None:
+    """Memory taken once a batch is planned for lies in expandable segments."""
+    model, batch = tiny("llama", dtype=torch.bfloat16)
+    compiled = chunkft_fx.compile(model, "8GB", chunks=3, device="cuda")
+    loss_of(compiled(**on_cuda(batch(2, 12, 0)))).backward()
+    place = next(compiled.parameters()).data_ptr()
+    segments = torch.cuda.memory_snapshot()
+    (found,) = [s for s in segments if s["address"] <= place < s["address"] + s["total_size"]]
+    assert found["is_expandable"]
