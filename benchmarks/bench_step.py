@@ -2,10 +2,10 @@
 
     python -m benchmarks.bench_step --case 8,1024,24GB --case 8,1024,45GB --case 1,1024,24GB --out step.json
 
-A case is ``batch,sequence,budget[,chunks]``, by default at the Llama-2-7B shape; chunks is ``auto`` unless given.
-Random bf16 weights, float32 states of every chunk kept in pinned host memory, ``interval=1``. The first sweep
-compiles and fills host memory; the second is measured. ``--held`` then stays on each chunk for three steps and
-times the last two: the same steps without copies of states. ``--streamed`` then moves all weights to host memory and
+A case is ``batch,sequence,budget[,chunks[,held|streamed]]``, by default at the Llama-2-7B shape; chunks is ``auto``
+unless given. Random bf16 weights, float32 states of every chunk kept in pinned host memory, ``interval=1``. The first
+sweep compiles and fills host memory; the second is measured. ``held`` then stays on each chunk for three steps and
+times the last two: the same steps without copies of states. ``streamed`` then moves all weights to host memory and
 measures a sweep in which each is fetched for every use. Needs one CUDA GPU and about 90 GB of host memory at
 the full shape; ``--layers`` shrinks it.
 """
@@ -34,17 +34,20 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: sequences, tokens in each, the budget, and chunks (a number or ``"auto"``)."""
+    """What is measured: sequences, tokens in each, the budget, chunks (a number or ``"auto"``), and what else."""
 
     batch: int
     sequence: int
     budget: str
     chunks: int | str
+    also: str
 
     @classmethod
     def parse(cls, text: str) -> Case:
-        batch, sequence, budget, *chunks = text.split(",")
-        return cls(int(batch), int(sequence), budget, int(chunks[0]) if chunks else "auto")
+        batch, sequence, budget, chunks, also = [*text.split(","), *("auto", "")[text.count(",") - 2 :]][:5]
+        if also not in ("", "held", "streamed"):
+            raise ValueError(f"{also!r} is neither held nor streamed")
+        return cls(int(batch), int(sequence), budget, chunks if chunks == "auto" else int(chunks), also)
 
 
 @dataclass
@@ -95,9 +98,7 @@ def measure(name: str, batch: int, step: Callable[[int], None], warm: Callable[[
     return Row(name, batch, mean, times[count // 2], times[-1], memory[0], memory[1], first, count)
 
 
-def ours(
-    case: Case, model: nn.Module, data: list[Tensor], args: argparse.Namespace, checked: bool
-) -> tuple[Row, str, list[Check]]:
+def ours(case: Case, model: nn.Module, data: list[Tensor], checked: bool) -> tuple[Row, str, list[Check]]:
     compiled = chunkft_fx.compile(model, case.budget, chunks=case.chunks)
     optimizer = chunkft_fx.AdamW(compiled, lr=1e-5, weight_decay=0.0)
 
@@ -111,10 +112,10 @@ def ours(
     row = measure(name, case.batch, step, lambda: len(compiled.plan.chunks), None)
     count = len(compiled.plan.chunks)
     plan = str(compiled.plan)
-    if args.held:
+    if case.also == "held":
         row.held_ms = sum(held_ms(compiled, step, k) for k in range(count)) / count
         compiled.schedule.interval = 1
-    if args.streamed:
+    if case.also == "streamed":
         torch.cuda.synchronize()
         compiled.residency.settle(dict(compiled.named_parameters()), DEPTH)
         compiled.activate(0)
@@ -224,8 +225,6 @@ def main() -> None:
     parser.add_argument("--case", action="append", type=Case.parse, required=True)
     parser.add_argument("--shape", choices=SHAPES, default="llama2-7b")
     parser.add_argument("--layers", type=int)
-    parser.add_argument("--held", action="store_true", help="measure steps without copies of states too")
-    parser.add_argument("--streamed", action="store_true", help="measure a sweep with all weights streamed too")
     parser.add_argument("--check", action="store_true", help="compare the first case's gradients with eager ones")
     parser.add_argument("--no-badam", action="store_true")
     parser.add_argument("--out", type=Path)
@@ -245,7 +244,7 @@ def main() -> None:
     for case in args.case:
         data = batches(vocabulary, case.batch, case.sequence, "cuda")
         checked = args.check and case is args.case[0]
-        row, plan, found = ours(case, model, data, args, checked)
+        row, plan, found = ours(case, model, data, checked)
         clear()
         rows, plans, checks = [*rows, row], [*plans, plan], checks + found
         print(plan, table(rows[-1:]), sep="\n", flush=True)
