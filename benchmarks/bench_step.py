@@ -99,7 +99,7 @@ def measure(name: str, batch: int, step: Callable[[int], None], warm: Callable[[
 
 
 def ours(case: Case, model: nn.Module, data: list[Tensor], checked: bool) -> tuple[Row, str, list[Check]]:
-    compiled = chunkft_fx.compile(model, case.budget, chunks=case.chunks)
+    compiled = chunkft_fx.compile(model, case.budget, chunks=case.chunks, device="cuda")
     optimizer = chunkft_fx.AdamW(compiled, lr=1e-5, weight_decay=0.0)
 
     def step(i: int) -> None:

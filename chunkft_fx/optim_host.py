@@ -91,7 +91,7 @@ def pack(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], list[int]]:
 def require_room(states: HostStates, pinned: bool, host_budget: int | None, moments: torch.dtype) -> None:
     """Raise `HostMemoryExceeded` if the states do not fit ``host_budget`` or, without one, available memory."""
     needed = states.nbytes(pinned)
-    limit = available_nbytes() if host_budget is None else host_budget
+    limit = available_nbytes() + (idle_pinned_nbytes() if pinned else 0) if host_budget is None else host_budget
     if needed <= limit:
         return
     what = "available physical memory is" if host_budget is None else "host_budget is"
@@ -112,6 +112,12 @@ def available_nbytes() -> int:
     """Bytes of physical memory that can still be taken: the system's, or what a control group leaves of its limit."""
     left = [_left(*names) for names in _LIMITS]
     return min([_system_nbytes(), *(nbytes for nbytes in left if nbytes is not None)])
+
+
+def idle_pinned_nbytes() -> int:
+    """Bytes of pinned memory that nobody uses any more: torch keeps it, and gives it to the next slabs of its size."""
+    stats = torch.cuda.host_memory_stats()
+    return int(stats.get("allocated_bytes.current", 0)) - int(stats.get("active_bytes.current", 0))
 
 
 def _system_nbytes() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from chunkft_fx import optim_host
 from chunkft_fx.errors import BudgetParseError, CheckpointMismatch, HostMemoryExceeded, OptionError
 from chunkft_fx.host_memory import LARGEST_SLAB
 from chunkft_fx.optim import AdamW
-from chunkft_fx.optim_host import HostStates, available_nbytes, pack
+from chunkft_fx.optim_host import HostStates, available_nbytes, pack, require_room
 from chunkft_fx.optim_state import front, stage_capacity_nbytes, state_dtypes
 from chunkft_fx.streaming import FreshStage
 from tests.fake_model import FakeModule, batch, dense_gradients, net, train_step
@@ -241,6 +242,19 @@ def test_without_a_host_budget_available_memory_is_the_limit(monkeypatch: pytest
     AdamW(FakeModule(net(BF16)), host_budget=needed)  # the user knows better
     monkeypatch.setattr(optim_host, "available_nbytes", lambda: needed)
     AdamW(FakeModule(net(BF16)))
+
+
+def test_pinned_memory_that_nobody_uses_counts_as_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = HostStates([torch.zeros(300, 300)], torch.float32)
+    needed = states.nbytes(pinned=True)
+    stats = {"allocated_bytes.current": needed + 7, "active_bytes.current": 8}
+    monkeypatch.setattr(torch.cuda, "host_memory_stats", lambda: stats)
+    for available, is_enough in ((1, True), (0, False)):
+        monkeypatch.setattr(optim_host, "available_nbytes", lambda available=available: available)
+        with contextlib.nullcontext() if is_enough else pytest.raises(HostMemoryExceeded):
+            require_room(states, True, None, torch.float32)
+        with pytest.raises(HostMemoryExceeded):  # memory that is not pinned cannot be taken from there
+            require_room(states, False, None, torch.float32)
 
 
 @pytest.mark.parametrize(
