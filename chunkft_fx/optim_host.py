@@ -116,6 +116,8 @@ def available_nbytes() -> int:
 
 def idle_pinned_nbytes() -> int:
     """Bytes of pinned memory that nobody uses any more: torch keeps it, and gives it to the next slabs of its size."""
+    if torch.cuda.is_available():
+        torch.empty(1, pin_memory=True)  # only when asked for memory does torch look which copies have ended
     stats = torch.cuda.host_memory_stats()
     return int(stats.get("allocated_bytes.current", 0)) - int(stats.get("active_bytes.current", 0))
 

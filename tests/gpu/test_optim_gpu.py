@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor
 
 from chunkft_fx import streaming
 from chunkft_fx.optim import AdamW
+from chunkft_fx.optim_host import HostStates, idle_pinned_nbytes
 from chunkft_fx.optim_state import master_dtype
 from chunkft_fx.streaming import CudaStage
 from tests.fake_model import FakeModule, net
@@ -152,6 +155,20 @@ def test_a_step_makes_backwards_through_the_old_weights_stale() -> None:
     before = [p._version for p in updated]
     optimizer.step()
     assert all(p._version > v for p, v in zip(updated, before, strict=True))
+
+
+def test_pinned_memory_of_a_dropped_optimizer_is_available_again() -> None:
+    module = FakeModule(net(torch.bfloat16), 2).cuda()
+    optimizer = AdamW(module)
+    for step in range(3):
+        feed(module, step)
+        optimizer.step()
+    torch.cuda.synchronize()
+    before = idle_pinned_nbytes()
+    needed = HostStates(list(module.parameters()), torch.float32).nbytes(pinned=True)
+    del optimizer
+    gc.collect()
+    assert idle_pinned_nbytes() >= before + needed
 
 
 def host_chunks(nbytes: int, count: int) -> list[Tensor]:
