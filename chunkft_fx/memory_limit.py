@@ -21,10 +21,12 @@ def avoid_fragmentation(device: torch.device) -> None:
     """Let the caching allocator of a CUDA device grow its segments in place, unless the user has set it up otherwise.
 
     Steps of different chunks keep and free blocks of different sizes: between segments of fixed sizes up to a
-    twentieth of a budget was lost. Memory that is allocated already stays where it is.
+    twentieth of a budget was lost. Memory that is allocated already stays where it is; cached memory is given back,
+    else it would be what the next blocks are cut from.
     """
     settings = expandable(os.environ)
     if device.type == "cuda" and settings is not None and torch.cuda.get_allocator_backend() == "native":
+        torch.cuda.empty_cache()
         torch._C._accelerator_setAllocatorSettings(settings)
 
 
@@ -45,6 +47,11 @@ def limit(device: torch.device, budget_bytes: int) -> None:
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(budget_bytes / total, 1.0), device)
+
+
+def release_idle_pinned() -> None:
+    """Give the pinned host memory that nobody uses any more, and torch keeps, back to the system."""
+    torch._C._host_emptyCache()
 
 
 def overhead(device: torch.device, step_nbytes: int) -> dict[str, int]:

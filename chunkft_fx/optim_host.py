@@ -14,6 +14,7 @@ from chunkft_fx.budget import format_bytes
 from chunkft_fx.cuts import cut_dim
 from chunkft_fx.errors import HostMemoryExceeded
 from chunkft_fx.host_memory import LARGEST_SLAB
+from chunkft_fx.memory_limit import release_idle_pinned
 from chunkft_fx.optim_state import front, state_dtypes
 from chunkft_fx.streaming import stage_nbytes
 
@@ -91,7 +92,10 @@ def pack(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], list[int]]:
 def require_room(states: HostStates, pinned: bool, host_budget: int | None, moments: torch.dtype) -> None:
     """Raise `HostMemoryExceeded` if the states do not fit ``host_budget`` or, without one, available memory."""
     needed = states.nbytes(pinned)
-    limit = available_nbytes() + (idle_pinned_nbytes() if pinned else 0) if host_budget is None else host_budget
+    limit = available_nbytes() if host_budget is None else host_budget
+    if needed > limit and host_budget is None and pinned:
+        release_idle_pinned()  # of an optimizer that is gone, say
+        limit = available_nbytes()
     if needed <= limit:
         return
     what = "available physical memory is" if host_budget is None else "host_budget is"
@@ -112,14 +116,6 @@ def available_nbytes() -> int:
     """Bytes of physical memory that can still be taken: the system's, or what a control group leaves of its limit."""
     left = [_left(*names) for names in _LIMITS]
     return min([_system_nbytes(), *(nbytes for nbytes in left if nbytes is not None)])
-
-
-def idle_pinned_nbytes() -> int:
-    """Bytes of pinned memory that nobody uses any more: torch keeps it, and gives it to the next slabs of its size."""
-    if torch.cuda.is_available():
-        torch.empty(1, pin_memory=True)  # only when asked for memory does torch look which copies have ended
-    stats = torch.cuda.host_memory_stats()
-    return int(stats.get("allocated_bytes.current", 0)) - int(stats.get("active_bytes.current", 0))
 
 
 def _system_nbytes() -> int:

@@ -244,17 +244,17 @@ def test_without_a_host_budget_available_memory_is_the_limit(monkeypatch: pytest
     AdamW(FakeModule(net(BF16)))
 
 
-def test_pinned_memory_that_nobody_uses_counts_as_available(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("missing", "pinned", "is_enough"), [(0, True, True), (1, True, False), (0, False, False)])
+def test_idle_pinned_memory_is_given_back_before_states_are_refused(
+    monkeypatch: pytest.MonkeyPatch, missing: int, pinned: bool, is_enough: bool
+) -> None:
     states = HostStates([torch.zeros(300, 300)], torch.float32)
-    needed = states.nbytes(pinned=True)
-    stats = {"allocated_bytes.current": needed + 7, "active_bytes.current": 8}
-    monkeypatch.setattr(torch.cuda, "host_memory_stats", lambda: stats)
-    for available, is_enough in ((1, True), (0, False)):
-        monkeypatch.setattr(optim_host, "available_nbytes", lambda available=available: available)
-        with contextlib.nullcontext() if is_enough else pytest.raises(HostMemoryExceeded):
-            require_room(states, True, None, torch.float32)
-        with pytest.raises(HostMemoryExceeded):  # memory that is not pinned cannot be taken from there
-            require_room(states, False, None, torch.float32)
+    available = [0]
+    idle = states.nbytes(pinned) - missing
+    monkeypatch.setattr(optim_host, "available_nbytes", lambda: sum(available))
+    monkeypatch.setattr(optim_host, "release_idle_pinned", lambda: available.append(idle))
+    with contextlib.nullcontext() if is_enough else pytest.raises(HostMemoryExceeded):
+        require_room(states, pinned, None, torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from chunkft_fx import streaming
+from chunkft_fx.memory_limit import release_idle_pinned
 from chunkft_fx.optim import AdamW
-from chunkft_fx.optim_host import HostStates, idle_pinned_nbytes
+from chunkft_fx.optim_host import HostStates
 from chunkft_fx.optim_state import master_dtype
 from chunkft_fx.streaming import CudaStage
 from tests.fake_model import FakeModule, net
@@ -157,18 +158,23 @@ def test_a_step_makes_backwards_through_the_old_weights_stale() -> None:
     assert all(p._version > v for p, v in zip(updated, before, strict=True))
 
 
-def test_pinned_memory_of_a_dropped_optimizer_is_available_again() -> None:
+def test_pinned_memory_of_a_dropped_optimizer_can_be_given_back() -> None:
+    def pinned_nbytes() -> int:
+        return int(torch.cuda.host_memory_stats()["allocated_bytes.current"])
+
     module = FakeModule(net(torch.bfloat16), 2).cuda()
     optimizer = AdamW(module)
     for step in range(3):
         feed(module, step)
         optimizer.step()
     torch.cuda.synchronize()
-    before = idle_pinned_nbytes()
+    release_idle_pinned()
+    before = pinned_nbytes()
     needed = HostStates(list(module.parameters()), torch.float32).nbytes(pinned=True)
     del optimizer
     gc.collect()
-    assert idle_pinned_nbytes() >= before + needed
+    release_idle_pinned()
+    assert pinned_nbytes() <= before - needed
 
 
 def host_chunks(nbytes: int, count: int) -> list[Tensor]:
