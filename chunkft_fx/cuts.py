@@ -15,7 +15,7 @@ enough, after the boundary before it, is taken (distances in shares of a mean ch
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -182,9 +182,8 @@ class Stream:
         """The chunk of the pieces from ``first`` up to ``end``."""
         slices: list[Slice] = []
         numel = nbytes = 0
-        for t in self.tensors[bisect_right(self._first_pieces, first) - 1 :]:
-            if t.first_piece >= end:
-                break
+        for i in range(bisect_right(self._first_pieces, first) - 1, bisect_left(self._first_pieces, end)):
+            t = self.tensors[i]
             start = max(first - t.first_piece, 0)
             length = min(end - t.first_piece, t.size) - start
             slices.append(Slice(t.spec.name, t.dim, start, length, t.size))

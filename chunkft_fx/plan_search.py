@@ -199,32 +199,41 @@ class Search:
         def choice(save_from: int) -> Choice:
             return Choice(chunks, streamed, depth, Saving(save_from, save_from if offloads else 0))
 
-        most = self.regions
-        if best is not None:  # costs rise with what is recomputed
-            bound = best.cost
-            most = bisect_left(range(self.regions + 1), True, key=lambda s: self._cost(choice(s))[0] >= bound) - 1
-        if most < 0:
+        if best is not None and self._cost(choice(0))[0] >= best.cost:  # costs rise with what is recomputed
             return None
-        all_saved = self._fit(choice(0))  # asked first: where it fits, no recomputing variant has to be made
+        all_saved = self._least(choice(0))  # asked first: where it fits, no recomputing variant has to be made
+        if all_saved.nbytes <= self.budget:
+            all_saved = self._fit(choice(0))
         self._note(all_saved)
         if all_saved.nbytes <= self.budget:
             return all_saved
-        found = self._fit(choice(most))
+        low, high = 1, self.regions
+        found = self._fit(choice(high))
         self._note(found)
         if self.smallest is None or found.nbytes < self.smallest.nbytes:
             self.smallest = found
         if found.nbytes > self.budget:
             return None
-        low, high = 1, most
+        low += bisect_left(range(low, high), True, key=lambda s: self._least(choice(s)).nbytes <= self.budget)
+        middle = low
         while low < high:
-            middle = (low + high) // 2
+            if best is not None and self._cost(choice(low))[0] >= best.cost:
+                return None
             tried = self._fit(choice(middle))
             self._note(tried)
             if tried.nbytes <= self.budget:
                 high, found = middle, tried
             else:
                 low = middle + 1
+            middle = (low + high) // 2
         return found
+
+    def _least(self, choice: Choice) -> Fit:
+        """A choice as if by the first chunk of the finest cut, which demands no more than its own.
+
+        Those programs serve choices of all numbers of chunks, so that few others have to be written.
+        """
+        return self._exactly(choice, self.predictor.peak(self.finest[0], choice.saving))
 
     def _fit(self, choice: Choice) -> Fit:
         """A choice by the first chunk's step, with what is known to be needed more by others."""

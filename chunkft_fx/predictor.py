@@ -7,7 +7,7 @@ there are decided by memory alone and no times are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from chunkft_fx.cost_model import direction_us, transfer_us
 from chunkft_fx.memory_limit import overhead
@@ -15,6 +15,7 @@ from chunkft_fx.outline import Region
 from chunkft_fx.passes.rewrite import tensor_nbytes
 from chunkft_fx.plan import Chunk
 from chunkft_fx.rates import Rates, rates
+from chunkft_fx.runtime import Executable
 from chunkft_fx.session import Session
 from chunkft_fx.step_cost import Saving, StepTimes, Work
 from chunkft_fx.step_memory import Moment, step_timeline
@@ -31,6 +32,7 @@ class Predictor:
 
     def __init__(self, session: Session, known: Rates | None = None) -> None:
         self._session, self._known = session, known
+        self._known_steps: dict[Hashable, Executable] = {}
         self._peaks: dict[tuple[Chunk, Saving], Moment] = {}
         self._times: StepTimes | None = None
         self._nodes = {node.name: node for node in session.capture.graph.nodes}
@@ -47,7 +49,7 @@ class Predictor:
         """The largest moment of a step on a chunk, in bytes beyond what `fixed_memory` counts."""
         key = chunk, saving
         if key not in self._peaks:
-            moments = step_timeline(self._session.planned(chunk, saving), self._session.backend)
+            moments = step_timeline(self._session.planned(chunk, saving, self._known_steps), self._session.backend)
             largest = max(moments, key=lambda m: m.nbytes)
             besides = self._session.given | overhead(self._session.owner.residency.device, largest.nbytes)
             self._peaks[key] = Moment(largest.label, largest.terms | besides)

@@ -83,10 +83,14 @@ class ProgramSpec:
     offload_below: int = 0
 
 
-def build(capture: Capture, outline: Outline, specializer: Specializer, spec: ProgramSpec) -> Program:
-    """Decide every region's demand, get its variant, and write the calls down as one graph."""
+def choose_variants(capture: Capture, outline: Outline, specializer: Specializer, spec: ProgramSpec) -> list[Variant]:
+    """Decide every region's demand, and get its variant."""
     demands = region_demands(capture, outline, specializer, spec)
-    variants = [specializer.variant(r.template, d) for r, d in zip(outline.regions, demands, strict=True)]
+    return [specializer.variant(r.template, d) for r, d in zip(outline.regions, demands, strict=True)]
+
+
+def build(capture: Capture, outline: Outline, spec: ProgramSpec, variants: list[Variant]) -> Program:
+    """Write the calls of these variants, as `choose_variants` gives them, down as one graph."""
     program = _write(capture, outline, spec, variants)
     if spec.streams is not None:
         _stream(program.module, spec.streams, spec.offload_below)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from chunkft_fx.ops import STREAM_NODES
 from chunkft_fx.program import Program, RegionCall
 from chunkft_fx.saved_copies import SavedCopies
 from chunkft_fx.slices import ActiveSlice
+from chunkft_fx.specialize import Variant
 from chunkft_fx.streams import Ring
 
 Slots = dict[int, Any]
@@ -117,6 +118,23 @@ def assemble(program: Program, num_inputs: int) -> Executable:
         mutations=tuple(slots[m] for m in mutations),
         gradients=by_slot,
         unused=frozenset(range(len(slots) + len(constants))) - needed,
+    )
+
+
+def exchanged(executable: Executable, variants: Sequence[Variant]) -> Executable:
+    """The same instructions with a variant of the same interface in each region's place; for predictions only."""
+
+    def with_variant(instruction: Instruction) -> Instruction:
+        call = instruction.call
+        if not isinstance(call, RegionCall) or call.variant is variants[call.region.index]:
+            return instruction
+        return replace(instruction, call=RegionCall(call.region, variants[call.region.index], call.is_backward))
+
+    return replace(
+        executable,
+        program=replace(executable.program, variants=tuple(variants)),
+        forward=[with_variant(i) for i in executable.forward],
+        backward=[with_variant(i) for i in executable.backward],
     )
 
 

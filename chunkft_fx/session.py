@@ -8,7 +8,7 @@ function, and gives the gradients to the active slices.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -20,11 +20,11 @@ from chunkft_fx.memory_limit import explained
 from chunkft_fx.outline import Outline
 from chunkft_fx.passes.insert_streams import InsertStreams
 from chunkft_fx.plan import Chunk
-from chunkft_fx.program import ProgramSpec, build
+from chunkft_fx.program import ProgramSpec, build, choose_variants
 from chunkft_fx.residency import Residency
-from chunkft_fx.runtime import Executable, Machine, Step, assemble, run_backward, run_forward
+from chunkft_fx.runtime import Executable, Machine, Step, assemble, exchanged, run_backward, run_forward
 from chunkft_fx.slices import ActiveSlice
-from chunkft_fx.specialize import Specializer
+from chunkft_fx.specialize import Specializer, Variant
 from chunkft_fx.step_cost import Saving
 from chunkft_fx.step_memory import storages_nbytes
 
@@ -107,10 +107,18 @@ class Session:
     def _assembled(
         self, slices: tuple[Any, ...], absent: frozenset[str], saving: Saving, streams: InsertStreams
     ) -> Executable:
+        spec = self._spec(slices, absent, saving, streams)
+        return self._written(spec, choose_variants(self.capture, self.outline, self.specializer, spec))
+
+    def _spec(
+        self, slices: tuple[Any, ...], absent: frozenset[str], saving: Saving, streams: InsertStreams
+    ) -> ProgramSpec:
         inputs = frozenset(self.capture.primals[i] for i in self._inputs) if slices else frozenset()
         by_name = {s.name: s for s in slices}
-        spec = ProgramSpec(by_name, absent, inputs, saving.save_from, streams, saving.offload_below)
-        program = build(self.capture, self.outline, self.specializer, spec)
+        return ProgramSpec(by_name, absent, inputs, saving.save_from, streams, saving.offload_below)
+
+    def _written(self, spec: ProgramSpec, variants: list[Variant]) -> Executable:
+        program = build(self.capture, self.outline, spec, variants)
         return assemble(program, len(self.capture.primals) + len(self.capture.constants))
 
     def _forward(self, executable: Executable, values: Sequence[Any]) -> tuple[list[Any], list[Tensor], Any]:
@@ -191,12 +199,23 @@ class Session:
                 slices[self.capture.parameters[primal]].accumulate(totals.pop(primal))
         return totals
 
-    def planned(self, chunk: Chunk, saving: Saving) -> Executable:
-        """What would run for a chunk under a saving policy if all weights were resident; it is not kept."""
+    def planned(self, chunk: Chunk, saving: Saving, known: dict[Hashable, Executable] | None = None) -> Executable:
+        """What would run for a chunk under a saving policy if all weights were resident.
+
+        With ``known``, which collects them, programs that would look the same are written once, for the first chunk
+        asked for: the result then has the other's graph and starts, but the variants of this one (`exchanged`).
+        """
         absent = frozenset(self.capture.tangents) - self.expected
         residency = self.owner.residency
         resident = InsertStreams(frozenset(), residency.device, residency.depth)
-        return self._assembled(chunk.slices, absent, saving, resident)
+        spec = self._spec(chunk.slices, absent, saving, resident)
+        variants = choose_variants(self.capture, self.outline, self.specializer, spec)
+        if known is None:
+            return self._written(spec, variants)
+        looks = saving, tuple(v.interface for v in variants)
+        if looks not in known:
+            known[looks] = self._written(spec, variants)
+        return exchanged(known[looks], variants)
 
 
 class _StepFunction(torch.autograd.Function):

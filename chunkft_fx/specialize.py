@@ -7,11 +7,13 @@ that its own rewritten graph still reads. `Specializer` holds the caches both wa
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import fx
 
 from chunkft_fx import passes, pipeline
@@ -78,6 +80,16 @@ class Variant:
     saved_nbytes: int = 0
     run_forward: Callable[[list[Any]], Any] | None = None
     run_backward: Callable[[list[Any]], Any] | None = None
+
+    @functools.cached_property
+    def interface(self) -> Hashable:
+        """All that the graph of a program depends on: equal for variants that can take each other's place in it."""
+        asked = tuple(d is not None for d in self.demand.backward)
+        results: Any = self.forward.graph.output_node().args[0]
+        values = [r.meta["val"] if isinstance(r, fx.Node) else None for r in results]
+        # sizes can be symbols, which are not hashable
+        looks = tuple((str(v.shape), str(v.stride()), v.dtype) if isinstance(v, torch.Tensor) else None for v in values)
+        return self.template.index, self.backward is None, asked, self.sources, self.forward_starts, looks
 
 
 @dataclass(frozen=True)

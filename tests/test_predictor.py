@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import pytest
 
 import chunkft_fx
@@ -9,6 +11,7 @@ from chunkft_fx.cuts import cut
 from chunkft_fx.planner import parameter_specs
 from chunkft_fx.predictor import Predictor
 from chunkft_fx.rates import Rates
+from chunkft_fx.runtime import Executable
 from chunkft_fx.step_cost import Saving
 from chunkft_fx.step_memory import step_timeline
 from chunkft_fx.tools.zoo import tiny
@@ -68,3 +71,23 @@ def test_the_timeline_of_a_step_holds_its_peak() -> None:
         given = session.given
         assert peak.nbytes == max(m.nbytes for m in moments) + sum(given.values())
     assert compiled.timeline == step_timeline(session.planned(compiled.plan.chunks[0], Saving(0)), "eager")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "cnn"])
+def test_a_step_that_looks_like_a_known_one_has_its_own_moments(family: str) -> None:
+    """Exchanged variants predict what a program written for the chunk predicts, and some programs are shared."""
+    model, batch = tiny(family)
+    compiled = chunkft_fx.compile(model, "8GB", chunks=3, backend="eager")
+    compiled(**batch(2, 16, 0))
+    session = compiled._sessions[-1]
+    known: dict[Hashable, Executable] = {}
+    asked = 0
+    for count in (3, 40, 60):
+        chunks = cut(parameter_specs(model), count)
+        for chunk in (chunks[0], chunks[1], chunks[count // 2]):
+            for saving in (Saving(0), Saving(2, 2)):
+                asked += 1
+                exchanged, written = session.planned(chunk, saving, known), session.planned(chunk, saving)
+                assert step_timeline(exchanged, "eager") == step_timeline(written, "eager")
+                assert exchanged.program.variants == written.program.variants
+    assert len(known) < asked
