@@ -1,7 +1,7 @@
 """Cost model: how long a region graph takes, kernel by kernel.
 
 Times are those of a roofline: a kernel takes as long as its arithmetic or its memory traffic, whichever is slower,
-and one launch. `timings.Timings` replaces estimates by measurements once a variant is compiled.
+and one launch. A plan is made before anything is compiled, so measured are the rates of the machine, not variants.
 """
 
 from __future__ import annotations

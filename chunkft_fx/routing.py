@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from chunkft_fx.errors import OptionError
 from chunkft_fx.residency import Residency
 
 
@@ -45,13 +46,19 @@ def through_compiled(
 ) -> Callable[..., Any]:
     """A model's method, in which calls of the model are compiled ones as long as weights have to be fetched.
 
-    With every weight on the device the plain model does: it is captured for no new length, and no slower.
+    With every weight on the device the plain model does: it is captured for no new length, and no slower. Raises
+    `OptionError` for an encoder-decoder on CUDA, which calls its encoder by itself, past the compiled call.
     """
 
     @functools.wraps(method)
     def run(*args: Any, **kwargs: Any) -> Any:
         if not residency.away():
             return method(*args, **kwargs)
+        if residency.device.type == "cuda" and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise OptionError(
+                f"{type(model).__name__}.{method.__name__} calls its encoder directly, but weights wait in host memory: "
+                "raise the budget until the plan streams none, or move the plain model to the CPU and call it there"
+            )
         with routed(model, call):
             return method(*args, **kwargs)
 

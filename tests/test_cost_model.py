@@ -20,7 +20,6 @@ import chunkft_fx
 from chunkft_fx import ops
 from chunkft_fx.cost_model import Cost, Work, graph_cost, transfer_us
 from chunkft_fx.rates import Rates
-from chunkft_fx.timings import Timings, time_callable
 from tests.equivalence import loss_of
 
 RATES = Rates({"float32": 1e12, "bfloat16": 4e12}, 1e11, 2e10, 1e10, 5e9, 2.0)
@@ -188,39 +187,3 @@ def test_a_compiled_graph_never_costs_more_than_one_run_node_by_node() -> None:
     assert fused.nbytes < alone.nbytes
     assert fused.launches < alone.launches
     assert fused.flops == alone.flops
-
-
-def test_measurements_take_the_place_of_estimates() -> None:
-    timings = Timings()
-    assert timings.us(("variant", False), 7.0) == 7.0
-    timings.record(("variant", False), 3.0)
-    timings.record(("variant", False), 4.0)
-    assert timings.us(("variant", False), 7.0) == 4.0
-    assert timings.us(("variant", True), 7.0) == 7.0
-
-
-@pytest.mark.parametrize("us", [-1.0, float("nan"), float("inf")])
-def test_what_is_no_duration_is_not_recorded(us: float) -> None:
-    timings = Timings()
-    with pytest.raises(ValueError, match="duration"):
-        timings.record("key", us)
-    assert timings.us("key", 7.0) == 7.0
-
-
-def test_a_callable_is_timed_on_fresh_inputs_without_the_time_to_make_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [0.0]
-    taken = iter([9.0, 3.0, 1.0, 2.0])
-    monkeypatch.setattr("chunkft_fx.rates.time.perf_counter", lambda: clock[0])
-    calls: list[list[int]] = []
-
-    def make() -> list[int]:
-        clock[0] += 100
-        return [len(calls)]
-
-    def run(inputs: list[int]) -> None:
-        calls.append(list(inputs))
-        inputs.clear()
-        clock[0] += next(taken)
-
-    assert time_callable(run, make, torch.device("cpu")) == pytest.approx(2e6)
-    assert calls == [[0], [1], [2], [3]]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 
 import chunkft_fx
 from chunkft_fx.api import CompiledModule
+from chunkft_fx.errors import OptionError
+from chunkft_fx.routing import through_compiled
 from chunkft_fx.session import Session
 from chunkft_fx.tools.zoo import tiny
 from tests.equivalence import loss_of
@@ -67,6 +71,18 @@ def test_a_failing_generate_leaves_the_model_as_it_was() -> None:
     with pytest.raises(ValueError, match="max_new_tokens"):
         greedy(streamed, batch(2, 4, 1)["input_ids"], 0)
     assert "forward" not in vars(streamed._model)
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_an_encoder_decoder_on_cuda_says_why_it_cannot_generate(family: str) -> None:
+    """Its encoder runs by itself, and would read weights that lie in host memory."""
+    model, batch = tiny(family)
+    ids = batch(2, 4, 1)["input_ids"]
+    away: Any = SimpleNamespace(away=lambda: {"a.weight"}, device=torch.device("cuda"))
+    generate = through_compiled(model.generate, model, model.forward, away)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="raise the budget") if family == "t5" else contextlib.nullcontext():
+        generate(ids, max_new_tokens=1)
+    assert "forward" not in vars(model)
 
 
 def test_a_model_without_generate_has_none() -> None:
