@@ -56,7 +56,7 @@ def through_compiled(
             return method(*args, **kwargs)
         if residency.device.type == "cuda" and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise OptionError(
-                f"{type(model).__name__}.{method.__name__} calls its encoder directly, but weights wait in host memory: "
+                f"{type(model).__name__}.{method.__name__} calls its encoder itself, whose weights are in host memory: "
                 "raise the budget until the plan streams none, or move the plain model to the CPU and call it there"
             )
         with routed(model, call):
