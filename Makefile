@@ -36,7 +36,7 @@ test-gpu:
 	$(PYTHON) -m pytest tests/gpu -p no:cacheprovider
 
 bench:
-	$(PYTHON) -m benchmarks.bench_step --case 8,1024,24GiB,32 --case 1,1024,24GiB,32 --check
+	$(PYTHON) -m benchmarks.bench_step --case 8,1024,24GB --case 8,1024,45GB --case 1,1024,24GB
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
