@@ -13,6 +13,7 @@ from chunkft_fx.blocks import block_paths
 from chunkft_fx.budget import format_bytes, parse_bytes
 from chunkft_fx.capture import capture, trace
 from chunkft_fx.errors import AlreadyCompiled, NotPlanned, OptionError
+from chunkft_fx.executable import Executable
 from chunkft_fx.head_rewrite import chunk_head
 from chunkft_fx.host_memory import HostMemory
 from chunkft_fx.memory_limit import avoid_fragmentation, limit
@@ -23,7 +24,6 @@ from chunkft_fx.predictor import Predictor
 from chunkft_fx.program import Program
 from chunkft_fx.residency import Residency
 from chunkft_fx.routing import through_compiled
-from chunkft_fx.runtime import Executable
 from chunkft_fx.session import Session
 from chunkft_fx.slices import ActiveSlice, ChunkSchedule, zero_gradients
 from chunkft_fx.specialize import Variant

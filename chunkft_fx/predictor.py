@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 from chunkft_fx.cost_model import direction_us, transfer_us
+from chunkft_fx.executable import Executable
 from chunkft_fx.memory_limit import overhead
 from chunkft_fx.outline import Region
 from chunkft_fx.passes.rewrite import tensor_nbytes
 from chunkft_fx.plan import Chunk
 from chunkft_fx.rates import Rates, rates
-from chunkft_fx.runtime import Executable
 from chunkft_fx.session import Session
 from chunkft_fx.step_cost import Saving, StepTimes, Work
 from chunkft_fx.step_memory import Moment, step_timeline

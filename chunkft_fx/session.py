@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from chunkft_fx.capture import Capture, OutputName, hint
+from chunkft_fx.executable import Executable, assemble, exchanged
 from chunkft_fx.kernel_choice import chooser
 from chunkft_fx.memory_limit import explained
 from chunkft_fx.outline import Outline
@@ -22,7 +23,7 @@ from chunkft_fx.passes.insert_streams import InsertStreams
 from chunkft_fx.plan import Chunk
 from chunkft_fx.program import ProgramSpec, build, choose_variants
 from chunkft_fx.residency import Residency
-from chunkft_fx.runtime import Executable, Machine, Step, assemble, exchanged, run_backward, run_forward
+from chunkft_fx.runtime import Machine, Step, run_backward, run_forward
 from chunkft_fx.slices import ActiveSlice
 from chunkft_fx.specialize import Specializer, Variant
 from chunkft_fx.step_cost import Saving

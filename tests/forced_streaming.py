@@ -14,9 +14,10 @@ import pytest
 from torch import Tensor
 
 from chunkft_fx import fixed_memory
+from chunkft_fx.executable import Instruction
 from chunkft_fx.program import RegionCall
 from chunkft_fx.residency import Residency
-from chunkft_fx.runtime import Instruction, Machine
+from chunkft_fx.runtime import Machine
 from chunkft_fx.streams import Ring
 
 # Which of a model's weights are streamed, given their names in the model's order. "mixed" has regions that fetch

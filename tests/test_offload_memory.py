@@ -13,8 +13,8 @@ import pytest
 import chunkft_fx
 from chunkft_fx import memory_model, ops
 from chunkft_fx.api import CompiledModule
+from chunkft_fx.executable import StreamNode
 from chunkft_fx.passes import offload_saved
-from chunkft_fx.runtime import StreamNode
 from chunkft_fx.session import Session
 from chunkft_fx.step_memory import SAVED, step_timeline
 from chunkft_fx.tools.zoo import tiny

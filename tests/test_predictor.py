@@ -8,10 +8,10 @@ import pytest
 
 import chunkft_fx
 from chunkft_fx.cuts import cut
+from chunkft_fx.executable import Executable
 from chunkft_fx.planner import parameter_specs
 from chunkft_fx.predictor import Predictor
 from chunkft_fx.rates import Rates
-from chunkft_fx.runtime import Executable
 from chunkft_fx.step_cost import Saving
 from chunkft_fx.step_memory import step_timeline
 from chunkft_fx.tools.zoo import tiny
