@@ -3,7 +3,7 @@
     python -m benchmarks.trace_step --batch 8 --budget 24GB --chunks 32 --out docs/trace.png
 
 Steps in the middle of a second sweep are recorded with torch's profiler. ``under compute`` is the time of copies while
-a kernel runs, over all their time; ``idle`` is the time in which no kernel runs. Needs one CUDA GPU.
+a kernel runs, over all their time. Needs one CUDA GPU and, to draw, matplotlib (the extra ``bench``).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import nn
 
 from chunkft_fx.chunk_path import cheapest_chunks
-from chunkft_fx.cuts import ParameterSpec, cut, max_chunks
+from chunkft_fx.cuts import ParameterSpec, Stream, cut, max_chunks
 from chunkft_fx.fixed_memory import (
     DEPTH,
     Terms,
@@ -86,6 +86,8 @@ class Search:
         self.nbytes, self.states = whole.nbytes, stage_capacity_nbytes(whole, self.named)
         self.finest = chunks or cut(parameters, min(max_chunks(parameters), MOST_CHUNKS))
         self.times = predictor.times(self.finest[0])
+        # where cuts of many counts are compared, what every first chunk holds at least
+        self._least_chunk = None if chunks or self.times is None else Stream(parameters).chunk(0, 1)
 
     def run(self) -> Fit | None:
         """The cheapest fitting choice; None if nothing fits: then ``smallest`` is the choice that needs least."""
@@ -229,11 +231,11 @@ class Search:
         return found
 
     def _least(self, choice: Choice) -> Fit:
-        """A choice as if by the first chunk of the finest cut, which demands no more than its own.
+        """A choice as if its first chunk were the smallest there is, which demands no more than its own.
 
         Those programs serve choices of all numbers of chunks, so that few others have to be written.
         """
-        return self._exactly(choice, self.predictor.peak(self.finest[0], choice.saving))
+        return self._exactly(choice, self.predictor.peak(self._least_chunk or choice.chunks[0], choice.saving))
 
     def _fit(self, choice: Choice) -> Fit:
         """A choice by the first chunk's step, with what is known to be needed more by others."""
