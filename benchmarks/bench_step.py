@@ -44,7 +44,8 @@ class Case:
 
     @classmethod
     def parse(cls, text: str) -> Case:
-        batch, sequence, budget, chunks, also = [*text.split(","), *("auto", "")[text.count(",") - 2 :]][:5]
+        batch, sequence, budget, *rest = text.split(",")
+        chunks, also = rest + ["auto", ""][len(rest) :]
         if also not in ("", "held", "streamed"):
             raise ValueError(f"{also!r} is neither held nor streamed")
         return cls(int(batch), int(sequence), budget, chunks if chunks == "auto" else int(chunks), also)
