@@ -28,6 +28,7 @@ from chunkft_fx.session import Session
 from chunkft_fx.slices import ActiveSlice, ChunkSchedule, zero_gradients
 from chunkft_fx.specialize import Variant
 from chunkft_fx.step_memory import Moment, step_timeline, storages_nbytes
+from chunkft_fx.torch_internals import is_torch_compiled
 
 BACKENDS = ("inductor", "eager")
 
@@ -62,7 +63,7 @@ def compile(
     """
     if isinstance(model, CompiledModule):
         raise AlreadyCompiled("this model was already compiled by chunkft_fx; call compile once, on the plain model")
-    if isinstance(model, torch._dynamo.OptimizedModule) or getattr(model, "_compiled_call_impl", None) is not None:
+    if is_torch_compiled(model):
         raise AlreadyCompiled("this model was already compiled by torch.compile; pass the plain model instead")
     if not isinstance(model, nn.Module):
         raise OptionError(f"model must be a torch.nn.Module, got {type(model).__name__}")

@@ -12,14 +12,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
-from chunkft_fx.capture import hint
 from chunkft_fx.graph_storages import Storages
 from chunkft_fx.kernel_list import Kernel, kernels, packet_of, packets
 from chunkft_fx.rates import Rates
 from chunkft_fx.specialize import Variant
+from chunkft_fx.torch_internals import hint, tree_map
 
 aten = torch.ops.aten
 

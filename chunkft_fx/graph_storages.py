@@ -6,12 +6,10 @@ import operator
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._pytree import tree_leaves
 
-from chunkft_fx.capture import hint
+from chunkft_fx.torch_internals import hint, returns_view, tree_leaves
 
 # A storage of a graph's fake values; views of each other share it.
 Key = int
@@ -61,5 +59,4 @@ class Storages:
 
 
 def _is_view(node: fx.Node) -> bool:
-    returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else ()
-    return any(r.alias_info is not None for r in returns)
+    return returns_view(node.target)

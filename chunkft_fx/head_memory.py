@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx
 
 from chunkft_fx import head
-from chunkft_fx.capture import hint
 from chunkft_fx.kernels.cross_entropy import has_kernel, reference_workspace_nbytes
 from chunkft_fx.passes.rewrite import tensor_nbytes
+from chunkft_fx.torch_internals import hint
 
 # Where the input stands among an operator's arguments, and the gradients among its results.
 _LAYOUT = {head.forward: (0, slice(0, 0)), head.backward: (1, slice(0, 3)), head.grad: (0, slice(1, 4))}

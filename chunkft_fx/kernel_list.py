@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from chunkft_fx.capture import hint
 from chunkft_fx.graph_storages import Key, Storages
 from chunkft_fx.passes.rewrite import tensor_nbytes
+from chunkft_fx.torch_internals import hint
 
 aten = torch.ops.aten
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import fx
 
-from chunkft_fx.capture import compile_graph
 from chunkft_fx.specialize import Variant
+from chunkft_fx.torch_internals import compile_graph
 
 log = logging.getLogger("chunkft_fx.lowering")
 

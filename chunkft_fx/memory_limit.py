@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from chunkft_fx.torch_internals import set_allocator
+
 # Of the bytes that come and go in a step: what a caching allocator cannot use between blocks of other sizes.
 FRAGMENTATION_SHARE = 0.03
 # cuBLAS takes 32 MiB for each thread that multiplies (on Hopper; less before): forward's, and autograd's for backward.
@@ -27,7 +29,7 @@ def avoid_fragmentation(device: torch.device) -> None:
     settings = expandable(os.environ)
     if device.type == "cuda" and settings is not None and torch.cuda.get_allocator_backend() == "native":
         torch.cuda.empty_cache()
-        torch._C._accelerator_setAllocatorSettings(settings)
+        set_allocator(settings)
 
 
 def expandable(environment: Mapping[str, str]) -> str | None:
@@ -47,11 +49,6 @@ def limit(device: torch.device, budget_bytes: int) -> None:
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(budget_bytes / total, 1.0), device)
-
-
-def release_idle_pinned() -> None:
-    """Give the pinned host memory that nobody uses any more, and torch keeps, back to the system."""
-    torch._C._host_emptyCache()
 
 
 def overhead(device: torch.device, step_nbytes: int) -> dict[str, int]:

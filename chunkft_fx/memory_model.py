@@ -15,12 +15,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx
 
-from chunkft_fx.capture import hint
 from chunkft_fx.graph_storages import Key, Storages
 from chunkft_fx.head_memory import head_workspace
 from chunkft_fx.kernel_list import Kernel, Store, kernels
 from chunkft_fx.kernels import weight_gradient
 from chunkft_fx.specialize import Variant
+from chunkft_fx.torch_internals import hint
 
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
 

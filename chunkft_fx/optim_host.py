@@ -14,9 +14,9 @@ from chunkft_fx.budget import format_bytes
 from chunkft_fx.cuts import cut_dim
 from chunkft_fx.errors import HostMemoryExceeded
 from chunkft_fx.host_memory import LARGEST_SLAB
-from chunkft_fx.memory_limit import release_idle_pinned
 from chunkft_fx.optim_state import front, state_dtypes
 from chunkft_fx.streaming import stage_nbytes
+from chunkft_fx.torch_internals import release_idle_pinned
 
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 # Of a control group: its limit, its use, and in its memory.stat the files' pages, which give way when asked for.

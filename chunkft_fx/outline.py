@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, fx
 
 from chunkft_fx.blocks import label_of, module_path
-from chunkft_fx.capture import Capture, OutputName, graph_module, symbols
+from chunkft_fx.capture import Capture, OutputName
 from chunkft_fx.region import RegionGraph
+from chunkft_fx.torch_internals import graph_module, symbols
 
 aten = torch.ops.aten
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from chunkft_fx.capture import Capture, OutputName, graph_module
+from chunkft_fx.capture import Capture, OutputName
 from chunkft_fx.outline import Outline, Region
 from chunkft_fx.passes.insert_streams import InsertStreams
 from chunkft_fx.passes.offload_saved import OffloadSaved
@@ -25,6 +25,7 @@ from chunkft_fx.plan import Slice
 from chunkft_fx.region import OutputDemand, SliceDemand
 from chunkft_fx.specialize import Demand, Source, Specializer, Variant
 from chunkft_fx.stream_verifier import verify_streams
+from chunkft_fx.torch_internals import graph_module
 
 
 class RegionCall(nn.Module):

@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 
 from torch import fx
 
-from chunkft_fx.capture import graph_module
+from chunkft_fx.torch_internals import graph_module
 
 
 @dataclass(frozen=True)

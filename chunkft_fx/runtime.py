@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chunkft_fx import ops
-from chunkft_fx.capture import keeps_graph
+from chunkft_fx import ops, torch_internals
 from chunkft_fx.errors import StaleBackward
 from chunkft_fx.executable import Executable, Instruction, Slot, Slots, StreamNode
 from chunkft_fx.lowering import lower
@@ -133,7 +132,7 @@ class Step:
                 "call backward before optimizer.step() or activate(), or call the model again"
             )
         for tensor, version in self.versions:
-            if tensor._version != version:
+            if torch_internals.version(tensor) != version:
                 raise StaleBackward(
                     f"a tensor of shape {list(tensor.shape)} that backward needs was changed in place "
                     "since the forward; call backward before optimizer.step(), or call the model again"
@@ -159,7 +158,7 @@ def run_backward(step: Step, tangents: dict[int, Tensor], machine: Machine) -> d
     """
     assert step.slots is not None
     slots = dict(step.slots)
-    if not keeps_graph():
+    if not torch_internals.keeps_graph():
         # from here on this frame alone holds the saved activations, and drops each with its last use
         step.slots = None
         step.versions.clear()

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from chunkft_fx.capture import Capture, OutputName, hint
+from chunkft_fx.capture import Capture, OutputName
 from chunkft_fx.executable import Executable, assemble, exchanged
 from chunkft_fx.kernel_choice import chooser
 from chunkft_fx.memory_limit import explained
@@ -28,6 +28,7 @@ from chunkft_fx.slices import ActiveSlice
 from chunkft_fx.specialize import Specializer, Variant
 from chunkft_fx.step_cost import Saving
 from chunkft_fx.step_memory import storages_nbytes
+from chunkft_fx.torch_internals import hint, version
 
 
 class Owner(Protocol):
@@ -152,7 +153,7 @@ class Session:
         parameters = self.owner.residency.parameters
         counted = {id(values[i]): parameters[name] for i, name in self._parameters}
         tensors = [counted.get(id(v), v) for v in slots.values() if isinstance(v, Tensor)]
-        return [(t, t._version) for t in tensors]
+        return [(t, version(t)) for t in tensors]
 
     def _write_back(self, arguments: Sequence[Any], mutated: Sequence[Tensor]) -> None:
         for (primal, _), value in zip(self.capture.mutations, mutated, strict=True):

@@ -17,7 +17,6 @@ import torch
 from torch import fx
 
 from chunkft_fx import passes, pipeline
-from chunkft_fx.capture import graph_module, partition
 from chunkft_fx.kernels.weight_gradient import Problem
 from chunkft_fx.outline import Template
 from chunkft_fx.passes.eliminate import Eliminate
@@ -25,6 +24,7 @@ from chunkft_fx.passes.lower_triton import problems
 from chunkft_fx.passes.prune_tangents import PruneTangents
 from chunkft_fx.passes.rewrite import drop_dead, tensor_nbytes
 from chunkft_fx.region import DenseGradient, OutputDemand, Pass, RegionGraph
+from chunkft_fx.torch_internals import graph_module, partition
 
 log = logging.getLogger("chunkft_fx.specialize")
 

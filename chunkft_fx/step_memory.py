@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, fx
 
 from chunkft_fx import ops
-from chunkft_fx.capture import hint
 from chunkft_fx.executable import Executable, Instruction, Slot, StreamNode
 from chunkft_fx.graph_storages import Key, Storages
 from chunkft_fx.memory_model import graph_of, workspace
 from chunkft_fx.program import RegionCall
 from chunkft_fx.specialize import Variant
+from chunkft_fx.torch_internals import hint
 
 # The parts of a moment by name, in bytes.
 Terms = dict[str, int]

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, fx
 
 from chunkft_fx import head
-from chunkft_fx.capture import hint
 from chunkft_fx.errors import VerificationError
 from chunkft_fx.passes.rewrite import fake_value, same
 from chunkft_fx.region import Pass, RegionGraph, SliceDemand
+from chunkft_fx.torch_internals import hint, tree_leaves, writes_memory
 
 _KINDS = ("primal", "tangent", "start")
 
@@ -63,7 +63,7 @@ def verify(region: RegionGraph, before: tuple[OutputForm | None, ...], step: Pas
             continue
         if node.op != "call_function":
             fail(f"{node.name} is a {node.op}; only operators are allowed")
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+        if writes_memory(node.target):
             fail(f"{node.name} writes memory: {node.target}")
         if any(source in backward and not _is_early(source, node) for source in node.all_input_nodes):
             backward.add(node)
@@ -103,8 +103,8 @@ def _check_value(node: fx.Node, fail: Any) -> None:
         fresh = fake_value(node)
     except Exception as error:
         fail(f"{node.name} = {node.target} does not accept its operands: {error}")
-    recorded = torch.utils._pytree.tree_leaves(node.meta["val"])
-    for a, b in zip(torch.utils._pytree.tree_leaves(fresh), recorded, strict=True):
+    recorded = tree_leaves(node.meta["val"])
+    for a, b in zip(tree_leaves(fresh), recorded, strict=True):
         if not isinstance(a, Tensor) or not isinstance(b, Tensor):
             continue
         if a.ndim != b.ndim or not all(map(_alike, a.shape, b.shape)) or a.dtype != b.dtype or a.device != b.device:

@@ -44,10 +44,10 @@ import torch
 from torch import Tensor, fx
 
 from chunkft_fx import ops
-from chunkft_fx.capture import hint
 from chunkft_fx.passes.insert_streams import PARTS
 from chunkft_fx.passes.schedule_prefetch import PREFETCH_CALLS
 from chunkft_fx.streams import run_strides
+from chunkft_fx.torch_internals import hint
 
 # Bytes below which a value stays. A copy of this size takes 20 us at the 51 GiB/s measured over the link, about what it
 # costs the CPU to launch it and its events.

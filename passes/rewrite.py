@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils._pytree import tree_leaves
 
-from chunkft_fx.capture import fake_mode_of, hint
+from chunkft_fx.torch_internals import fake_mode_of, hint, tree_leaves, writes_memory
 
 
 def insert_before(
@@ -72,7 +71,7 @@ def drop_dead(graph: fx.Graph) -> int:
 def _is_impure(node: fx.Node) -> bool:
     if node.op in ("placeholder", "output"):
         return True
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return writes_memory(node.target)
 
 
 def tensor_nbytes(value: Any) -> int:

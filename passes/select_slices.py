@@ -25,10 +25,10 @@ from typing import Literal
 import torch
 from torch import fx
 
-from chunkft_fx.capture import fake_mode_of
 from chunkft_fx.ops import narrow
 from chunkft_fx.passes.rewrite import insert_before
 from chunkft_fx.region import OutputDemand, RegionGraph
+from chunkft_fx.torch_internals import fake_mode_of
 
 
 @dataclass(frozen=True)

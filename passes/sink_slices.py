@@ -34,6 +34,7 @@ from chunkft_fx.ops import narrow
 from chunkft_fx.passes.rewrite import fake_value, same, shape, tensor_nbytes
 from chunkft_fx.passes.sink_rules import ITEM_RULES, SPLITS, Cut, Rule, rule_for
 from chunkft_fx.region import DenseGradient, RegionGraph
+from chunkft_fx.torch_internals import is_erased
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def _erase_unused(node: fx.Node) -> None:
     pending = [node]
     while pending:
         current = pending.pop()
-        if current.users or current.op != "call_function" or current.graph is None or current._erased:
+        if current.users or current.op != "call_function" or current.graph is None or is_erased(current):
             continue
         operands = current.all_input_nodes
         current.graph.erase_node(current)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from chunkft_fx import memory_limit
 from chunkft_fx.memory_limit import avoid_fragmentation, expandable
 
 
@@ -29,5 +30,5 @@ def test_the_cpu_has_nothing_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_settings: str) -> None:
         raise AssertionError("settings of another device's allocator were changed")
 
-    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", refuse)
+    monkeypatch.setattr(memory_limit, "set_allocator", refuse)
     avoid_fragmentation(torch.device("cpu"))

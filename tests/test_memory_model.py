@@ -17,10 +17,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import chunkft_fx
 from chunkft_fx import memory_model, runtime
-from chunkft_fx.capture import hint
 from chunkft_fx.lowering import lower
 from chunkft_fx.memory_model import allocated_peak, workspace
 from chunkft_fx.specialize import Variant
+from chunkft_fx.torch_internals import hint
 from tests.equivalence import loss_of
 from tests.live_storages import LiveStorages, allocator_peak
 

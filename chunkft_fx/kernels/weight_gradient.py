@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils.flop_counter import register_flop_formula
 
-from chunkft_fx.capture import hint
 from chunkft_fx.errors import OptionError
 from chunkft_fx.kernels.launch import ACCESS_NBYTES, current_device
+from chunkft_fx.torch_internals import hint
 
 LIBRARY = "library"
 # What the kernel multiplies; its sums are float32.

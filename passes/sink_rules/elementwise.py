@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from chunkft_fx.passes.rewrite import same, shape
 from chunkft_fx.passes.sink_rules.table import Cut, Rule, replaced, rule
+from chunkft_fx.torch_internals import is_operator, writes_memory
 
 aten = torch.ops.aten
 
@@ -56,9 +57,9 @@ _ELEMENTWISE = Rule(elementwise, contracts=False)
 
 def elementwise_rule(target: Any) -> Rule | None:
     """The rule for an operator that torch tags as pointwise and that draws no random numbers."""
-    if not isinstance(target, torch._ops.OpOverload):
+    if not is_operator(target):
         return None
-    if torch.Tag.nondeterministic_seeded in target.tags or target._schema.is_mutable:
+    if torch.Tag.nondeterministic_seeded in target.tags or writes_memory(target):
         return None
     return _ELEMENTWISE if torch.Tag.pointwise in target.tags or target in _UNTAGGED else None
 

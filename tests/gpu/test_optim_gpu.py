@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from chunkft_fx import streaming
-from chunkft_fx.memory_limit import release_idle_pinned
 from chunkft_fx.optim import AdamW
 from chunkft_fx.optim_host import HostStates
 from chunkft_fx.optim_state import master_dtype
 from chunkft_fx.streaming import CudaStage
+from chunkft_fx.torch_internals import release_idle_pinned
 from tests.fake_model import FakeModule, net
 
 pytestmark = pytest.mark.gpu

@@ -1,0 +1,170 @@
+"""Typed functions over private torch interfaces: all that the library uses of them beside tracing (`capture`)."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch._functorch.config as functorch_config
+import torch._inductor.config as inductor_config
+from torch import Tensor, fx, nn
+from torch._functorch._aot_autograd.descriptors import PlainAOTOutput
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._guards import TracingContext, tracing
+from torch._inductor.compile_fx import compile_fx_inner
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.fx.experimental.symbolic_shapes import free_symbols
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
+from torch.utils.checkpoint import CheckpointPolicy
+
+Compiled = Callable[[list[Any]], Sequence[Any]]
+
+
+def is_torch_compiled(model: Any) -> bool:
+    """True for a module that ``torch.compile`` returned, or that was compiled in place."""
+    return isinstance(model, torch._dynamo.OptimizedModule) or getattr(model, "_compiled_call_impl", None) is not None
+
+
+def is_operator(target: Any) -> bool:
+    """True for the target of a node that is an overload of a registered operator."""
+    return isinstance(target, torch._ops.OpOverload)
+
+
+def writes_memory(target: Any) -> bool:
+    """True for an operator that changes an input in place."""
+    return isinstance(target, torch._ops.OpOverload) and bool(target._schema.is_mutable)
+
+
+def returns_view(target: Any) -> bool:
+    """True for an operator whose result can share memory with an input."""
+    returns = target._schema.returns if isinstance(target, torch._ops.OpOverload) else ()
+    return any(r.alias_info is not None for r in returns)
+
+
+def is_erased(node: fx.Node) -> bool:
+    """True for a node that was taken out of its graph."""
+    return bool(node._erased)
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written in place, as autograd counts it."""
+    return int(tensor._version)
+
+
+def is_random(node: fx.Node) -> bool:
+    """True for an operator that draws from torch's random generators (attention does so only with dropout)."""
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    for position, argument in enumerate(node.target._schema.arguments):
+        if argument.name == "dropout_p":
+            given = (
+                node.args[position]
+                if position < len(node.args)
+                else node.kwargs.get("dropout_p", argument.default_value)
+            )
+            return bool(given != 0.0)
+    return True
+
+
+def symbols(value: Any) -> set[str]:
+    """Names of the symbolic sizes in a fake value."""
+    return {s.name for s in free_symbols(value)} if isinstance(value, (Tensor, torch.SymInt)) else set()
+
+
+def partition(
+    module: fx.GraphModule, num_forward_outputs: int, recompute: bool
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Split a region's joint graph with torch's min-cut partitioner; ``module`` is consumed.
+
+    ``recompute`` keeps only the region's inputs (and what random operators drew, and nodes with ``meta["save"]``)
+    for backward. The
+    saved values come last among the forward's outputs, and first, under the same names, among the
+    backward's placeholders.
+    """
+    graph = module.graph
+    output = graph.output_node()
+    values = output.args[0]
+    assert isinstance(values, (tuple, list))
+    output.meta["desc"] = [PlainAOTOutput(i) for i in range(len(values))]
+    budget = 1.0
+    if recompute and not any(_must_save(node) for node in graph.nodes):
+        budget = 0.0
+    elif recompute:
+        # A recomputed random operator would draw again: save what it drew, recompute all the rest.
+        for node in graph.nodes:
+            if node.op == "call_function" and node.meta["partitioner_tag"] == "is_forward":
+                node.meta = dict(node.meta)
+                saved = _must_save(node)
+                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.MUST_RECOMPUTE
+    # Weights are alive anyway: save them rather than a view of them, which would hide that it is a weight.
+    primals = [node for node in graph.find_nodes(op="placeholder") if node.meta["partitioner_tag"] == "is_forward"]
+    weights = [i for i, node in enumerate(primals) if node.meta.get("is_parameter")]
+    with functorch_config.patch(activation_memory_budget=budget, recompute_views=True):
+        return min_cut_rematerialization_partition(
+            module, None, num_fwd_outputs=num_forward_outputs, static_lifetime_input_indices=weights
+        )
+
+
+def _must_save(node: fx.Node) -> bool:
+    """True for what cannot be computed again (draws), or must not be because it is dear (``meta["save"]``)."""
+    source = node.all_input_nodes[0] if node.target is operator.getitem else node
+    return is_random(source) or bool(node.meta.get("save"))
+
+
+def compile_graph(module: fx.GraphModule, fake_mode: FakeTensorMode, is_backward: bool) -> Compiled:
+    """Compile one partitioned graph with Inductor; the result takes a list of inputs, which it empties."""
+    output = module.graph.output_node()
+    values = output.args[0]
+    assert isinstance(values, (tuple, list))
+    # Regions are compiled apart, so every output must have exactly the strides it was traced with.
+    output.meta["user_visible_output_idxs"] = [i for i, v in enumerate(values) if isinstance(v, fx.Node)]
+    fakes = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
+    with inductor_config.patch(fallback_random=True), tracing(TracingContext(fake_mode)), fake_mode:
+        compiled: Compiled = compile_fx_inner(module, fakes, is_backward=is_backward)
+    return compiled
+
+
+def graph_module(root: nn.Module | dict[str, Any], graph: fx.Graph) -> fx.GraphModule:
+    """A module whose Python code is generated when it is called or shown: most graphs made while planning never are."""
+    return _LazyGraphModule(root, graph)
+
+
+def keeps_graph() -> bool:
+    """True inside a backward pass that was started with ``retain_graph=True``."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+@contextlib.contextmanager
+def fake_mode_of(values: Iterable[Any]) -> Iterator[None]:
+    """The fake mode of the first fake tensor among ``values``, if there is one.
+
+    Running an operator on fake values must not narrow down the sizes that the capture holds for, so
+    guards are suppressed.
+    """
+    mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+    with contextlib.ExitStack() as stack:
+        if mode is not None:
+            stack.enter_context(mode)
+        if mode is not None and mode.shape_env is not None:
+            stack.enter_context(mode.shape_env.suppress_guards())
+        yield
+
+
+def hint(size: int | torch.SymInt) -> int:
+    """A size as a plain number: a symbolic one stands for the value it was traced with."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def set_allocator(settings: str) -> None:
+    """Change settings of the running process's device allocator, written as in ``PYTORCH_ALLOC_CONF``."""
+    torch._C._accelerator_setAllocatorSettings(settings)
+
+
+def release_idle_pinned() -> None:
+    """Give the pinned host memory that nobody uses any more, and torch keeps, back to the system."""
+    torch._C._host_emptyCache()
