@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -105,8 +106,9 @@ class CompiledModule(nn.Module):
         own["_residency"] = Residency(model, device, HostMemory())
         for module in model.modules():
             module._buffers.update({n: b.to(device) for n, b in module._buffers.items() if b is not None})
-        # Two backends, so that neither ever runs what was captured for the other.
-        calls = {flag: trace(model, functools.partial(self._new_session, is_training=flag)) for flag in (True, False)}
+        # Two backends, so that neither ever runs what was captured for the other; the plain model keeps them alive.
+        ours = weakref.ref(self)
+        calls = {flag: trace(model, functools.partial(_new_session, ours, flag)) for flag in (True, False)}
 
         def call(*args: Any, **kwargs: Any) -> Any:
             with self._residency.presented():
@@ -273,6 +275,15 @@ class CompiledModule(nn.Module):
     def extra_repr(self) -> str:
         planned = f"{len(self._plan.chunks)} chunks" if self._plan is not None else "not planned yet"
         return f"budget={format_bytes(self._options.budget_bytes)}, {planned}"
+
+
+def _new_session(
+    module: weakref.ref[CompiledModule], is_training: bool, gm: fx.GraphModule, inputs: Sequence[Any]
+) -> Session:
+    """Dynamo's backend: a session of a module, which is alive while it is called."""
+    owner = module()
+    assert owner is not None
+    return owner._new_session(gm, inputs, is_training)
 
 
 def _compute_device(model: nn.Module, device: torch.device | str | None) -> torch.device:

@@ -8,6 +8,7 @@ function, and gives the gradients to the active slices.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Hashable, Sequence
 from typing import Any, Protocol
 
@@ -47,7 +48,7 @@ class Session:
     """Programs of one capture, run for whatever chunk is active."""
 
     def __init__(self, owner: Owner, capture: Capture, outline: Outline, backend: str, batch_nbytes: int = 0) -> None:
-        self.owner = owner
+        self._owner = weakref.ref(owner)
         self.capture = capture
         self.outline = outline
         self.backend = backend
@@ -66,6 +67,13 @@ class Session:
         ]
         self._constants = list(capture.constants.values())
         self.given = {"batch and constants": batch_nbytes + storages_nbytes(self._constants)}
+
+    @property
+    def owner(self) -> Owner:
+        """The compiled module, held weakly: Dynamo keeps sessions with the plain model, which may outlive it."""
+        owner = self._owner()
+        assert owner is not None, "a session is only called through its owner, and a pending backward holds it"
+        return owner
 
     def _first_guess(self) -> frozenset[str]:
         """Tangents expected in backward: the scalar outputs' (a loss) if there are any, else all."""
@@ -230,7 +238,7 @@ class _StepFunction(torch.autograd.Function):
         with explained():
             outputs, mutated, step = session.begin(arguments, session.expected)
         session._write_back(arguments, mutated)
-        ctx.session, ctx.step = session, step
+        ctx.session, ctx.step, ctx.owner = session, step, session.owner
         with_gradient = set(session.capture.tangents.values())
         ctx.mark_non_differentiable(
             *(o for i, o in enumerate(outputs) if isinstance(o, Tensor) and i not in with_gradient)

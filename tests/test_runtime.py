@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import weakref
 from typing import Any
@@ -54,6 +55,24 @@ def test_two_forwards_before_their_backwards() -> None:
     first.backward()
     _, other = dense_gradients(model, batch(2, 12, 0))
     assert_active_equals(compiled, {n: g + other[n] for n, g in dense.items()})
+
+
+def test_a_dropped_module_is_freed_once_its_backward_has_run() -> None:
+    """Though the plain model lives on, and torch keeps what was compiled for it."""
+    model, batch = tiny("llama", dtype=torch.float64)
+    _, dense = dense_gradients(model, batch(2, 12, 0))
+    compiled = chunkft_fx.compile(model, "64GB", chunks=3, backend="eager")
+    loss = loss_of(compiled(**batch(2, 12, 0)))
+    slices, module = compiled.active_slices(), weakref.ref(compiled)
+    del compiled
+    gc.collect()
+    loss.backward()
+    for s in slices:
+        assert s.grad is not None
+        torch.testing.assert_close(s.grad, dense[s.name].narrow(s.dim, s.start, s.length), rtol=1e-9, atol=1e-12)
+    del loss
+    gc.collect()
+    assert module() is None
 
 
 def test_one_loss_made_of_two_forwards() -> None:
