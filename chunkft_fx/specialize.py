@@ -88,7 +88,9 @@ class Variant:
         results: Any = self.forward.graph.output_node().args[0]
         values = [r.meta["val"] if isinstance(r, fx.Node) else None for r in results]
         # sizes can be symbols, which are not hashable
-        looks = tuple((str(v.shape), str(v.stride()), v.dtype) if isinstance(v, torch.Tensor) else None for v in values)
+        looks = tuple(
+            (str(v.shape), str(v.stride()), v.dtype, v.device) if isinstance(v, torch.Tensor) else None for v in values
+        )
         return self.template.index, self.backward is None, asked, self.sources, self.forward_starts, looks
 
 

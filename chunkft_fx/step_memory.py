@@ -64,12 +64,6 @@ def step_timeline(executable: Executable, backend: str = "eager", is_first: bool
     return tuple(replay.moments)
 
 
-def step_peak(executable: Executable, backend: str = "eager", is_first: bool = False) -> Terms:
-    """The terms of the largest moment of a step (`step_timeline`); the first such moment if there are several."""
-    moments = step_timeline(executable, backend, is_first)
-    return max(moments, key=lambda m: m.nbytes).terms if moments else {}
-
-
 def storages_nbytes(tensors: Iterable[Any], besides: Iterable[Tensor] = ()) -> int:
     """Bytes of the storages under real tensors, each once, without those under ``besides``: a batch beside a model."""
     known = {t.untyped_storage().data_ptr() for t in besides}
