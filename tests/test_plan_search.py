@@ -128,7 +128,8 @@ def cost(search: Search, choice: Choice) -> float:
 @pytest.fixture(autouse=True)
 def few_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_search, "COUNTS", (1, 2, 3, 4, 6))
-    monkeypatch.setattr(plan_search, "MOST_CHUNKS", 7)  # all of which are looked at
+    monkeypatch.setattr(plan_search, "MOST_CHUNKS", 9)
+    monkeypatch.setattr(plan_search, "LOOKED_AT", 8)  # all of them, as brute force does
 
 
 @settings(max_examples=40, deadline=None)
