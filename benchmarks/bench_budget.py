@@ -6,7 +6,8 @@
 A case is ``shape,batch,sequence,budget``. Each runs in a process of its own: the model is made in host memory
 (``--on-device``: on the GPU, for a model that only fits there), compiled and trained for two steps on each of `SPOTS`
 chunks spread over the sweep, the first and the last among them; then again, for the mean time of the second ones, each
-waited for. ``reserved`` is ``torch.cuda.max_memory_reserved()`` over the life of the process.
+waited for. ``reserved`` is ``torch.cuda.max_memory_reserved()`` over the life of the process. Cases run beside each
+other (``--jobs``) while their budgets fit the device.
 """
 
 from __future__ import annotations
@@ -16,19 +17,24 @@ import json
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Condition
 from typing import Any
 
 import torch
 
 import chunkft_fx
 from benchmarks.shapes import batches, build
+from chunkft_fx.budget import parse_bytes
 from chunkft_fx.rates import rates
 
 GIB = 2**30
 SPOTS = 4
+CONTEXT = GIB  # what a process takes of the device beside its allocator
 CASES = (
     "llama2-7b,8,1024,45GiB",
     "llama2-7b,1,1024,6GiB",
@@ -117,10 +123,33 @@ def run(case: str, chunks: int | str, states: str, built_on: str) -> Result:
     return result
 
 
-def apart(case: str, args: argparse.Namespace) -> Result:
+class Room:
+    """Device memory that cases beside each other share: each waits until its budget and `CONTEXT` bytes are free."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.total = self.free = nbytes
+        self.changed = Condition()
+
+    @contextmanager
+    def taken(self, case: str) -> Iterator[None]:
+        """Hold what a case needs; one that never fits runs alone, and says itself what it lacks."""
+        nbytes = min(parse_bytes(case.split(",")[-1]) + CONTEXT, self.total)
+        with self.changed:
+            self.changed.wait_for(lambda: nbytes <= self.free)
+            self.free -= nbytes
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.free += nbytes
+                self.changed.notify_all()
+
+
+def apart(case: str, args: argparse.Namespace, room: Room) -> Result:
     """Run a case in a process of its own and read its result from the last line that it prints."""
     asked = ["--case", case, "--chunks", args.chunks, "--states", args.states]
-    done = subprocess.run([sys.executable, "-m", "benchmarks.bench_budget", *asked], capture_output=True, text=True)
+    with room.taken(case):
+        done = subprocess.run([sys.executable, "-m", "benchmarks.bench_budget", *asked], capture_output=True, text=True)
     if done.returncode:
         return Result(case, error="\n".join(done.stderr.strip().splitlines()[-12:]))
     return Result(**json.loads(done.stdout.strip().splitlines()[-1]))
@@ -128,17 +157,17 @@ def apart(case: str, args: argparse.Namespace) -> Result:
 
 def table(results: list[Result]) -> str:
     titles = "case|budget|predicted|allocated|error|reserved|chunks|recompute|offload|streamed|predicted step|step"
-    lines = [f"| {titles.replace('|', ' | ')} |", "| --- " * 12 + "|"]
-    for r in results:
-        if r.error:
-            lines.append(f"| {r.case} | failed: {r.error.splitlines()[-1]} |")
-            continue
-        sizes = [f"{n / GIB:.2f}" for n in (r.budget, r.predicted, r.allocated)]
-        error = f"{100 * (r.predicted / r.allocated - 1):+.1f}%"
-        choices = [str(n) for n in (r.chunks, r.recomputing, r.offloading, r.streamed)]
-        times = [f"{ms:.0f} ms" for ms in (r.predicted_ms, r.step_ms)]
-        lines.append(f"| {' | '.join([r.case, *sizes, error, f'{r.reserved / GIB:.2f}', *choices, *times])} |")
-    return "\n".join(lines)
+    return "\n".join([f"| {titles.replace('|', ' | ')} |", "| --- " * 12 + "|", *map(row, results)])
+
+
+def row(r: Result) -> str:
+    if r.error:
+        return f"| {r.case} | failed: {r.error.splitlines()[-1]} |"
+    sizes = [f"{n / GIB:.2f}" for n in (r.budget, r.predicted, r.allocated)]
+    error = f"{100 * (r.predicted / r.allocated - 1):+.1f}%"
+    choices = [str(n) for n in (r.chunks, r.recomputing, r.offloading, r.streamed)]
+    times = [f"{ms:.0f} ms" for ms in (r.predicted_ms, r.step_ms)]
+    return f"| {' | '.join([r.case, *sizes, error, f'{r.reserved / GIB:.2f}', *choices, *times])} |"
 
 
 def main() -> None:
@@ -159,14 +188,15 @@ def main() -> None:
         print(table([result]), json.dumps(asdict(result)), sep="\n")
         return
     rates(torch.device("cuda"))  # once, undisturbed; the cases read it from its cache
+    results: list[Result] = []
+    room = Room(torch.cuda.mem_get_info()[0])
     with ThreadPoolExecutor(args.jobs) as pool:
-        results = []
-        for result in pool.map(lambda case: apart(case, args), cases):
-            results.append(result)
-            print(result.error or result, flush=True)
-    print(table(results))
-    if args.out is not None:
-        args.out.write_text(json.dumps([asdict(r) for r in results], indent=1))
+        for done in as_completed(pool.submit(apart, case, args, room) for case in cases):
+            results.append(done.result())
+            print(results[-1].error, row(results[-1]), sep="\n", flush=True)
+            if args.out is not None:
+                args.out.write_text(json.dumps([asdict(r) for r in results], indent=1))
+    print(torch.cuda.get_device_name(), table(sorted(results, key=lambda r: cases.index(r.case))), sep="\n")
 
 
 if __name__ == "__main__":
