@@ -29,6 +29,7 @@ from chunkft_fx.session import Session
 from chunkft_fx.slices import ActiveSlice, ChunkSchedule, zero_gradients
 from chunkft_fx.specialize import Variant
 from chunkft_fx.step_memory import Moment, step_timeline, storages_nbytes
+from chunkft_fx.streaming import Stage
 from chunkft_fx.torch_internals import is_torch_compiled
 
 BACKENDS = ("inductor", "eager")
@@ -201,6 +202,10 @@ class CompiledModule(nn.Module):
             self.__dict__["_slices"] = None
         return changed
 
+    def expect(self, stage: Stage) -> None:
+        """Let the programs of later steps say when what a stage announces may come in."""
+        self._residency.stage = weakref.ref(stage)
+
     def resume(self, position: Mapping[str, Any]) -> None:
         """Continue at a schedule position saved by ``schedule.state_dict()``; without a plan, as soon as there is one.
 
@@ -262,8 +267,10 @@ class CompiledModule(nn.Module):
         if captured.tangents:
             shapes = [list(t.shape) for t in inputs if isinstance(t, torch.Tensor) and id(t) not in names]
             batch = f"a batch with inputs of shapes {shapes[:4]}"
-            plan = plan_for_batch(self._model, self._options, self._plan, Predictor(session), batch)
+            predictor = Predictor(session)
+            plan = plan_for_batch(self._model, self._options, self._plan, predictor, batch)
             session.save_from, session.offload_below = plan.save_from, plan.offload_below
+            session.times = predictor.known_times
             avoid_fragmentation(self._residency.device)
             self._residency.settle(plan.streamed, plan.depth)
             limit(self._residency.device, self._options.budget_bytes)

@@ -23,12 +23,16 @@ Slots = dict[int, Any]
 
 @dataclass(frozen=True)
 class StreamNode:
-    """A stream node; ``number`` is a buffer of the ring, or for saved values tells their copies apart."""
+    """A stream node; ``number`` is a buffer of the ring, or for saved values tells their copies apart.
+
+    ``share`` is that of ``admit``, whose ``number`` means nothing.
+    """
 
     target: Any
     number: int
     is_backward: bool
     is_saved: bool = False
+    share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,8 @@ def assemble(program: Program, num_inputs: int) -> Executable:
             continue
         taken: list[Any] = [(u.args[1], slot(u)) for u in node.users if u.target is operator.getitem]
         arguments: Any = node.args if node.op == "call_module" else node.args[0]
+        if node.target is ops.admit:
+            arguments = ()
         callee = _region_call(program, node) if node.op == "call_module" else _stream_node(node, numbers)
         raw.append((callee, tuple(slot(a) for a in arguments), tuple(taken)))
     keep = {slot(n) for n in (*outputs, *mutations, *gradients) if isinstance(n, fx.Node)}
@@ -137,6 +143,9 @@ def _region_call(program: Program, node: fx.Node) -> RegionCall:
 
 def _stream_node(node: fx.Node, numbers: dict[fx.Node, int]) -> StreamNode:
     """Describe a stream node; ``numbers`` collects the offloads and fetches of saved values, in order."""
+    if node.target is ops.admit:
+        share: Any = node.args[0]
+        return StreamNode(node.target, 0, node.meta["part"] == "backward", share=share)
     begins: fx.Node = node
     if node.target in (ops.wait, ops.release):
         value = node.all_input_nodes[0]

@@ -9,7 +9,8 @@ Programs: the stream nodes. ``fetch(host, device, buffer) -> copies`` begins to 
 the device; ``wait(copies)`` stands before their first use, ``release(copies)`` behind their last: then the buffer
 can be filled again. With ``buffer = FRESH`` the copies are tensors of their own, which die with their last use and
 are not released. ``offload(device_values) -> host`` begins to copy values to host memory; ``release(device_values)``
-ends that, and their own memory can be used again.
+ends that, and their own memory can be used again. ``admit(share)`` lets this share of the active chunk's optimizer
+states begin to come in, for the update behind the program.
 As operators they are plain synchronous copies, so that a program means the same wherever it runs; the run time
 lowers them to copy streams, a ring of buffers (`streams`) and reused host memory (`saved_copies`).
 """
@@ -56,8 +57,8 @@ def _offload_meta(device_values: list[Tensor]) -> list[Tensor]:
     return [torch.empty_like(t, device="cpu") for t in device_values]
 
 
-def _nothing(copies: list[Tensor]) -> None:
-    """Order only: the annotation says that the copies are written, so that no use moves across."""
+def _nothing(_: list[Tensor] | float) -> None:
+    """Order only: where there are copies, the annotation says that they are written, so that no use moves across."""
 
 
 _LIBRARY.define("fetch(Tensor[] host, Device device, int buffer) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
@@ -67,18 +68,22 @@ _LIBRARY.define("offload(Tensor[] device_values) -> Tensor[]", tags=(torch.Tag.p
 _LIBRARY.impl("fetch", _fetch, "CompositeExplicitAutograd")
 _LIBRARY.impl("wait", _nothing, "CompositeExplicitAutograd")
 _LIBRARY.impl("release", _nothing, "CompositeExplicitAutograd")
+_LIBRARY.define("admit(float share) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.impl("admit", _nothing, "CompositeExplicitAutograd")
 _LIBRARY.impl("offload", _offload, "CompositeExplicitAutograd")
 torch.library.register_fake("chunkft_fx::fetch", _fetch_meta, lib=_LIBRARY)
 torch.library.register_fake("chunkft_fx::wait", _nothing, lib=_LIBRARY)
 torch.library.register_fake("chunkft_fx::release", _nothing, lib=_LIBRARY)
 torch.library.register_fake("chunkft_fx::offload", _offload_meta, lib=_LIBRARY)
+torch.library.register_fake("chunkft_fx::admit", _nothing, lib=_LIBRARY)
 
 fetch = torch.ops.chunkft_fx.fetch.default
 wait = torch.ops.chunkft_fx.wait.default
 release = torch.ops.chunkft_fx.release.default
 offload = torch.ops.chunkft_fx.offload.default
+admit = torch.ops.chunkft_fx.admit.default
 
 # Stands for the number of a ring buffer in a fetch whose copies get memory of their own.
 FRESH = -1
 # All stream nodes: the first three in the order in which one buffer of the ring sees them.
-STREAM_NODES = (fetch, wait, release, offload)
+STREAM_NODES = (fetch, wait, release, offload, admit)

@@ -141,7 +141,7 @@ class AdamW(Optimizer):
             self.state[s.parameter]["slice_steps"] = counted(self._counts(s), s.start, s.length)
         written = self._after_host_weights(graded)
         if self._model.advance():
-            self._fetch(self._model.active_slices())
+            self._fetch(self._model.active_slices(), at_once=False)
         if written is not None:
             written.synchronize()
         return loss
@@ -216,8 +216,11 @@ class AdamW(Optimizer):
     def _counts(self, s: ActiveSlice) -> Counts:
         return cast(Counts, self.state[s.parameter]["slice_steps"])
 
-    def _fetch(self, active: Sequence[ActiveSlice]) -> None:
-        """Begin to bring the states of these slices to where the model runs, unless they are there."""
+    def _fetch(self, active: Sequence[ActiveSlice], at_once: bool = True) -> None:
+        """Begin to bring the states of these slices to where the model runs, unless they are there.
+
+        If not ``at_once``, they come as the programs of the next step let them.
+        """
         device = self._model.compute_device
         slices = [s.slice for s in active]
         if slices == self._staged and device == self._stage.device:
@@ -227,9 +230,14 @@ class AdamW(Optimizer):
         if device != self._stage.device:
             self._stage.synchronize()
             self._stage = self._make_stage(device)
+            self._model.expect(self._stage)
         if self._resets:
             self.state.clear()
-        self._stage.fetch([host for s in active for host in self._host(s)])
+        host = [t for s in active for t in self._host(s)]
+        if at_once:
+            self._stage.fetch(host)
+        else:
+            self._stage.announce(host)
         self._staged = slices
 
     def _idle_stage(self) -> Stage:

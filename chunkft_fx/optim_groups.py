@@ -13,6 +13,7 @@ from chunkft_fx.errors import NoTrainableParameters, OptimizerMismatch, OptionEr
 from chunkft_fx.optim_state import master_dtype
 from chunkft_fx.plan import Plan
 from chunkft_fx.slices import ActiveSlice, ChunkSchedule
+from chunkft_fx.streaming import Stage
 
 
 class ChunkedModule(Protocol):
@@ -32,6 +33,8 @@ class ChunkedModule(Protocol):
     def active_slices(self) -> tuple[ActiveSlice, ...]: ...
 
     def advance(self) -> bool: ...
+
+    def expect(self, stage: Stage) -> None: ...
 
     def resume(self, position: Mapping[str, Any]) -> None: ...
 

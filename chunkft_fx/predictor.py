@@ -34,7 +34,7 @@ class Predictor:
         self._session, self._known = session, known
         self._known_steps: dict[Hashable, Executable] = {}
         self._peaks: dict[tuple[Chunk, Saving], Moment] = {}
-        self._times: StepTimes | None = None
+        self.known_times: StepTimes | None = None  # once they were asked for
         self._nodes = {node.name: node for node in session.capture.graph.nodes}
         self._sizes = {name: p.numel() for name, p in session.owner.residency.parameters.items()}
         self._regions = session.uses()
@@ -60,9 +60,9 @@ class Predictor:
         device = self._session.owner.residency.device
         if self._known is None and device.type != "cuda":
             return None
-        if self._times is None:
-            self._times = self._predicted(deepest, self._known or rates(device))
-        return self._times
+        if self.known_times is None:
+            self.known_times = self._predicted(deepest, self._known or rates(device))
+        return self.known_times
 
     def work(self, chunk: Chunk, times: StepTimes, states_nbytes: int) -> Work:
         """What a chunk, with so many bytes of states on the device, adds to a step."""

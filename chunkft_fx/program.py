@@ -21,6 +21,7 @@ from chunkft_fx.outline import Outline, Region
 from chunkft_fx.passes.insert_streams import InsertStreams
 from chunkft_fx.passes.offload_saved import OffloadSaved
 from chunkft_fx.passes.schedule_prefetch import SchedulePrefetch
+from chunkft_fx.passes.schedule_states import ScheduleStates
 from chunkft_fx.plan import Slice
 from chunkft_fx.region import OutputDemand, SliceDemand
 from chunkft_fx.specialize import Demand, Source, Specializer, Variant
@@ -73,7 +74,8 @@ class ProgramSpec:
     tangents that will not be provided; ``inputs`` the non-parameter primals whose gradient is wanted;
     regions below ``save_from`` recompute their activations; ``streams`` says which weights are fetched, and the device.
     Regions below ``offload_below`` keep for backward in host memory what `passes.offload_saved` lets go: with
-    ``offload_below <= save_from`` mostly their inputs. Without ``streams`` nothing is offloaded.
+    ``offload_below <= save_from`` mostly their inputs. Without ``streams`` nothing is offloaded, and states are not
+    let in by the program, as ``states`` would have it.
     """
 
     slices: Mapping[str, Slice]
@@ -82,6 +84,7 @@ class ProgramSpec:
     save_from: int = 0
     streams: InsertStreams | None = None
     offload_below: int = 0
+    states: ScheduleStates | None = None
 
 
 def choose_variants(capture: Capture, outline: Outline, specializer: Specializer, spec: ProgramSpec) -> list[Variant]:
@@ -94,15 +97,19 @@ def build(capture: Capture, outline: Outline, spec: ProgramSpec, variants: list[
     """Write the calls of these variants, as `choose_variants` gives them, down as one graph."""
     program = _write(capture, outline, spec, variants)
     if spec.streams is not None:
-        _stream(program.module, spec.streams, spec.offload_below)
+        _stream(program.module, spec.streams, spec.offload_below, spec.states)
     return program
 
 
-def _stream(module: fx.GraphModule, streams: InsertStreams, offload_below: int) -> None:
+def _stream(module: fx.GraphModule, streams: InsertStreams, offload_below: int, states: ScheduleStates | None) -> None:
     """Give a program its stream nodes, and prove that they are right."""
-    if not OffloadSaved(offload_below, streams.device)(module) + streams(module):
+    added = OffloadSaved(offload_below, streams.device)(module) + streams(module)
+    if added:
+        SchedulePrefetch()(module)
+    if states is not None:
+        added += states(module)
+    if not added:
         return
-    SchedulePrefetch()(module)
     verify_streams(module, streams.streamed, streams.depth)
     module.recompile()
 

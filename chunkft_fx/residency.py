@@ -9,6 +9,7 @@ mistake. The session takes the weight's real tensor from here.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from chunkft_fx.host_memory import HostMemory
 from chunkft_fx.saved_copies import make_saved_copies
+from chunkft_fx.streaming import Stage
 from chunkft_fx.streams import Ring, make_ring, ring_buffer_nbytes
 
 
@@ -28,6 +30,7 @@ class Residency:
         self.streamed: frozenset[str] = frozenset()
         self.depth = 2
         self.saved = make_saved_copies(device, memory)
+        self.stage: weakref.ref[Stage] | None = None  # the optimizer's, which owns it
         self._memory = memory
         self._ring: Ring | None = None
         self._real: dict[str, Tensor] = {}

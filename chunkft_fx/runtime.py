@@ -20,17 +20,19 @@ from chunkft_fx.lowering import lower
 from chunkft_fx.program import RegionCall
 from chunkft_fx.saved_copies import SavedCopies
 from chunkft_fx.slices import ActiveSlice
+from chunkft_fx.streaming import Stage
 from chunkft_fx.streams import Ring
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What instructions run on: how regions are lowered, and what carries streamed weights and saved values."""
+    """What instructions run on: how regions are lowered, and what carries streamed weights, saved values and states."""
 
     backend: str
     fake_mode: Any
     ring: Ring | None = None
     saved: SavedCopies | None = None
+    stage: Stage | None = None
 
     def run(self, instruction: Instruction, arguments: list[Any]) -> Sequence[Any]:
         """Run one instruction; a region call may empty its arguments."""
@@ -39,6 +41,10 @@ class Machine:
             return lower(call.variant, self.backend, self.fake_mode, call.is_backward)(arguments)
         if call.is_saved:
             return self._carry(call, arguments)
+        if call.target is ops.admit:
+            if self.stage is not None:
+                self.stage.admit(call.share, () if self.ring is None else self.ring.streams())
+            return ()
         assert self.ring is not None
         if call.target is ops.fetch:
             return self.ring.fetch(arguments, call.number)

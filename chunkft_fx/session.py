@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -17,17 +18,19 @@ from torch import Tensor
 
 from chunkft_fx.capture import Capture, OutputName
 from chunkft_fx.executable import Executable, assemble, exchanged
+from chunkft_fx.fixed_memory import state_nbytes
 from chunkft_fx.kernel_choice import chooser
 from chunkft_fx.memory_limit import explained
 from chunkft_fx.outline import Outline
 from chunkft_fx.passes.insert_streams import InsertStreams
-from chunkft_fx.plan import Chunk
+from chunkft_fx.passes.schedule_states import ScheduleStates
+from chunkft_fx.plan import Chunk, Slice
 from chunkft_fx.program import ProgramSpec, build, choose_variants
 from chunkft_fx.residency import Residency
 from chunkft_fx.runtime import Machine, Step, run_backward, run_forward
 from chunkft_fx.slices import ActiveSlice
 from chunkft_fx.specialize import Specializer, Variant
-from chunkft_fx.step_cost import Saving
+from chunkft_fx.step_cost import Saving, StepTimes
 from chunkft_fx.step_memory import storages_nbytes
 from chunkft_fx.torch_internals import hint, version
 
@@ -57,6 +60,7 @@ class Session:
         self.last: Executable | None = None
         self.save_from: tuple[int, ...] = ()
         self.offload_below: tuple[int, ...] = ()
+        self.times: StepTimes | None = None  # what regions take, where that is known
         self.expected = self._first_guess()
         self._anchor = torch.zeros((), requires_grad=True)
         self._inputs = tuple(
@@ -117,8 +121,16 @@ class Session:
     def _assembled(
         self, slices: tuple[Any, ...], absent: frozenset[str], saving: Saving, streams: InsertStreams
     ) -> Executable:
-        spec = self._spec(slices, absent, saving, streams)
+        spec = replace(self._spec(slices, absent, saving, streams), states=self._paced(slices, saving))
         return self._written(spec, choose_variants(self.capture, self.outline, self.specializer, spec))
+
+    def _paced(self, slices: Sequence[Slice], saving: Saving) -> ScheduleStates | None:
+        if self.times is None:
+            return None
+        parameters = self.owner.residency.parameters
+        named = [(parameters[s.name], s) for s in slices]
+        nbytes = sum(p.numel() // s.size * s.length * state_nbytes(p.dtype) for p, s in named)
+        return ScheduleStates(self.times, saving.save_from, nbytes)
 
     def _spec(
         self, slices: tuple[Any, ...], absent: frozenset[str], saving: Saving, streams: InsertStreams
@@ -136,7 +148,8 @@ class Session:
 
     def _machine(self) -> Machine:
         residency = self.owner.residency
-        return Machine(self.backend, self.capture.fake_mode, residency.ring(self.uses()), residency.saved)
+        stage = None if residency.stage is None else residency.stage()
+        return Machine(self.backend, self.capture.fake_mode, residency.ring(self.uses()), residency.saved, stage)
 
     def uses(self) -> list[frozenset[str]]:
         """For each region the names of the parameters that it reads."""

@@ -34,6 +34,7 @@ class _State:
     going: dict[fx.Node, fx.Node] = field(default_factory=dict)  # offloaded values, with their offload
     gone: set[fx.Node] = field(default_factory=set)  # offloaded values that were released
     fetched: set[fx.Node] = field(default_factory=set)  # host copies
+    admitted: float = 0.0  # the share of the optimizer states that may have come in
 
 
 def verify_streams(module: fx.GraphModule, streamed: frozenset[str], depth: int) -> None:
@@ -46,6 +47,7 @@ def verify_streams(module: fx.GraphModule, streamed: frozenset[str], depth: int)
     Saved values: an offload takes results of forward calls, each once; each is released in forward, behind its offload,
     and not used after that; a fetch of them belongs to backward, comes after that release, which is where the host copy
     is complete, and brings each value at most once. Nothing else reads a host copy.
+    States: shares that are admitted rise, to 1 at most.
     """
     state = _State(depth)
     for node in module.graph.nodes:
@@ -61,6 +63,8 @@ def verify_streams(module: fx.GraphModule, streamed: frozenset[str], depth: int)
             _release(node, state)
         elif node.target is ops.release:
             _let_go(node, state)
+        elif node.target is ops.admit:
+            _admit(node, state)
         elif node.target is operator.getitem:
             _item(node, state)
         elif node.op != "placeholder":
@@ -152,6 +156,13 @@ def _release(node: fx.Node, state: _State) -> None:
         raise _broken(node, f"releases {fetch.name}, which is not ready")
     state.released.add(fetch)
     state.occupied = {buffer: f for buffer, f in state.occupied.items() if f is not fetch}
+
+
+def _admit(node: fx.Node, state: _State) -> None:
+    share: Any = node.args[0]
+    if not state.admitted < share <= 1.0:
+        raise _broken(node, f"admits the share {share} of the states after {state.admitted}")
+    state.admitted = share
 
 
 def _item(node: fx.Node, state: _State) -> None:

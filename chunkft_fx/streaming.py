@@ -4,7 +4,8 @@ Host tensors keep the cut dimension in front, so that every slice of them is one
 the states of the active slices where the model runs. On the CPU host memory is that place: nothing is copied and
 updates happen in place. On CUDA the states of one chunk go out on one copy stream while those of the next come in
 on another, both hidden behind the next forward and backward. There is device memory for one chunk only: what comes
-in follows what goes out, 64 MiB behind it. A stage of its own memory serves states that no host memory keeps.
+in follows what goes out, 64 MiB behind it, and where a program fetches weights too, as its ``admit`` nodes let it
+(`passes.schedule_states`). A stage of its own memory serves states that no host memory keeps.
 """
 
 from __future__ import annotations
@@ -31,7 +32,15 @@ class Stage:
 
     def fetch(self, host: Sequence[Tensor]) -> None:
         """Begin to bring these contiguous host tensors in, in place of those staged before, which are forgotten."""
+        self.announce(host)
+        self.admit(1.0)
+
+    def announce(self, host: Sequence[Tensor]) -> None:
+        """A fetch whose copies begin as ``admit`` lets them, at the latest when ``tensors`` is called."""
         self._host = list(host)
+
+    def admit(self, share: float, after: Sequence[torch.cuda.Stream] = ()) -> None:
+        """Let so much of what was announced begin to come in, behind the work on the current and these streams."""
 
     def tensors(self) -> list[Tensor]:
         """The staged tensors, in the order of ``fetch``, ready for work on the current stream."""
@@ -50,7 +59,7 @@ class Stage:
 class FreshStage(Stage):
     """Device memory for states that start at zero whenever they are fetched, and go nowhere.
 
-    ``fetch`` reads only shapes and dtypes. ``capacity`` is as for `CudaStage`.
+    Of what is announced only shapes and dtypes are read. ``capacity`` is as for `CudaStage`.
     """
 
     def __init__(self, device: torch.device, capacity: int) -> None:
@@ -58,7 +67,7 @@ class FreshStage(Stage):
         self._arena = torch.empty(capacity, dtype=torch.uint8, device=device)
         self._staged: list[Tensor] = []
 
-    def fetch(self, host: Sequence[Tensor]) -> None:
+    def announce(self, host: Sequence[Tensor]) -> None:
         places, nbytes = _places(host)
         self._staged = []
         if self._arena.numel() < nbytes:
@@ -103,20 +112,30 @@ class CudaStage(Stage):
         self._arena = torch.empty(0, dtype=torch.uint8, device=device)
         self._staged: list[Tensor] = []
         self._batches: list[_Batch] = []  # of what is staged
+        self._admitted = 0  # batches
         self._written: list[_Batch] = []  # of the latest write-back, with the event after each
         self._events: list[torch.cuda.Event] = []
 
-    def fetch(self, host: Sequence[Tensor]) -> None:
+    def announce(self, host: Sequence[Tensor]) -> None:
         places, nbytes = _places(host)
         self._capacity = max(self._capacity, nbytes)
         self._grow()
         self._host = list(host)
         self._staged = _carve(self._arena, host, places)
         self._batches = _batches(self._arena, host, places)
-        self._incoming.wait_stream(torch.cuda.current_stream(self.device))  # it may still use what was staged
+        self._admitted = 0
+
+    def admit(self, share: float, after: Sequence[torch.cuda.Stream] = ()) -> None:
+        batches = self._batches[self._admitted : int(share * len(self._batches))]
+        if not batches:
+            return
+        self._admitted += len(batches)
+        # the current stream may still use what was staged
+        for stream in (torch.cuda.current_stream(self.device), *after):
+            self._incoming.wait_stream(stream)
         awaited = -1
         with torch.cuda.stream(self._incoming):
-            for batch in self._batches:
+            for batch in batches:
                 last = _last_conflict(self._written, batch)
                 if last > awaited:
                     self._incoming.wait_event(self._events[last])
@@ -125,6 +144,7 @@ class CudaStage(Stage):
                     copy.staged.copy_(copy.host, non_blocking=True)
 
     def tensors(self) -> list[Tensor]:
+        self.admit(1.0)
         compute = torch.cuda.current_stream(self.device)
         compute.wait_stream(self._incoming)
         self._arena.record_stream(compute)

@@ -62,6 +62,10 @@ class Ring:
     def synchronize(self) -> None:
         """Wait until no copy reads host memory."""
 
+    def streams(self) -> list[torch.cuda.Stream]:
+        """The streams that fetches run on."""
+        return []
+
     def _copy(self, host: Sequence[Tensor], copies: Sequence[Tensor], buffer: int) -> None:
         for source, copy in zip(host, copies, strict=True):
             copy.copy_(source)
@@ -80,6 +84,9 @@ class CudaRing(Ring):
 
     def synchronize(self) -> None:
         self._copies.synchronize()
+
+    def streams(self) -> list[torch.cuda.Stream]:
+        return [self._copies]
 
     def _copy(self, host: Sequence[Tensor], copies: Sequence[Tensor], buffer: int) -> None:
         self._copies.wait_stream(torch.cuda.current_stream(self.device))

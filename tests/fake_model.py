@@ -12,6 +12,7 @@ from chunkft_fx.cuts import ParameterSpec, cut
 from chunkft_fx.errors import NotPlanned
 from chunkft_fx.plan import Plan
 from chunkft_fx.slices import ActiveSlice, ChunkSchedule
+from chunkft_fx.streaming import Stage
 
 
 class Net(nn.Module):
@@ -77,6 +78,9 @@ class FakeModule(nn.Module):
         if changed:
             self._slices = ()
         return changed
+
+    def expect(self, stage: Stage) -> None:
+        """Nothing here lets states in: they come when the update asks for them."""
 
     def resume(self, position: Mapping[str, Any]) -> None:
         self.schedule.load_state_dict(position)

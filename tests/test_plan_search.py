@@ -16,7 +16,7 @@ from chunkft_fx import plan_search
 from chunkft_fx.chunk_path import cheapest_chunks
 from chunkft_fx.cuts import ParameterSpec, Stream, cut
 from chunkft_fx.errors import BudgetInfeasible
-from chunkft_fx.fixed_memory import chunk_terms, streamed_choice, weight_terms
+from chunkft_fx.fixed_memory import chunk_terms, streamed_choice, streamed_regions, weight_terms
 from chunkft_fx.plan import Chunk, Plan
 from chunkft_fx.plan_choice import Choice, Fit
 from chunkft_fx.plan_search import DEPTHS, Search
@@ -120,7 +120,7 @@ def everything(search: Search) -> list[Choice]:
 
 def cost(search: Search, choice: Choice) -> float:
     assert search.times is not None
-    away = frozenset(i * search.regions // choice.streamed for i in range(choice.streamed))
+    away = frozenset(streamed_regions(search.regions, choice.streamed))
     bare = bare_steps(search.times, choice.saving, away, choice.depth)
     return sweep_cost(np.array([step_us(bare, search._work(c, search.times)) for c in choice.chunks]))
 

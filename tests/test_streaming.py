@@ -179,7 +179,11 @@ def exchange(seed: int, machine: Machine | None) -> Tensor:
     if machine is not None:
         machine.chance = random.Random(seed) if seed % 3 else None
     for step in range(25):
-        stage.fetch(random_parts(memory, rng.choice(ways), rng))
+        stage.announce(random_parts(memory, rng.choice(ways), rng))
+        for share in sorted(rng.random() for _ in range(rng.randint(0, 4))):
+            stage.admit(share)
+        if rng.random() < 0.2:
+            continue  # another chunk is activated before the update
         for _ in range(rng.randint(0, 2)):
             for i, t in enumerate(sorted(stage.tensors(), key=lambda t: t.numel())):
                 t.mul_(0.5).add_(step + i % 2)
@@ -232,6 +236,22 @@ def test_the_next_chunk_comes_in_while_the_last_one_goes_out(machine: Machine, m
     for i in range(10):  # the i-th batch in needs i batches out, no more
         machine.finish(copies[10 + i])
         assert int(memory[0].count_nonzero()) == (i + 1) * 1024
+
+
+def test_what_was_announced_comes_in_as_it_is_admitted(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "BATCH_NBYTES", 4096)
+    stage = CudaStage(CPU, 0)
+    fetches = Stream(machine)
+    incoming: Any = stage._incoming
+    stage.announce([torch.arange(10 * 1024.0)])
+    begun = []
+    for share in (0.0, 0.3, 0.25, 0.99, 1.0):
+        stage.admit(share, [fetches])
+        begun.append(len([w for w in machine.work if w.action is not None]))
+    assert begun == [0, 3, 3, 9, 10]
+    assert [stream for stream, _ in incoming.waits] == [torch.cuda.current_stream(CPU), fetches] * 3
+    stage.announce([torch.arange(10 * 1024.0)])
+    assert torch.equal(stage.tensors()[0], torch.arange(10 * 1024.0))
 
 
 def test_neighbours_in_host_memory_move_in_one_copy(machine: Machine) -> None:
