@@ -7,15 +7,17 @@ A case is ``shape,batch,sequence,budget``. Each runs in a process of its own: th
 (``--on-device``: on the GPU, for a model that only fits there), compiled and trained for two steps on each of `SPOTS`
 chunks spread over the sweep, the first and the last among them; then again, for the mean time of the second ones, each
 waited for. ``reserved`` is ``torch.cuda.max_memory_reserved()`` over the life of the process. Cases run beside each
-other (``--jobs``) while their budgets fit the device.
+other (``--jobs``) while their budgets fit the device; while one is timed, no other runs a step.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -34,6 +36,7 @@ from chunkft_fx.rates import rates
 
 GIB = 2**30
 SPOTS = 4
+LOCK = Path(tempfile.gettempdir()) / "chunkft_fx-bench_budget.lock"
 CONTEXT = GIB  # what a process takes of the device beside its allocator
 CASES = (
     "llama2-7b,8,1024,45GiB",
@@ -88,6 +91,10 @@ def run(case: str, chunks: int | str, states: str, built_on: str) -> Result:
     result, peaks, losses = Result(case), [], []
 
     def step() -> float:
+        with others(fcntl.LOCK_SH):
+            return timed()
+
+    def timed() -> float:
         begin = time.perf_counter()
         loss = compiled(input_ids=ids, labels=ids).loss
         loss.backward()
@@ -110,9 +117,10 @@ def run(case: str, chunks: int | str, states: str, built_on: str) -> Result:
             result.reserved = max(result.reserved, torch.cuda.max_memory_reserved())
             peaks.append((k, torch.cuda.max_memory_allocated()))
     seconds = []
-    for k in spots:  # again, now that their states are there: the second step's came while the first ran
-        compiled.activate(k)
-        seconds += [step() for _ in range(2)][1:]
+    with others(fcntl.LOCK_EX):
+        for k in spots:  # again, now that their states are there: the second step's came while the first ran
+            compiled.activate(k)
+            seconds += [timed() for _ in range(2)][1:]
     result.reserved = max(result.reserved, torch.cuda.max_memory_reserved())
     result.budget, result.predicted = plan.budget_bytes, plan.predicted_peak_bytes or 0
     result.allocated = max(nbytes for _, nbytes in peaks)
@@ -121,6 +129,14 @@ def run(case: str, chunks: int | str, states: str, built_on: str) -> Result:
     result.step_ms, result.losses = sum(seconds) / len(seconds) * 1e3, tuple(losses)
     result.terms, result.steps = plan.terms, tuple(peaks)
     return result
+
+
+@contextmanager
+def others(how: int) -> Iterator[None]:
+    """Share the GPU with the steps of other cases (``LOCK_SH``), or have it alone (``LOCK_EX``)."""
+    with LOCK.open("w") as file:
+        fcntl.flock(file, how)
+        yield
 
 
 class Room:

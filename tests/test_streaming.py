@@ -241,7 +241,7 @@ def test_the_next_chunk_comes_in_while_the_last_one_goes_out(machine: Machine, m
 def test_what_was_announced_comes_in_as_it_is_admitted(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "BATCH_NBYTES", 4096)
     stage = CudaStage(CPU, 0)
-    fetches = Stream(machine)
+    fetches: Any = Stream(machine)
     incoming: Any = stage._incoming
     stage.announce([torch.arange(10 * 1024.0)])
     begun = []

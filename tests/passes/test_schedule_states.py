@@ -62,8 +62,8 @@ def names(streamed: frozenset[int]) -> frozenset[str]:
 
 def alike(regions: int, compute: float, fetch: float) -> StepTimes:
     """Regions that take as long as each other, backward twice as long; a microsecond a byte of states."""
-    times = ((us,) * regions for us in (compute, 2 * compute, compute, 0.0, fetch, 0.0))
-    return StepTimes(*times, state_us_per_byte=1.0, update_us_per_element=0.0)
+    once, twice, never = (compute,) * regions, (2 * compute,) * regions, (0.0,) * regions
+    return StepTimes(once, twice, once, never, (fetch,) * regions, never, 1.0, 0.0)
 
 
 def shares(module: fx.GraphModule) -> list[Any]:
