@@ -4,9 +4,10 @@
     python -m benchmarks.bench_budget --case llama2-7b,1,1024,13.3GiB
 
 A case is ``shape,batch,sequence,budget``. Each runs in a process of its own: the model is made in host memory
-(``--on-device``: on the GPU, for a model that only fits there), compiled and trained for two steps on each of `SPOTS`
-chunks spread over the sweep, the first and the last among them; then again, for the mean time of the second ones, each
-waited for. ``reserved`` is ``torch.cuda.max_memory_reserved()`` over the life of the process. Cases run beside each
+(``--on-device``: on the GPU, for a model that only fits there), compiled and trained for three steps from each of
+`SPOTS` chunks on, spread over the sweep, the first and the last among them; the second adds up the gradients of two
+batches, which the predicted peak allows for. Then again, one batch a step, for the mean time of the second and third
+ones. ``reserved`` is ``torch.cuda.max_memory_reserved()`` over the life of the process. Cases run beside each
 other (``--jobs``) while their budgets fit the device; while one is timed, no other runs a step.
 """
 
@@ -88,45 +89,52 @@ def run(case: str, chunks: int | str, states: str, built_on: str) -> Result:
     compiled = chunkft_fx.compile(model, budget, chunks=chunks, device="cuda")
     # Host memory is taken for the states of visited chunks only: less than those of all, which need not fit.
     optimizer = chunkft_fx.AdamW(compiled, lr=1e-5, weight_decay=0.0, states=states, host_budget="1TB")
-    result, peaks, losses = Result(case), [], []
+    result, peaks = Result(case), []
+    losses: list[torch.Tensor] = []
 
-    def step() -> float:
-        with others(fcntl.LOCK_SH):
-            return timed()
-
-    def timed() -> float:
-        begin = time.perf_counter()
-        loss = compiled(input_ids=ids, labels=ids).loss
-        loss.backward()
+    def step(count: int = 1) -> None:
+        for _ in range(count):
+            loss = compiled(input_ids=ids, labels=ids).loss
+            loss.backward()
+            losses.append(loss.detach())
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
+
+    def seconds(steps: int) -> float:
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(steps):
+            step()
         torch.cuda.synchronize()
         return time.perf_counter() - begin
 
-    result.first_step_s = step()
+    with others(fcntl.LOCK_SH):
+        result.first_step_s = seconds(1)
     result.reserved = torch.cuda.max_memory_reserved()
     peaks.append((0, torch.cuda.max_memory_allocated()))
     plan = compiled.plan
     spots = sorted({i * (len(plan.chunks) - 1) // (SPOTS - 1) for i in range(SPOTS)})
     for k in spots:
         compiled.activate(k)
-        for _ in range(2):
+        for count in (1, 2, 1):
             torch.cuda.reset_peak_memory_stats()  # reserved's peak has been read
-            step()
+            with others(fcntl.LOCK_SH):
+                step(count)
+                torch.cuda.synchronize()
             result.reserved = max(result.reserved, torch.cuda.max_memory_reserved())
             peaks.append((k, torch.cuda.max_memory_allocated()))
-    seconds = []
+    times = []
     with others(fcntl.LOCK_EX):
-        for k in spots:  # again, now that their states are there: the second step's came while the first ran
+        for k in spots:  # again, now that host memory has their states; those of the first are not fetched ahead
             compiled.activate(k)
-            seconds += [timed() for _ in range(2)][1:]
+            seconds(1)
+            times.append(seconds(2) / 2)
     result.reserved = max(result.reserved, torch.cuda.max_memory_reserved())
     result.budget, result.predicted = plan.budget_bytes, plan.predicted_peak_bytes or 0
     result.allocated = max(nbytes for _, nbytes in peaks)
     result.chunks, result.recomputing, result.streamed = len(plan.chunks), plan.save_from[0], len(plan.streamed)
     result.offloading, result.predicted_ms = plan.offload_below[0], (plan.predicted_step_us or 0.0) / 1e3
-    result.step_ms, result.losses = sum(seconds) / len(seconds) * 1e3, tuple(losses)
+    result.step_ms, result.losses = sum(times) / len(times) * 1e3, tuple(loss.item() for loss in losses)
     result.terms, result.steps = plan.terms, tuple(peaks)
     return result
 
