@@ -54,6 +54,14 @@ def test_an_unknown_device_is_refused() -> None:
         calibrate("meta")
 
 
+def test_a_link_that_others_used_for_a_while_is_not_taken_for_a_slow_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("host_to_device_nbytes_per_s", "device_to_host_nbytes_per_s", "both_ways_nbytes_per_s")
+    seen = [dict(zip(names, rates, strict=True)) for rates in ((1e9, 5e9, 3e9), (4e9, 2e9, 3.5e9))]
+    monkeypatch.setattr(module, "_links", lambda _: seen.pop())
+    found = calibrate("cpu")
+    assert [getattr(found, name) for name in names] == [4e9, 5e9, 3.5e9]
+
+
 def test_rates_are_measured_once_and_read_back_by_the_next_process(measured: list[Rates]) -> None:
     first = rates("cpu")
     assert rates(torch.device("cpu")) is first
