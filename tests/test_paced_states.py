@@ -1,0 +1,99 @@
+"""Programs say when optimizer states come in: the same training, with copies that begin where the program has them."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import nn
+
+import chunkft_fx
+from chunkft_fx import ops, streaming
+from chunkft_fx.api import CompiledModule
+from chunkft_fx.predictor import Predictor
+from chunkft_fx.rates import Rates
+from chunkft_fx.session import Session
+from chunkft_fx.streaming import CudaStage
+from chunkft_fx.tools.zoo import Batch, tiny
+from tests.equivalence import smallest_budget
+from tests.stream_machine import Machine, machine
+
+__all__ = ["machine"]
+
+# A link so slow that states take a good part of the step.
+RATES = Rates({"float32": 1e10}, 1e10, 1e9, 1e9, 1e9, 3.0)
+CHUNKS = 3
+
+
+class Recorded(CudaStage):
+    """A stage that remembers how many batches each ``admit`` let begin."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(torch.device("cpu"), capacity)
+        self.begun: list[tuple[float, int]] = []
+
+    def admit(self, share: float, after: Sequence[torch.cuda.Stream] = ()) -> None:
+        before = self._admitted
+        super().admit(share, after)
+        self.begun.append((share, self._admitted - before))
+
+
+@pytest.fixture
+def llama() -> tuple[nn.Module, Batch]:
+    """Asked for before ``machine``: transformers is imported with torch's own streams in place."""
+    return tiny("llama")
+
+
+def trained(compiled: CompiledModule, optimizer: chunkft_fx.AdamW, batches: list[dict[str, torch.Tensor]]) -> nn.Module:
+    for batch in batches:
+        compiled(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return compiled
+
+
+def test_training_with_paced_states_equals_training_in_place(
+    llama: tuple[nn.Module, Batch], machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def predictor(session: Session) -> Predictor:
+        return Predictor(session, RATES)
+
+    monkeypatch.setattr("chunkft_fx.api.Predictor", predictor)
+    monkeypatch.setattr(streaming, "BATCH_NBYTES", 4096)
+    machine.chance = random.Random(0)
+    model, batch = llama
+    model.train()
+    batches = [batch(2, 12, seed) for seed in range(3 * CHUNKS)]
+    budget = smallest_budget(model, batches[0], CHUNKS)
+    plain, paced = (chunkft_fx.compile(copy.deepcopy(model), budget, chunks=CHUNKS, backend="eager") for _ in range(2))
+    in_place, optimizer = chunkft_fx.AdamW(plain, lr=1e-2), chunkft_fx.AdamW(paced, lr=1e-2)
+    paced(**batches[0])
+    optimizer._stage = stage = Recorded(optimizer._capacity())
+    paced.expect(stage)
+    trained(plain, in_place, batches)
+    trained(paced, optimizer, batches)
+    for (name, p), q in zip(plain.named_parameters(), paced.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    admits = paced.program.graph.find_nodes(op="call_function", target=ops.admit)
+    assert len(admits) > 2
+    # all but the first chunk's states, which were fetched by their own update, began while programs ran
+    within = sum(count for share, count in stage.begun if share < 1.0)
+    assert within > sum(count for _, count in stage.begun) / 2
+
+
+def test_a_stage_that_is_gone_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def predictor(session: Session) -> Predictor:
+        return Predictor(session, RATES)
+
+    monkeypatch.setattr("chunkft_fx.api.Predictor", predictor)
+    model, batch = tiny("llama")
+    compiled = chunkft_fx.compile(model.train(), "1GB", chunks=CHUNKS, backend="eager")
+    compiled(**batch(2, 12, 0))
+    stage = streaming.Stage(torch.device("cpu"))
+    compiled.expect(stage)
+    del stage
+    compiled(**batch(2, 12, 0)).loss.backward()
+    assert compiled.program.graph.find_nodes(op="call_function", target=ops.admit)
