@@ -6,9 +6,10 @@
 A case is ``shape,batch,sequence,budget``. Each runs in a process of its own: the model is made in host memory
 (``--on-device``: on the GPU, for a model that only fits there), compiled and trained for three steps from each of
 `SPOTS` chunks on, spread over the sweep, the first and the last among them; the second adds up the gradients of two
-batches, which the predicted peak allows for. Then again, one batch a step, for the mean time of the second and third
-ones. ``reserved`` is ``torch.cuda.max_memory_reserved()`` over the life of the process. Cases run beside each
-other (``--jobs``) while their budgets fit the device; while one is timed, no other runs a step.
+batches, which the predicted peak allows for. Then steps in the middle of `SPOTS` parts of the sweep are timed, which
+stand for its mean, once host memory has their states. ``reserved`` is ``torch.cuda.max_memory_reserved()`` over the
+life of the process. Cases run beside each other (``--jobs``) while their budgets fit the device; while one is timed,
+no other runs a step.
 """
 
 from __future__ import annotations
@@ -123,11 +124,16 @@ def run(case: str, chunks: int | str, states: str, built_on: str) -> Result:
                 torch.cuda.synchronize()
             result.reserved = max(result.reserved, torch.cuda.max_memory_reserved())
             peaks.append((k, torch.cuda.max_memory_allocated()))
+    middles = [(2 * i + 1) * len(plan.chunks) // (2 * SPOTS) for i in range(SPOTS)]
+    with others(fcntl.LOCK_SH):
+        for k in middles:
+            compiled.activate(k)
+            seconds(3)
     times = []
     with others(fcntl.LOCK_EX):
-        for k in spots:  # again, now that host memory has their states; those of the first are not fetched ahead
+        for k in middles:
             compiled.activate(k)
-            seconds(1)
+            seconds(1)  # whose states are not fetched ahead
             times.append(seconds(2) / 2)
     result.reserved = max(result.reserved, torch.cuda.max_memory_reserved())
     result.budget, result.predicted = plan.budget_bytes, plan.predicted_peak_bytes or 0
