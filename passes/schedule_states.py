@@ -1,7 +1,7 @@
 """schedule_states: let optimizer states come in where the link would be idle.
 
-Contract: only ``admit`` nodes are added, each right before a region call, with shares that rise to at most 1. Values do
-not change. The states of the active chunk are needed at the end of the step; brought in all at once at its beginning,
+Contract: only ``admit`` nodes are added, each right before a region call, with shares that rise to 1. Values do not
+change. The states of the active chunk are needed at the end of the step; brought in all at once at its beginning,
 they would stand in the way of the weights that the first regions wait for.
 
 Terms: the *window* of a region call is the time that it is predicted to take, its *idle* part that in which no fetch
@@ -28,6 +28,9 @@ from chunkft_fx import ops
 from chunkft_fx.passes.insert_streams import PARTS
 from chunkft_fx.step_cost import HIDDEN_SHARE, StepTimes
 
+# Windows that add less than this wait for others: idle time that only rounding made, and less than one copy moves.
+LEAST_SHARE = 1e-3
+
 
 @dataclass(frozen=True)
 class ScheduleStates:
@@ -40,24 +43,30 @@ class ScheduleStates:
 
     def __call__(self, module: fx.GraphModule) -> int:
         """Rewrite a program in place; returns the number of nodes added."""
-        windows = list(self._windows(module))
+        shares = self._shares(list(self._windows(module)))
+        for call, share in shares:
+            with module.graph.inserting_before(call):
+                admit = module.graph.call_function(ops.admit, (share,))
+            admit.meta["part"] = PARTS[_is_backward(module, call)]
+        return len(shares)
+
+    def _shares(self, windows: list[tuple[fx.Node, float]]) -> list[tuple[fx.Node, float]]:
+        """The calls during which states come in, each with the share that may have come by its end; the last has 1."""
         needed = self.nbytes * self.times.state_us_per_byte
         if not windows or not needed:
-            return 0
+            return []
         idle = sum(us for _, us in windows)
         if not idle:
-            windows, idle = [(windows[0][0], needed)], needed
+            return [(windows[0][0], 1.0)]
         used = max(HIDDEN_SHARE, needed / idle)
-        came, added = 0.0, 0
+        shares: list[tuple[fx.Node, float]] = []
+        came = last = 0.0
         for call, us in windows:
-            if not us or came >= needed:
-                continue
-            came += us * used
-            with module.graph.inserting_before(call):
-                admit = module.graph.call_function(ops.admit, (min(came / needed, 1.0),))
-            admit.meta["part"] = PARTS[_is_backward(module, call)]
-            added += 1
-        return added
+            came = min(came + us * used / needed, 1.0)
+            if came - last >= LEAST_SHARE:
+                shares.append((call, came))
+                last = came
+        return [*shares[:-1], (shares[-1][0], 1.0)]
 
     def _windows(self, module: fx.GraphModule) -> Iterator[tuple[fx.Node, float]]:
         """The region calls in order, each with the idle microseconds of its window."""
