@@ -203,7 +203,10 @@ class CompiledModule(nn.Module):
         return changed
 
     def expect(self, stage: Stage) -> None:
-        """Let the programs of later steps say when what a stage announces may come in."""
+        """Let the programs of later steps say when what the optimizer's stage announced may come in (``admit``).
+
+        The stage is held weakly; a second call replaces it.
+        """
         self._residency.stage = weakref.ref(stage)
 
     def resume(self, position: Mapping[str, Any]) -> None:

@@ -128,7 +128,7 @@ class AdamW(Optimizer):
         if not graded:
             return loss
         check_slices(active, self.param_groups, self._model.compute_device)
-        self._fetch(active)
+        self._announce(active)
         states = self._by_slice(active)
         scale = None if self.max_grad_norm is None else self._clip_factor(graded, self.max_grad_norm)
         self._modified = True
@@ -141,7 +141,7 @@ class AdamW(Optimizer):
             self.state[s.parameter]["slice_steps"] = counted(self._counts(s), s.start, s.length)
         written = self._after_host_weights(graded)
         if self._model.advance():
-            self._fetch(self._model.active_slices(), at_once=False)
+            self._announce(self._model.active_slices())
         if written is not None:
             written.synchronize()
         return loss
@@ -216,10 +216,10 @@ class AdamW(Optimizer):
     def _counts(self, s: ActiveSlice) -> Counts:
         return cast(Counts, self.state[s.parameter]["slice_steps"])
 
-    def _fetch(self, active: Sequence[ActiveSlice], at_once: bool = True) -> None:
-        """Begin to bring the states of these slices to where the model runs, unless they are there.
+    def _announce(self, active: Sequence[ActiveSlice]) -> None:
+        """Have the states of these slices brought to where the model runs, unless they are there.
 
-        If not ``at_once``, they come as the programs of the next step let them.
+        They come as the programs of the next step let them, the rest when the update asks for them.
         """
         device = self._model.compute_device
         slices = [s.slice for s in active]
@@ -233,15 +233,11 @@ class AdamW(Optimizer):
             self._model.expect(self._stage)
         if self._resets:
             self.state.clear()
-        host = [t for s in active for t in self._host(s)]
-        if at_once:
-            self._stage.fetch(host)
-        else:
-            self._stage.announce(host)
+        self._stage.announce([host for s in active for host in self._host(s)])
         self._staged = slices
 
     def _idle_stage(self) -> Stage:
-        """The stage before anything is fetched: it takes no memory."""
+        """The stage before anything is announced: it takes no memory."""
         cpu = torch.device("cpu")
         return FreshStage(cpu, 0) if self._resets else Stage(cpu)
 
@@ -259,7 +255,7 @@ class AdamW(Optimizer):
         return [front(state[key], s.dim).narrow(0, s.start, s.length) for key in dtypes]
 
     def _by_slice(self, active: Sequence[ActiveSlice]) -> dict[str, dict[str, Tensor]]:
-        """The staged tensors by parameter name and state name, in the order in which they were fetched."""
+        """The staged tensors by parameter name and state name, in the order in which they were announced."""
         rest = iter(self._stage.tensors())
         return {s.name: {key: next(rest) for key in state_dtypes(s.parameter, self._moments)} for s in active}
 

@@ -4,7 +4,7 @@ Host tensors keep the cut dimension in front, so that every slice of them is one
 the states of the active slices where the model runs. On the CPU host memory is that place: nothing is copied and
 updates happen in place. On CUDA the states of one chunk go out on one copy stream while those of the next come in
 on another, both hidden behind the next forward and backward. There is device memory for one chunk only: what comes
-in follows what goes out, 64 MiB behind it, and where a program fetches weights too, as its ``admit`` nodes let it
+in follows what goes out, 64 MiB behind it, and begins as the ``admit`` nodes of programs let it
 (`passes.schedule_states`). A stage of its own memory serves states that no host memory keeps.
 """
 
@@ -30,26 +30,27 @@ class Stage:
         self.device = device
         self._host: list[Tensor] = []
 
-    def fetch(self, host: Sequence[Tensor]) -> None:
-        """Begin to bring these contiguous host tensors in, in place of those staged before, which are forgotten."""
-        self.announce(host)
-        self.admit(1.0)
-
     def announce(self, host: Sequence[Tensor]) -> None:
-        """A fetch whose copies begin as ``admit`` lets them, at the latest when ``tensors`` is called."""
+        """Say that these contiguous host tensors are next, in place of those staged before, which are forgotten.
+
+        Their copies begin as ``admit`` lets them, at the latest when ``tensors`` is called.
+        """
         self._host = list(host)
 
     def admit(self, share: float, after: Sequence[torch.cuda.Stream] = ()) -> None:
-        """Let so much of what was announced begin to come in, behind the work on the current and these streams."""
+        """Let copies begin until this share (0 to 1) of all that was announced is under way or there.
+
+        They run behind the work that the current stream and those in ``after`` have by now.
+        """
 
     def tensors(self) -> list[Tensor]:
-        """The staged tensors, in the order of ``fetch``, ready for work on the current stream."""
+        """The staged tensors, in the order of ``announce``, ready for work on the current stream."""
         return self._host
 
     def write_back(self) -> None:
-        """Begin to copy the staged tensors to the host, after the work on the current stream.
+        """Begin to copy what ``tensors`` gave to the host, after the work on the current stream.
 
-        They must not change until ``synchronize``, or until others are fetched.
+        It must not change until ``synchronize``, or until others are announced.
         """
 
     def synchronize(self) -> None:
@@ -57,7 +58,7 @@ class Stage:
 
 
 class FreshStage(Stage):
-    """Device memory for states that start at zero whenever they are fetched, and go nowhere.
+    """Device memory for states that start at zero whenever they are announced, and go nowhere.
 
     Of what is announced only shapes and dtypes are read. ``capacity`` is as for `CudaStage`.
     """
@@ -152,9 +153,9 @@ class CudaStage(Stage):
 
     def write_back(self) -> None:
         if not self._batches:
-            return  # a fetch must still wait for the write-back before
-        # Only the latest write-back is remembered: both it and a fetch begin at the start of the stage, so that every
-        # fetch waits for its first batch, and with that, in the order of the stream, for all write-backs before.
+            return  # what comes in must still wait for the write-back before
+        # Only the latest write-back is remembered: it and what comes in both begin at the start of the stage, so that
+        # the one waits for the other's first batch, and with that, in the order of the stream, for all before.
         self._outgoing.wait_stream(torch.cuda.current_stream(self.device))
         self._written, self._events = self._batches, []
         with torch.cuda.stream(self._outgoing):

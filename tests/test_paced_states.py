@@ -29,7 +29,7 @@ CHUNKS = 3
 
 
 class Recorded(CudaStage):
-    """A stage that remembers how many batches each ``admit`` let begin."""
+    """A stage that remembers each share that was admitted, and how many batches that let begin."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__(torch.device("cpu"), capacity)
@@ -41,27 +41,32 @@ class Recorded(CudaStage):
         self.begun.append((share, self._admitted - before))
 
 
+@pytest.fixture(autouse=True)
+def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times are predicted as they are on a GPU, so that programs pace states."""
+
+    def predictor(session: Session) -> Predictor:
+        return Predictor(session, RATES)
+
+    monkeypatch.setattr("chunkft_fx.api.Predictor", predictor)
+
+
 @pytest.fixture
 def llama() -> tuple[nn.Module, Batch]:
     """Asked for before ``machine``: transformers is imported with torch's own streams in place."""
     return tiny("llama")
 
 
-def trained(compiled: CompiledModule, optimizer: chunkft_fx.AdamW, batches: list[dict[str, torch.Tensor]]) -> nn.Module:
+def train(compiled: CompiledModule, optimizer: chunkft_fx.AdamW, batches: list[dict[str, torch.Tensor]]) -> None:
     for batch in batches:
         compiled(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return compiled
 
 
 def test_training_with_paced_states_equals_training_in_place(
     llama: tuple[nn.Module, Batch], machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def predictor(session: Session) -> Predictor:
-        return Predictor(session, RATES)
-
-    monkeypatch.setattr("chunkft_fx.api.Predictor", predictor)
     monkeypatch.setattr(streaming, "BATCH_NBYTES", 4096)
     machine.chance = random.Random(0)
     model, batch = llama
@@ -73,8 +78,8 @@ def test_training_with_paced_states_equals_training_in_place(
     paced(**batches[0])
     optimizer._stage = stage = Recorded(optimizer._capacity())
     paced.expect(stage)
-    trained(plain, in_place, batches)
-    trained(paced, optimizer, batches)
+    train(plain, in_place, batches)
+    train(paced, optimizer, batches)
     for (name, p), q in zip(plain.named_parameters(), paced.parameters(), strict=True):
         assert torch.equal(p, q), name
     admits = paced.program.graph.find_nodes(op="call_function", target=ops.admit)
@@ -84,11 +89,7 @@ def test_training_with_paced_states_equals_training_in_place(
     assert within > sum(count for _, count in stage.begun) / 2
 
 
-def test_a_stage_that_is_gone_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def predictor(session: Session) -> Predictor:
-        return Predictor(session, RATES)
-
-    monkeypatch.setattr("chunkft_fx.api.Predictor", predictor)
+def test_a_stage_that_is_gone_is_not_missed() -> None:
     model, batch = tiny("llama")
     compiled = chunkft_fx.compile(model.train(), "1GB", chunks=CHUNKS, backend="eager")
     compiled(**batch(2, 12, 0))

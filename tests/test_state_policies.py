@@ -345,7 +345,7 @@ def test_the_stage_takes_what_the_planner_is_told(dtype: torch.dtype, state_dtyp
             for s in chunk.slices
             for d in state_dtypes(parameters[s.name], moments).values()
         ]
-        stage.fetch(states)
+        stage.announce(states)
         assert stage._arena.numel() == stage_capacity_nbytes(chunk, parameters, state_dtype)
         assert [(t.shape, t.dtype) for t in stage.tensors()] == [(t.shape, t.dtype) for t in states]
         assert not any(bool(t.any()) for t in stage.tensors())

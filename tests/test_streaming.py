@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 def test_the_stage_copies_in_and_back(machine: Machine) -> None:
     host = [torch.arange(6.0).reshape(2, 3), torch.ones(5, dtype=torch.float64), torch.full((1,), 7.0)]
     stage = CudaStage(CPU, 0)
-    stage.fetch(host)
+    stage.announce(host)
     staged = stage.tensors()
     for h, s in zip(host, staged, strict=True):
         assert torch.equal(h, s)
@@ -46,7 +46,8 @@ def test_copies_begin_after_the_work_that_was_queued_before(machine: Machine) ->
     incoming: Any = stage._incoming
     outgoing: Any = stage._outgoing
     for turn in range(3):
-        stage.fetch([torch.ones(100)])
+        stage.announce([torch.ones(100)])
+        stage.admit(1.0)
         assert incoming.waits[-1] == (compute, turn)
         stage.tensors()
         stage.write_back()
@@ -117,10 +118,11 @@ def test_the_next_chunk_comes_in_while_the_last_one_goes_out(machine: Machine, m
     monkeypatch.setattr(streaming, "BATCH_NBYTES", 4096)
     memory = torch.zeros(2, 10 * 1024)
     stage = CudaStage(CPU, 0)
-    stage.fetch([memory[0]])
+    stage.announce([memory[0]])
     stage.tensors()[0].fill_(1)
     stage.write_back()
-    stage.fetch([memory[1]])
+    stage.announce([memory[1]])
+    stage.admit(1.0)
     copies = [w for w in machine.work if w.action is not None]
     assert len(copies) == 10 + 10
     for i in range(10):  # the i-th batch in needs i batches out, no more
@@ -148,20 +150,21 @@ def test_neighbours_in_host_memory_move_in_one_copy(machine: Machine) -> None:
     memory = torch.arange(300 * 64.0)
     neighbours, apart = list(memory.split(64)), [torch.ones(64) for _ in range(3)]
     stage = CudaStage(CPU, 0)
-    stage.fetch([*reversed(neighbours), *apart])
+    stage.announce([*reversed(neighbours), *apart])
+    stage.admit(1.0)
     assert len([w for w in machine.work if w.action is not None]) == 1 + 3
     assert all(torch.equal(s, h) for s, h in zip(stage.tensors(), [*reversed(neighbours), *apart], strict=True))
 
 
 def test_the_stage_takes_memory_once_for_the_largest_chunk(machine: Machine) -> None:
     stage = CudaStage(CPU, 1024)
-    stage.fetch([torch.ones(8)])
+    stage.announce([torch.ones(8)])
     first = stage.tensors()[0].data_ptr()
     both = torch.ones(160)
-    stage.fetch([both[:60], both[60:]])
+    stage.announce([both[:60], both[60:]])
     assert stage.tensors()[0].data_ptr() == first
     assert stage.tensors()[1].data_ptr() == first + 256
-    stage.fetch([torch.arange(400.0)])  # more than was promised: the stage grows
+    stage.announce([torch.arange(400.0)])  # more than was promised: the stage grows
     assert torch.equal(stage.tensors()[0], torch.arange(400.0))
 
 

@@ -186,7 +186,7 @@ def test_large_chunks_are_exchanged_without_mixing(monkeypatch: pytest.MonkeyPat
     chunks = host_chunks(256 * 2**20, 3)
     stage = CudaStage(torch.device("cuda"), 256 * 2**20)
     for step in range(12):
-        stage.fetch([chunks[step % 3]])
+        stage.announce([chunks[step % 3]])
         stage.tensors()[0].add_(10)
         stage.write_back()
     stage.synchronize()
@@ -207,7 +207,7 @@ def test_both_directions_run_at_once() -> None:
             begin.record()
             if exchanges:
                 stage.write_back()
-            stage.fetch([chunks[step % 2]])
+            stage.announce([chunks[step % 2]])
             stage.tensors()
             end.record()
             end.synchronize()
