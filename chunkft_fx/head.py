@@ -81,7 +81,7 @@ def run(
     d_weight = weight.new_zeros((_size(rows), _size(columns)) if output_mask[1] else 0, dtype=total)
     d_bias = weight.new_zeros(_size(bias_rows) if output_mask[2] else 0, dtype=wide)
     losses = hidden.new_empty(tokens, dtype=wide)
-    buffer = hidden.new_empty(size, classes)
+    buffer = logits = hidden.new_empty(size, classes)
     for begin in range(0, tokens, size or 1):
         block = slice(begin, min(begin + size, tokens))
         x, logits = hidden[block], buffer[: block.stop - begin]
@@ -93,7 +93,7 @@ def run(
             _add_product(d_weight, logits[:, rows], x[:, columns])
         if output_mask[2]:
             d_bias += logits[:, bias_rows].sum(0, dtype=wide)
-    del buffer
+    del buffer, logits  # which both hold the block: what follows takes memory too
     return losses.sum() / divisor, d_hidden, d_weight.to(weight.dtype), d_bias.to(weight.dtype)
 
 

@@ -216,7 +216,7 @@ def _flops(target: Any, *args: Any) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("block", [32, 96])
+@pytest.mark.parametrize("block", [8, 32, 96])
 @pytest.mark.parametrize("kind", ["forward", "grad", "slice", "columns", "bias"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_workspace_is_what_the_operator_allocates(
