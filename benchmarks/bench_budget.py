@@ -181,7 +181,8 @@ def apart(case: str, args: argparse.Namespace, room: Room) -> Result:
     with room.taken(case):
         done = subprocess.run([sys.executable, "-m", "benchmarks.bench_budget", *asked], capture_output=True, text=True)
     if done.returncode:
-        return Result(case, error="\n".join(done.stderr.strip().splitlines()[-12:]))
+        said = done.stderr.strip().splitlines()[-12:]
+        return Result(case, error="\n".join(said) or f"ended with status {done.returncode}")
     return Result(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
