@@ -17,7 +17,7 @@ from chunkft_fx.errors import AlreadyCompiled, NotPlanned, OptionError
 from chunkft_fx.executable import Executable
 from chunkft_fx.head_rewrite import chunk_head
 from chunkft_fx.host_memory import HostMemory
-from chunkft_fx.memory_limit import avoid_fragmentation, limit
+from chunkft_fx.memory_limit import avoid_fragmentation, limit, take_workspaces
 from chunkft_fx.outline import Template, outline
 from chunkft_fx.plan import Plan
 from chunkft_fx.planner import Options, first_plan, parameter_specs, plan_for_batch
@@ -29,7 +29,7 @@ from chunkft_fx.session import Session
 from chunkft_fx.slices import ActiveSlice, ChunkSchedule, zero_gradients
 from chunkft_fx.specialize import Variant
 from chunkft_fx.step_memory import Moment, step_timeline, storages_nbytes
-from chunkft_fx.streaming import Stage
+from chunkft_fx.streaming import StageOwner
 from chunkft_fx.torch_internals import is_torch_compiled
 
 BACKENDS = ("inductor", "eager")
@@ -202,12 +202,12 @@ class CompiledModule(nn.Module):
             self.__dict__["_slices"] = None
         return changed
 
-    def expect(self, stage: Stage) -> None:
-        """Let the programs of later steps say when what the optimizer's stage announced may come in (``admit``).
+    def expect(self, optimizer: StageOwner) -> None:
+        """Let programs say when what this optimizer's stage announced may come in (``admit``).
 
-        The stage is held weakly; a second call replaces it.
+        It takes the stage's memory when a plan is made. The optimizer is held weakly; a second call replaces it.
         """
-        self._residency.stage = weakref.ref(stage)
+        self._residency.optimizer = weakref.ref(optimizer)
 
     def resume(self, position: Mapping[str, Any]) -> None:
         """Continue at a schedule position saved by ``schedule.state_dict()``; without a plan, as soon as there is one.
@@ -279,6 +279,9 @@ class CompiledModule(nn.Module):
             limit(self._residency.device, self._options.budget_bytes)
             if self._plan is None or not self._plan.batch:
                 self.__dict__["_plan"] = plan
+            # what stays is taken before a step takes anything: between its blocks it would split their memory
+            take_workspaces(self._residency.device)
+            self._residency.take_stage()
         self._sessions.append(session)
         return session
 

@@ -13,6 +13,9 @@ import torch
 
 from chunkft_fx.torch_internals import set_allocator
 
+# Segments grow by pages of 20 MiB, and of 2 MiB for tensors up to 1 MiB, and the last page is not full. There are two
+# segments of the small kind, from before and after `avoid_fragmentation`.
+PAGES_NBYTES = (20 + 2 * 2) * 2**20
 # Of the bytes that come and go in a step: what a caching allocator cannot use between blocks of other sizes.
 FRAGMENTATION_SHARE = 0.03
 # cuBLAS takes 32 MiB for each thread that multiplies (on Hopper; less before): forward's, and autograd's for backward.
@@ -51,11 +54,26 @@ def limit(device: torch.device, budget_bytes: int) -> None:
     torch.cuda.set_per_process_memory_fraction(min(budget_bytes / total, 1.0), device)
 
 
+def take_workspaces(device: torch.device) -> None:
+    """Have the product library take its workspaces now, for forward's thread and for autograd's.
+
+    Taken in the middle of a step they would lie between blocks that come and go, and split their memory for good.
+    """
+    if device.type != "cuda":
+        return
+    with torch.enable_grad(), torch.autocast("cuda", enabled=False):
+        matrix = torch.ones(16, 16, device=device, requires_grad=True)
+        (matrix @ matrix).sum().backward()
+
+
 def overhead(device: torch.device, step_nbytes: int) -> dict[str, int]:
     """Bytes by name that a device needs beside the tensors of a step of ``step_nbytes``."""
     if device.type != "cuda":
         return {}
-    return {"library workspaces": LIBRARY_NBYTES, "fragmentation": int(step_nbytes * FRAGMENTATION_SHARE)}
+    return {
+        "library workspaces": LIBRARY_NBYTES,
+        "fragmentation": PAGES_NBYTES + int(step_nbytes * FRAGMENTATION_SHARE),
+    }
 
 
 @contextlib.contextmanager

@@ -105,6 +105,7 @@ class AdamW(Optimizer):
             require_room(self._kept, self._is_pinned(), self._host_budget, self._moments)
         self.register_state_dict_pre_hook(_settle)
         self.register_state_dict_post_hook(_export)
+        model.expect(self)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -157,6 +158,20 @@ class AdamW(Optimizer):
         """Drop the active slices' gradients, or fill them with zeros in place."""
         super().zero_grad(set_to_none)
         zero_gradients(self._active_slices(), set_to_none)
+
+    @property
+    def stage(self) -> Stage:
+        """Where the active slices' states are updated."""
+        return self._stage
+
+    def take_stage(self) -> None:
+        """Take memory for the states of the largest chunk where the model runs, unless it is taken."""
+        device = self._model.compute_device
+        if device == self._stage.device:
+            return
+        self._write_back()
+        self._stage.synchronize()
+        self._stage, self._staged = self._make_stage(device), []
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this optimizer, cut into any number of chunks, or of ``torch.optim.AdamW``.
@@ -227,10 +242,7 @@ class AdamW(Optimizer):
             return
         self._write_back()
         self._staged = []
-        if device != self._stage.device:
-            self._stage.synchronize()
-            self._stage = self._make_stage(device)
-            self._model.expect(self._stage)
+        self.take_stage()
         if self._resets:
             self.state.clear()
         self._stage.announce([host for s in active for host in self._host(s)])

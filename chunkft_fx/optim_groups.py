@@ -13,7 +13,7 @@ from chunkft_fx.errors import NoTrainableParameters, OptimizerMismatch, OptionEr
 from chunkft_fx.optim_state import master_dtype
 from chunkft_fx.plan import Plan
 from chunkft_fx.slices import ActiveSlice, ChunkSchedule
-from chunkft_fx.streaming import Stage
+from chunkft_fx.streaming import StageOwner
 
 
 class ChunkedModule(Protocol):
@@ -34,7 +34,7 @@ class ChunkedModule(Protocol):
 
     def advance(self) -> bool: ...
 
-    def expect(self, stage: Stage) -> None: ...
+    def expect(self, optimizer: StageOwner) -> None: ...
 
     def resume(self, position: Mapping[str, Any]) -> None: ...
 

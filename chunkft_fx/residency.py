@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from chunkft_fx.host_memory import HostMemory
 from chunkft_fx.saved_copies import make_saved_copies
-from chunkft_fx.streaming import Stage
+from chunkft_fx.streaming import Stage, StageOwner
 from chunkft_fx.streams import Ring, make_ring, ring_buffer_nbytes
 
 
@@ -30,12 +30,23 @@ class Residency:
         self.streamed: frozenset[str] = frozenset()
         self.depth = 2
         self.saved = make_saved_copies(device, memory)
-        self.stage: weakref.ref[Stage] | None = None  # the optimizer's, which owns it
+        self.optimizer: weakref.ref[StageOwner] | None = None
         self._memory = memory
         self._ring: Ring | None = None
         self._real: dict[str, Tensor] = {}
         self._ghosts: dict[str, Tensor] = {}
         self._nesting = 0
+
+    def stage(self) -> Stage | None:
+        """The optimizer's stage, if there is an optimizer."""
+        optimizer = None if self.optimizer is None else self.optimizer()
+        return None if optimizer is None else optimizer.stage
+
+    def take_stage(self) -> None:
+        """Have the optimizer, if there is one, take its device memory before a step takes any."""
+        optimizer = None if self.optimizer is None else self.optimizer()
+        if optimizer is not None:
+            optimizer.take_stage()
 
     def real(self, name: str) -> Tensor:
         """The tensor that holds a weight, also while the model runs."""

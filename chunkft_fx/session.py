@@ -148,8 +148,8 @@ class Session:
 
     def _machine(self) -> Machine:
         residency = self.owner.residency
-        stage = None if residency.stage is None else residency.stage()
-        return Machine(self.backend, self.capture.fake_mode, residency.ring(self.uses()), residency.saved, stage)
+        ring, stage = residency.ring(self.uses()), residency.stage()
+        return Machine(self.backend, self.capture.fake_mode, ring, residency.saved, stage)
 
     def uses(self) -> list[frozenset[str]]:
         """For each region the names of the parameters that it reads."""

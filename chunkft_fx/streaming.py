@@ -13,6 +13,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -55,6 +56,16 @@ class Stage:
 
     def synchronize(self) -> None:
         """Wait until host memory is up to date with every copy begun."""
+
+
+class StageOwner(Protocol):
+    """An optimizer with a stage."""
+
+    @property
+    def stage(self) -> Stage: ...
+
+    def take_stage(self) -> None:
+        """Take the stage's memory, for the largest chunk of the model's plan, where the model runs."""
 
 
 class FreshStage(Stage):
@@ -116,6 +127,7 @@ class CudaStage(Stage):
         self._admitted = 0  # batches
         self._written: list[_Batch] = []  # of the latest write-back, with the event after each
         self._events: list[torch.cuda.Event] = []
+        self._grow()
 
     def announce(self, host: Sequence[Tensor]) -> None:
         places, nbytes = _places(host)

@@ -12,7 +12,7 @@ from chunkft_fx.cuts import ParameterSpec, cut
 from chunkft_fx.errors import NotPlanned
 from chunkft_fx.plan import Plan
 from chunkft_fx.slices import ActiveSlice, ChunkSchedule
-from chunkft_fx.streaming import Stage
+from chunkft_fx.streaming import StageOwner
 
 
 class Net(nn.Module):
@@ -79,7 +79,7 @@ class FakeModule(nn.Module):
             self._slices = ()
         return changed
 
-    def expect(self, stage: Stage) -> None:
+    def expect(self, optimizer: StageOwner) -> None:
         """Nothing here lets states in: they come when the update asks for them."""
 
     def resume(self, position: Mapping[str, Any]) -> None:

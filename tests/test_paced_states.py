@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import chunkft_fx
-from chunkft_fx import ops, streaming
+from chunkft_fx import ops, runtime, streaming
 from chunkft_fx.api import CompiledModule
 from chunkft_fx.predictor import Predictor
 from chunkft_fx.rates import Rates
@@ -77,7 +80,6 @@ def test_training_with_paced_states_equals_training_in_place(
     in_place, optimizer = chunkft_fx.AdamW(plain, lr=1e-2), chunkft_fx.AdamW(paced, lr=1e-2)
     paced(**batches[0])
     optimizer._stage = stage = Recorded(optimizer._capacity())
-    paced.expect(stage)
     train(plain, in_place, batches)
     train(paced, optimizer, batches)
     for (name, p), q in zip(plain.named_parameters(), paced.parameters(), strict=True):
@@ -89,12 +91,46 @@ def test_training_with_paced_states_equals_training_in_place(
     assert within > sum(count for _, count in stage.begun) / 2
 
 
-def test_a_stage_that_is_gone_is_not_missed() -> None:
+def test_an_optimizer_that_is_gone_is_not_missed() -> None:
     model, batch = tiny("llama")
     compiled = chunkft_fx.compile(model.train(), "1GB", chunks=CHUNKS, backend="eager")
+    optimizer = chunkft_fx.AdamW(compiled)
     compiled(**batch(2, 12, 0))
-    stage = streaming.Stage(torch.device("cpu"))
-    compiled.expect(stage)
-    del stage
+    gone = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert gone() is None
     compiled(**batch(2, 12, 0)).loss.backward()
     assert compiled.program.graph.find_nodes(op="call_function", target=ops.admit)
+
+
+class Asked:
+    """An optimizer that notes when it is asked to take its memory."""
+
+    def __init__(self) -> None:
+        self.stage = streaming.Stage(torch.device("cpu"))
+        self.notes: list[str] = []
+
+    def take_stage(self) -> None:
+        self.notes.append("stage")
+
+
+def test_the_stage_is_taken_between_plan_and_first_step(
+    llama: tuple[nn.Module, Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = llama
+    compiled = chunkft_fx.compile(model.train(), "1GB", backend="eager")
+    owner = Asked()
+    run = runtime.Machine.run
+
+    def noted(*args: Any) -> Any:
+        owner.notes.append(f"{len(compiled.plan.chunks)} chunks")
+        return run(*args)
+
+    monkeypatch.setattr(runtime.Machine, "run", noted)
+    compiled.expect(owner)
+    compiled(**batch(2, 12, 0))
+    compiled(**batch(2, 12, 1))
+    assert owner.notes.index("stage") == 0
+    assert owner.notes.count("stage") == 1
+    assert len(owner.notes) > 1
