@@ -11,13 +11,17 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from chunkft_fx.torch_internals import set_allocator
+from chunkft_fx.torch_internals import release_workspaces, set_allocator
 
-# Segments grow by pages of 20 MiB, and of 2 MiB for tensors up to 1 MiB, and the last page is not full. There are two
-# segments of the small kind, from before and after `avoid_fragmentation`.
-PAGES_NBYTES = (20 + 2 * 2) * 2**20
-# Of the bytes that come and go in a step: what a caching allocator cannot use between blocks of other sizes.
-FRAGMENTATION_SHARE = 0.03
+# Segments grow by pages of 20 MiB, and of 2 MiB for tensors up to 1 MiB.
+PAGE_NBYTES, SMALL_PAGE_NBYTES = 20 * 2**20, 2 * 2**20
+# The last pages are not full; there are two segments of the small kind, from before and after `avoid_fragmentation`.
+PAGES_NBYTES = PAGE_NBYTES + 2 * SMALL_PAGE_NBYTES
+# What may be taken beyond the block that is asked for.
+PAGE_ROUNDING_NBYTES = PAGE_NBYTES - SMALL_PAGE_NBYTES
+# Of the bytes that come and go in a step: what a caching allocator cannot use between blocks of other sizes. Up to 1.3%
+# was measured (`benchmarks.bench_budget`).
+FRAGMENTATION_SHARE = 0.02
 # cuBLAS takes 32 MiB for each thread that multiplies (on Hopper; less before): forward's, and autograd's for backward.
 LIBRARY_NBYTES = 2 * 32 * 2**20
 
@@ -27,10 +31,12 @@ def avoid_fragmentation(device: torch.device) -> None:
 
     Steps of different chunks keep and free blocks of different sizes: between segments of fixed sizes up to a
     twentieth of a budget was lost. Memory that is allocated already stays where it is; cached memory is given back,
-    else it would be what the next blocks are cut from.
+    else it would be what the next blocks are cut from, and with it the workspaces of cuBLAS, which would hold it.
     """
     settings = expandable(os.environ)
     if device.type == "cuda" and settings is not None and torch.cuda.get_allocator_backend() == "native":
+        torch.cuda.synchronize(device)
+        release_workspaces()
         torch.cuda.empty_cache()
         set_allocator(settings)
 
@@ -45,13 +51,16 @@ def expandable(environment: Mapping[str, str]) -> str | None:
 
 
 def limit(device: torch.device, budget_bytes: int) -> None:
-    """Give cached memory back, and from now on let no more than the budget be reserved on a CUDA device."""
+    """Give cached memory back, and from now on let no more than the budget be reserved on a CUDA device.
+
+    The allocator compares its limit with the block that is asked for, and then takes whole pages: up to 18 MiB more.
+    """
     if device.type != "cuda":
         return
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(budget_bytes / total, 1.0), device)
+    torch.cuda.set_per_process_memory_fraction(min((budget_bytes - PAGE_ROUNDING_NBYTES) / total, 1.0), device)
 
 
 def take_workspaces(device: torch.device) -> None:

@@ -165,6 +165,14 @@ def set_allocator(settings: str) -> None:
     torch._C._accelerator_setAllocatorSettings(settings)
 
 
+def release_workspaces() -> None:
+    """Give back the device memory that cuBLAS holds for every thread that multiplied; the next product takes it anew.
+
+    No product may be under way.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+
+
 def release_idle_pinned() -> None:
     """Give the pinned host memory that nobody uses any more, and torch keeps, back to the system."""
     torch._C._host_emptyCache()

@@ -1,4 +1,4 @@
-"""What stays on the device from step to step lies together: steps find one run of memory, and the budget is kept."""
+"""The budget as a limit on CUDA, and what stays on the device from step to step: it lies together."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import chunkft_fx
 from chunkft_fx.errors import BudgetInfeasible
-from chunkft_fx.memory_limit import PAGES_NBYTES
+from chunkft_fx.memory_limit import PAGE_NBYTES, PAGES_NBYTES, avoid_fragmentation, limit
 
 pytestmark = pytest.mark.gpu
+
+
+def apart() -> ProcessPoolExecutor:
+    """A process of its own, whose allocator nobody has used."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
 
 
 def _train() -> tuple[int, int, int]:
@@ -27,6 +32,8 @@ def _train() -> tuple[int, int, int]:
     ids = torch.randint(0, 64000, (2, 512), device="cuda")
     with pytest.raises(BudgetInfeasible) as caught:
         chunkft_fx.compile(model, 1, chunks=48, device="cuda")(input_ids=ids, labels=ids)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()  # what a calibration took
     compiled = chunkft_fx.compile(model, caught.value.smallest_budget_bytes, chunks=48, device="cuda")
     optimizer = chunkft_fx.AdamW(compiled, lr=1e-4)
     for count in (1, 2, 1, 2):
@@ -41,8 +48,28 @@ def _train() -> tuple[int, int, int]:
     return compiled.plan.budget_bytes, reserved, lost
 
 
+def _fill(nbytes: int) -> int:
+    """Take blocks until the limit of ``nbytes`` lets no more be taken; returns what was reserved by then."""
+    device = torch.device("cuda")
+    (torch.ones(64, 64, device=device) @ torch.ones(64, 64, device=device)).sum().item()
+    avoid_fragmentation(device)
+    limit(device, nbytes)
+    blocks = []
+    with pytest.raises(torch.OutOfMemoryError):
+        while True:
+            blocks.append(torch.empty(7 * 2**20, dtype=torch.uint8, device=device))
+    return torch.cuda.max_memory_reserved()
+
+
 def test_what_stays_lies_together() -> None:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with apart() as pool:
         budget, reserved, lost = pool.submit(_train).result()
     assert reserved <= budget
     assert lost <= PAGES_NBYTES
+
+
+@pytest.mark.parametrize("nbytes", [110 * 2**20, 119 * 2**20])
+def test_no_page_goes_beyond_the_limit(nbytes: int) -> None:
+    with apart() as pool:
+        reserved = pool.submit(_fill, nbytes).result()
+    assert nbytes - PAGES_NBYTES - 2 * PAGE_NBYTES < reserved <= nbytes
