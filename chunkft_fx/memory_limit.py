@@ -79,10 +79,8 @@ def overhead(device: torch.device, step_nbytes: int) -> dict[str, int]:
     """Bytes by name that a device needs beside the tensors of a step of ``step_nbytes``."""
     if device.type != "cuda":
         return {}
-    return {
-        "library workspaces": LIBRARY_NBYTES,
-        "fragmentation": PAGES_NBYTES + int(step_nbytes * FRAGMENTATION_SHARE),
-    }
+    lost = PAGES_NBYTES + PAGE_ROUNDING_NBYTES + int(step_nbytes * FRAGMENTATION_SHARE)
+    return {"library workspaces": LIBRARY_NBYTES, "fragmentation": lost}
 
 
 @contextlib.contextmanager

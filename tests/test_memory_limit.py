@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from chunkft_fx import memory_limit
-from chunkft_fx.memory_limit import avoid_fragmentation, expandable
+from chunkft_fx.memory_limit import (
+    PAGE_NBYTES,
+    PAGE_ROUNDING_NBYTES,
+    avoid_fragmentation,
+    expandable,
+    overhead,
+)
 
 
 @pytest.mark.parametrize(
@@ -32,3 +38,11 @@ def test_the_cpu_has_nothing_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(memory_limit, "set_allocator", refuse)
     avoid_fragmentation(torch.device("cpu"))
+
+
+def test_what_the_limit_holds_back_is_predicted() -> None:
+    """A step that needs what was predicted, and whose last page is nearly empty, must not meet the limit."""
+    predicted = overhead(torch.device("cuda"), 0)
+    assert predicted["fragmentation"] >= PAGE_ROUNDING_NBYTES + PAGE_NBYTES
+    assert overhead(torch.device("cuda"), 1000 * 2**20)["fragmentation"] > predicted["fragmentation"]
+    assert overhead(torch.device("cpu"), 1000 * 2**20) == {}

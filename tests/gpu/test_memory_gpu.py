@@ -50,7 +50,7 @@ def _train() -> tuple[int, int, int]:
 
 def _fill(nbytes: int) -> int:
     """Take blocks until the limit of ``nbytes`` lets no more be taken; returns what was reserved by then."""
-    device = torch.device("cuda")
+    device = torch.device("cuda", 0)
     (torch.ones(64, 64, device=device) @ torch.ones(64, 64, device=device)).sum().item()
     avoid_fragmentation(device)
     limit(device, nbytes)
