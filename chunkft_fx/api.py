@@ -273,6 +273,7 @@ class CompiledModule(nn.Module):
             predictor = Predictor(session)
             plan = plan_for_batch(self._model, self._options, self._plan, predictor, batch)
             session.save_from, session.offload_below = plan.save_from, plan.offload_below
+            session.head_split = plan.head_split
             session.times = predictor.known_times
             avoid_fragmentation(self._residency.device)
             self._residency.settle(plan.streamed, plan.depth)

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.utils.flop_counter import flop_registry
 
 from chunkft_fx.graph_storages import Storages
+from chunkft_fx.head_memory import blocks, repeated_nbytes
 from chunkft_fx.kernel_list import Kernel, kernels, packet_of, packets
 from chunkft_fx.rates import Rates
 from chunkft_fx.specialize import Variant
@@ -34,17 +35,21 @@ _LIKE = {
 
 @dataclass(frozen=True)
 class Work:
-    """What one kernel does: multiply-adds count two ``flops``, in ``dtype``; ``nbytes`` are read or written."""
+    """What one kernel does: multiply-adds count two ``flops``, in ``dtype``; ``nbytes`` are read or written.
+
+    An operator that works block by block ``launches`` as often.
+    """
 
     flops: int
     dtype: str
     nbytes: int
+    launches: int = 1
 
     def us(self, rates: Rates) -> float:
         """Microseconds; a dtype that was not measured goes at the slowest rate."""
         by_dtype = rates.matmul_flops_per_s
         arithmetic = self.flops / by_dtype.get(self.dtype, min(by_dtype.values()))
-        return max(arithmetic, self.nbytes / rates.memory_nbytes_per_s) * 1e6 + rates.launch_us
+        return max(arithmetic, self.nbytes / rates.memory_nbytes_per_s) * 1e6 + self.launches * rates.launch_us
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Cost:
 
     @property
     def launches(self) -> int:
-        return len(self.kernels)
+        return sum(k.launches for k in self.kernels)
 
     def us(self, rates: Rates) -> float:
         """Microseconds on a machine of these rates."""
@@ -86,11 +91,11 @@ def graph_cost(graph: fx.Graph, fused: bool = True) -> Cost:
 
 
 def _work_of(kernel: Kernel) -> Work:
-    nbytes = sum(kernel.reads.values()) + sum(kernel.writes.values())
     node = kernel.stores[0].node
+    nbytes = sum(kernel.reads.values()) + sum(kernel.writes.values()) + repeated_nbytes(node)
     values = [n.meta.get("val") for n in node.all_input_nodes]
     dtype = next((v.dtype for v in values if isinstance(v, Tensor) and v.is_floating_point()), torch.float32)
-    return Work(0 if kernel.generated else _flops(node), str(dtype).removeprefix("torch."), nbytes)
+    return Work(0 if kernel.generated else _flops(node), str(dtype).removeprefix("torch."), nbytes, blocks(node))
 
 
 def _flops(node: fx.Node) -> int:

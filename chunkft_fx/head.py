@@ -14,7 +14,7 @@ Shapes: ``hidden`` ``[tokens, features]``, ``weight`` ``[classes, features]``, `
 says which are computed; the others are empty tensors. Of ``d_weight`` only ``length`` indices along ``dim`` from
 ``start`` (``i64[]`` on the CPU) are computed, all of it where ``start`` is None; ``d_bias`` likewise. Sums over
 blocks are taken in float32 and rounded to the weight's dtype once. Meaning of labels, ``ignore_index``, smoothing
-and ``mean``: `torch.nn.functional.cross_entropy`.
+and ``mean``: `torch.nn.functional.cross_entropy`. With ``split`` a block is that many times smaller than usual.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils.flop_counter import register_flop_formula
 
 from chunkft_fx.kernels.cross_entropy import softmax_cross_entropy_
@@ -36,10 +36,20 @@ LOGITS_NBYTES = 2**28
 _TILE = 256
 
 
-def block_tokens(classes: int, itemsize: int) -> int:
+# Splits that plans choose from: every one halves the block of the one before. Below 32 MiB little is left to win.
+SPLITS = (1, 2, 4, 8)
+
+
+def block_tokens(classes: int, itemsize: int, split: int = 1) -> int:
     """How many tokens' logits are held at a time."""
-    tokens = max(1, LOGITS_NBYTES // (classes * itemsize))
+    tokens = max(1, LOGITS_NBYTES // (classes * itemsize * split))
     return tokens - tokens % _TILE if tokens > _TILE else tokens
+
+
+def useful_splits(tokens: int, classes: int, itemsize: int) -> tuple[int, ...]:
+    """The splits, from 1 on, that make each block of so many tokens smaller than the split before."""
+    sizes = {min(block_tokens(classes, itemsize, split), tokens): split for split in reversed(SPLITS)}
+    return tuple(sorted(sizes.values()))
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -63,6 +73,7 @@ def run(
     bias_length: int = 0,
     *,
     tangent: Tensor | None = None,
+    split: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, and its gradients times ``tangent`` (None is 1), in one pass over blocks of tokens."""
     tokens, wide = hidden.shape[0], wide_dtype(hidden.dtype)
@@ -71,7 +82,7 @@ def run(
     scale = divisor.reciprocal() if any(output_mask) else None
     if scale is not None and tangent is not None:
         scale = scale * tangent
-    size = min(block_tokens(classes, hidden.element_size()), tokens)
+    size = min(block_tokens(classes, hidden.element_size(), split), tokens)
     rows = _window(start if dim == 0 else None, length, classes)
     columns = _window(start if dim == 1 else None, length, features)
     bias_rows = _window(bias_start, bias_length, classes)
@@ -125,16 +136,16 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.to(total.dtype).t(), b.to(total.dtype))
 
 
-def _forward(*args: Any) -> Tensor:
-    return run(*args)[0]
+def _forward(*args: Any, split: int = 1) -> Tensor:
+    return run(*args, split=split)[0]
 
 
-def _backward(tangent: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _, d_hidden, d_weight, d_bias = run(*args, tangent=tangent)
+def _backward(tangent: Tensor, *args: Any, split: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    _, d_hidden, d_weight, d_bias = run(*args, tangent=tangent, split=split)
     return d_hidden, d_weight, d_bias
 
 
-def _forward_meta(hidden: Tensor, *args: Any) -> Tensor:
+def _forward_meta(hidden: Tensor, *args: Any, split: int = 1) -> Tensor:
     return hidden.new_empty((), dtype=wide_dtype(hidden.dtype))
 
 
@@ -153,6 +164,8 @@ def _backward_meta(
     length: int = 0,
     bias_start: Tensor | None = None,
     bias_length: int = 0,
+    *,
+    split: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     sizes = list(weight.shape)
     rows = sizes[0] if bias_start is None else bias_length
@@ -165,31 +178,35 @@ def _backward_meta(
     )
 
 
-def _grad_meta(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _grad_meta(hidden: Tensor, *args: Any, split: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _forward_meta(hidden), *_backward_meta(hidden, hidden, *args)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:4])
-    ctx.settings = inputs[4:]
+    ctx.settings, ctx.split = inputs[4:], keyword_only_inputs["split"]
 
 
 def _differentiate(ctx: Any, tangent: Tensor) -> tuple[Any, ...]:
     mask = [bool(needed) for needed in ctx.needs_input_grad[:3]]
-    gradients = backward(tangent, *ctx.saved_tensors, *ctx.settings, mask)
+    gradients = backward(tangent, *ctx.saved_tensors, *ctx.settings, mask, split=ctx.split)
     return (*(g if needed else None for g, needed in zip(gradients, mask, strict=True)), None, None, None, None)
 
 
 _LIBRARY = torch.library.Library("chunkft_fx", "FRAGMENT")
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, int ignore_index, float label_smoothing, bool mean"
+_SPLIT = "*, int split=1"
 _WANTED = "bool[3] output_mask, Tensor? start=None, int dim=0, int length=0, Tensor? bias_start=None, int bias_length=0"
 for _name, _schema, _function, _meta in (
-    ("linear_cross_entropy", f"({_HEAD}) -> Tensor", _forward, _forward_meta),
+    ("linear_cross_entropy", f"({_HEAD}, {_SPLIT}) -> Tensor", _forward, _forward_meta),
     (
         "linear_cross_entropy_backward",
-        f"(Tensor tangent, {_HEAD}, {_WANTED}) -> (Tensor, Tensor, Tensor)", _backward, _backward_meta,
+        f"(Tensor tangent, {_HEAD}, {_WANTED}, {_SPLIT}) -> (Tensor, Tensor, Tensor)", _backward, _backward_meta,
     ),
-    ("linear_cross_entropy_grad", f"({_HEAD}, {_WANTED}) -> (Tensor, Tensor, Tensor, Tensor)", run, _grad_meta),
+    (
+        "linear_cross_entropy_grad",
+        f"({_HEAD}, {_WANTED}, {_SPLIT}) -> (Tensor, Tensor, Tensor, Tensor)", run, _grad_meta,
+    ),
 ):  # fmt: skip
     _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(_name, _function, "CPU")
@@ -200,6 +217,11 @@ torch.library.register_autograd("chunkft_fx::linear_cross_entropy", _differentia
 forward = torch.ops.chunkft_fx.linear_cross_entropy.default
 backward = torch.ops.chunkft_fx.linear_cross_entropy_backward.default
 grad = torch.ops.chunkft_fx.linear_cross_entropy_grad.default
+
+
+def is_head(node: fx.Node) -> bool:
+    """Whether a node is one of these operators."""
+    return node.target in (forward, backward, grad)
 
 
 def _forward_flops(hidden: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any) -> int:

@@ -1,4 +1,4 @@
-"""What the operators of the chunked head allocate while they run, for the memory model.
+"""What the operators of the chunked head allocate while they run, and what their blocks move: for the models.
 
 The same steps as `head.run`, counted in bytes: all of it is known from shapes and dtypes.
 """
@@ -11,12 +11,17 @@ import torch
 from torch import Tensor, fx
 
 from chunkft_fx import head
+from chunkft_fx.head import is_head
 from chunkft_fx.kernels.cross_entropy import has_kernel, reference_workspace_nbytes
 from chunkft_fx.passes.rewrite import tensor_nbytes
 from chunkft_fx.torch_internals import hint
 
 # Where the input stands among an operator's arguments, and the gradients among its results.
-_LAYOUT = {head.forward: (0, slice(0, 0)), head.backward: (1, slice(0, 3)), head.grad: (0, slice(1, 4))}
+_LAYOUT: dict[Any, tuple[int, slice]] = {
+    head.forward: (0, slice(0, 0)),
+    head.backward: (1, slice(0, 3)),
+    head.grad: (0, slice(1, 4)),
+}
 
 
 def head_workspace(node: fx.Node) -> int:
@@ -24,18 +29,50 @@ def head_workspace(node: fx.Node) -> int:
 
     Symbolic sizes count with their traced value. A product library's own workspace is not counted.
     """
-    if node.target not in _LAYOUT:
+    if not is_head(node):
         return 0
-    first, gradients = _LAYOUT[node.target]
-    args: Any = fx.map_arg(node.args, lambda n: n.meta["val"])
-    hidden, weight = args[first : first + 2]
+    hidden, weight = operands(node)
+    return _workspace(hidden, int(weight.shape[0]), _gradients(node), _split(node))
+
+
+def blocks(node: fx.Node) -> int:
+    """How many blocks of tokens a node of the chunked head works through; 1 for any other node."""
+    if not is_head(node):
+        return 1
+    hidden, weight = operands(node)
+    return -(-hint(hidden.shape[0]) // head.block_tokens(int(weight.shape[0]), hidden.element_size(), _split(node)))
+
+
+def repeated_nbytes(node: fx.Node) -> int:
+    """Bytes that each block of tokens but the first moves again: the weight, read for each product, and sums for it."""
+    if not is_head(node):
+        return 0
+    _, weight = operands(node)
+    products = sum(tensor_nbytes(weight) for g in _gradients(node)[:1] if g.ndim == 2) + tensor_nbytes(weight)
+    sums = sum(2 * g.numel() * head.wide_dtype(g.dtype).itemsize for g in _gradients(node)[1:2])
+    return (blocks(node) - 1) * (products + sums)
+
+
+def operands(node: fx.Node) -> tuple[Tensor, Tensor]:
+    """The values of a head's hidden states and of its weight."""
+    first, _ = _LAYOUT[node.target]
+    values: Any = fx.map_arg(node.args[first : first + 2], lambda n: n.meta["val"])
+    return values[0], values[1]
+
+
+def _gradients(node: fx.Node) -> list[Tensor]:
     results = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else ()
-    return _workspace(hidden, int(weight.shape[0]), list(results[gradients]))
+    return list(results[_LAYOUT[node.target][1]])
 
 
-def _workspace(hidden: Tensor, classes: int, gradients: list[Tensor]) -> int:
+def _split(node: fx.Node) -> int:
+    split: Any = node.kwargs.get("split", 1)
+    return int(split)
+
+
+def _workspace(hidden: Tensor, classes: int, gradients: list[Tensor], split: int) -> int:
     tokens, itemsize, wide = hint(hidden.shape[0]), hidden.element_size(), head.wide_dtype(hidden.dtype)
-    size = min(head.block_tokens(classes, itemsize), tokens)
+    size = min(head.block_tokens(classes, itemsize, split), tokens)
     losses, buffer = tokens * wide.itemsize, size * classes * itemsize
     is_fused = has_kernel(hidden.device, hidden.dtype)
     in_block = 0 if is_fused else reference_workspace_nbytes(size, classes, hidden.dtype, bool(gradients))

@@ -11,6 +11,7 @@ the graph: each region returns its own contribution and the run time adds the sl
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import operator
 from collections import defaultdict
@@ -23,6 +24,7 @@ from torch import Tensor, fx
 
 from chunkft_fx.blocks import label_of, module_path
 from chunkft_fx.capture import Capture, OutputName
+from chunkft_fx.head import is_head
 from chunkft_fx.region import RegionGraph
 from chunkft_fx.torch_internals import graph_module, symbols
 
@@ -37,6 +39,11 @@ class Template:
     key: str
     graph: RegionGraph
     regions: list[int] = field(default_factory=list)
+
+    @functools.cached_property
+    def has_head(self) -> bool:
+        """Whether a chunked head is part of it."""
+        return any(is_head(node) for node in self.graph.graph.nodes)
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ class Considered:
     nbytes: int
     step_us: float | None
     largest: str
+    head_split: int = 1
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Plan:
     regions below it (and above the lowest active slice) recompute them in backward. Regions below
     ``offload_below[k]`` (of those: at most ``save_from[k]``) offload what they keep for that to host memory; empty
     means none. ``streamed`` names the parameters whose weights stay in host memory, ``depth`` the ring buffers that
-    they pass through.
+    they pass through. A chunked head holds ``1 / head_split`` of the logits that it would by itself.
     ``terms`` maps each part of the predicted peak to its bytes, ``peak_at`` names the moment of the step,
     ``predicted_step_us`` is the mean step of a sweep (None on the CPU, where memory alone decides), and
     ``considered`` lists choices that were not taken. ``batch`` says for which input
@@ -78,6 +79,7 @@ class Plan:
     offload_below: tuple[int, ...] = ()
     streamed: tuple[str, ...] = ()
     depth: int = 2
+    head_split: int = 1
     predicted_peak_bytes: int | None = None
     predicted_step_us: float | None = None
     peak_at: str = ""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from chunkft_fx.fixed_memory import Terms
-from chunkft_fx.plan import Chunk
+from chunkft_fx.plan import Chunk, Considered
 from chunkft_fx.step_cost import Saving, StepTimes, Work
 from chunkft_fx.step_memory import Moment
 
@@ -15,10 +15,20 @@ from chunkft_fx.step_memory import Moment
 Cost = tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Head:
+    """The splits that make blocks of a chunked head smaller, and the labels of the moments of a step that are its."""
+
+    splits: tuple[int, ...] = (1,)
+    moments: frozenset[str] = frozenset()
+
+
 class Predicts(Protocol):
     """What the search asks of a captured model (`predictor.Predictor`)."""
 
     def uses(self) -> Sequence[frozenset[str]]: ...
+
+    def head(self) -> Head: ...
 
     def peak(self, chunk: Chunk, saving: Saving) -> Moment: ...
 
@@ -50,6 +60,21 @@ class Fit:
     @property
     def nbytes(self) -> int:
         return sum(self.terms.values())
+
+    def considered(self) -> Considered:
+        """What a plan tells of this choice if it was not taken."""
+        choice, saving = self.choice, self.choice.saving
+        return Considered(
+            chunks=len(choice.chunks),
+            streamed=choice.streamed,
+            depth=choice.depth,
+            save_from=saving.save_from,
+            offload_below=saving.offload_below,
+            nbytes=self.nbytes,
+            step_us=self.step_us,
+            largest=max(self.terms, key=lambda name: self.terms[name]),
+            head_split=saving.head_split,
+        )
 
 
 def key_of(choice: Choice) -> tuple[int, Saving]:

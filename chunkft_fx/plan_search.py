@@ -1,10 +1,10 @@
 """The planner's search: all decisions that trade bytes for time, tried together.
 
-A choice is a number of chunks, how many regions stream their weights and through how many buffers, and the two borders
-of `Saving`. What a choice needs is the fixed terms of its chunks and the largest moment of its steps; what it costs is
-`step_cost.sweep_cost` of its predicted steps. Choices do not depend on the budget, only which of them fit does: so a
-larger budget never costs more. Where no times are known (on the CPU) choices are compared by whether they offload, then
-by streamed regions, chunks, and recomputing regions.
+A choice is a number of chunks, how many regions stream their weights and through how many buffers, and a `Saving`: two
+borders and the split of the head. What a choice needs is the fixed terms of its chunks and the largest moment of its
+steps; what it costs is `step_cost.sweep_cost` of its predicted steps. Choices do not depend on the budget, only which
+of them fit does: so a larger budget never costs more. Where no times are known (on the CPU) choices are compared by
+whether they offload, then by streamed regions, chunks, recomputing regions and the split.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ class Search:
         self.given = chunks
         self.uses = predictor.uses()
         self.regions = len(self.uses)
+        self.head = predictor.head()
         self._streamed_names: frozenset[str] | None = None  # by default those of regions spread evenly
         self.considered: list[Considered] = []
         self.smallest: Fit | None = None
@@ -159,11 +160,12 @@ class Search:
 
     def _by_memory(self) -> Iterator[tuple[Chunk, ...]]:
         """With as little streaming as the finest cut needs, the fewest chunks that fit; then the finest."""
-        one = cut(self.parameters, 1)
-        if self._can(one, 0, Saving(0)) or self._can(one, 0, Saving(self.regions)):
+        one, finest = cut(self.parameters, 1), self.head.splits[-1]
+        recomputing = Saving(self.regions, head_split=finest)
+        if self._can(one, 0, Saving(0)) or self._can(one, 0, recomputing):
             yield one
             return
-        for saving in (Saving(self.regions), self._frugal()):
+        for saving in (recomputing, Saving(self.regions, self.regions, finest)):
             streamed = next((m for m in range(self.regions + 1) if self._can(self.finest, m, saving)), None)
             if streamed is None:
                 continue
@@ -181,9 +183,6 @@ class Search:
         self._note(fit)
         return fit.nbytes <= self.budget
 
-    def _frugal(self) -> Saving:
-        return Saving(self.regions, self.regions)
-
     def _cut(self, count: int, times: StepTimes) -> tuple[Chunk, ...]:
         if count not in self._chunks:
             bare = bare_steps(times, Saving(0), frozenset(), DEPTH)
@@ -196,39 +195,57 @@ class Search:
     def _border(
         self, chunks: tuple[Chunk, ...], streamed: int, depth: int, offloads: bool, best: Fit | None
     ) -> Fit | None:
-        """The least recomputation with which a choice fits; None if it does not, or not for less than ``best``."""
+        """The cheapest split and recomputation with which a choice fits; None if none does for less than ``best``."""
+        found: Fit | None = None
+        for split in self.head.splits:
+            fit, too_large = self._least_recomputing(chunks, streamed, depth, offloads, split, best)
+            if fit is not None and (best is None or fit.cost < best.cost):
+                found = best = fit
+            # a finer split lets less be recomputed only if the head is what does not fit
+            if too_large is None or not (too_large.peak_at in self.head.moments or LATER in too_large.terms):
+                break
+        return found
+
+    def _least_recomputing(
+        self, chunks: tuple[Chunk, ...], streamed: int, depth: int, offloads: bool, split: int, best: Fit | None
+    ) -> tuple[Fit | None, Fit | None]:
+        """The least recomputation with which a choice fits, unless that costs as much as ``best``.
+
+        Beside it the choice that recomputes one region less, which does not fit; None if all is saved.
+        """
 
         def choice(save_from: int) -> Choice:
-            return Choice(chunks, streamed, depth, Saving(save_from, save_from if offloads else 0))
+            return Choice(chunks, streamed, depth, Saving(save_from, save_from if offloads else 0, split))
 
         if best is not None and self._cost(choice(0))[0] >= best.cost:  # costs rise with what is recomputed
-            return None
+            return None, None
         all_saved = self._least(choice(0))  # asked first: where it fits, no recomputing variant has to be made
         if all_saved.nbytes <= self.budget:
             all_saved = self._fit(choice(0))
         self._note(all_saved)
         if all_saved.nbytes <= self.budget:
-            return all_saved
+            return all_saved, None
         low, high = 1, self.regions
         found = self._fit(choice(high))
         self._note(found)
         if self.smallest is None or found.nbytes < self.smallest.nbytes:
             self.smallest = found
         if found.nbytes > self.budget:
-            return None
+            return None, found
         low += bisect_left(range(low, high), True, key=lambda s: self._least(choice(s)).nbytes <= self.budget)
+        too_large = self._least(choice(low - 1))
         middle = low
         while low < high:
             if best is not None and self._cost(choice(low))[0] >= best.cost:
-                return None
+                return None, too_large
             tried = self._fit(choice(middle))
             self._note(tried)
             if tried.nbytes <= self.budget:
                 high, found = middle, tried
             else:
-                low = middle + 1
+                low, too_large = middle + 1, tried
             middle = (low + high) // 2
-        return found
+        return found, too_large
 
     def _least(self, choice: Choice) -> Fit:
         """A choice as if its first chunk were the smallest there is, which demands no more than its own.
@@ -250,8 +267,8 @@ class Search:
     def _cost(self, choice: Choice) -> tuple[Cost, float | None]:
         saving, times = choice.saving, self.times
         if times is None:
-            order = (saving.offload_below > 0, choice.streamed, len(choice.chunks), saving.save_from, choice.depth)
-            return order, None
+            kept = saving.save_from, saving.head_split
+            return (saving.offload_below > 0, choice.streamed, len(choice.chunks), *kept, choice.depth), None
         key = choice.streamed, choice.depth, saving
         if key not in self._bare:
             away = frozenset(streamed_regions(self.regions, choice.streamed))
@@ -261,8 +278,8 @@ class Search:
             self._works[count] = SweepWork.of([self._work(c, times) for c in choice.chunks])
         steps = self._works[count].steps_us(self._bare[key])
         # equal costs are told apart by what is simpler
-        cost = (sweep_cost(steps), choice.streamed, len(choice.chunks), saving.offload_below, choice.depth)
-        return cost, float(steps.mean())
+        simpler = choice.streamed, len(choice.chunks), saving.offload_below, saving.head_split, choice.depth
+        return (sweep_cost(steps), *simpler), float(steps.mean())
 
     def _fixed_terms(self, chunks: tuple[Chunk, ...], streamed: int, depth: int) -> Terms:
         where = streamed, depth
@@ -284,10 +301,4 @@ class Search:
         return max((self.predictor.peak(chunks[k], choice.saving) for k in looked), key=lambda m: m.nbytes)
 
     def _note(self, fit: Fit) -> None:
-        choice = fit.choice
-        self.considered.append(
-            Considered(
-                len(choice.chunks), choice.streamed, choice.depth, choice.saving.save_from, choice.saving.offload_below,
-                fit.nbytes, fit.step_us, max(fit.terms, key=lambda name: fit.terms[name]),
-            )
-        )  # fmt: skip
+        self.considered.append(fit.considered())

@@ -42,14 +42,15 @@ def explain(plan: Plan) -> str:
     if not plan.considered:
         return "no other choice was considered: the plan was not made for a batch, or there was none"
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for title in ("chunks", "streamed regions", "buffers", "recompute below", "offload below", "needs", "step"):
+    for title in ("chunks", "streamed", "buffers", "recompute", "offload", "split", "needs", "step"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("why not")
     for c in plan.considered:
-        sizes = (c.chunks, c.streamed, c.depth if c.streamed else "", c.save_from, c.offload_below)
+        sizes = (c.chunks, c.streamed, c.depth if c.streamed else "", c.save_from, c.offload_below, c.head_split)
         step = "" if c.step_us is None else f"{c.step_us / 1e3:.1f} ms"
         table.add_row(*(str(n) for n in sizes), format_bytes(c.nbytes), step, _reason(plan, c))
-    return _text([f"choices beside the plan's, for {plan.batch}"], table)
+    meanings = "streamed: how many regions; recompute, offload: the regions below; split: of the head's blocks"
+    return _text([f"choices beside the plan's, for {plan.batch}", meanings], table)
 
 
 def _reason(plan: Plan, c: Considered) -> str:
@@ -81,7 +82,8 @@ def _head(plan: Plan) -> list[str]:
     time = "" if plan.predicted_step_us is None else f", a step predicted to take {plan.predicted_step_us / 1e3:.0f} ms"
     schedule = f"{len(plan.chunks)} chunk(s), {plan.order} order{seed}, {steps} each{time}"
     away = [f"{len(plan.streamed)} weights stay in host memory, {plan.depth} buffers"] if plan.streamed else []
-    return [f"budget {format_bytes(plan.budget_bytes)}, {peak}", *terms, schedule, *away]
+    split = [f"the head holds 1/{plan.head_split} of its usual block of logits"] if plan.head_split > 1 else []
+    return [f"budget {format_bytes(plan.budget_bytes)}, {peak}", *terms, schedule, *away, *split]
 
 
 def _kept(plan: Plan, k: int) -> str:

@@ -18,7 +18,6 @@ from chunkft_fx.fixed_memory import state_nbytes, streamed_choice
 from chunkft_fx.plan import Considered, Plan
 from chunkft_fx.plan_choice import Choice, Fit, Predicts
 from chunkft_fx.plan_search import Search
-from chunkft_fx.step_cost import Saving
 
 # Of the choices that were not taken, a plan keeps so many, those that came closest.
 KEPT_CHOICES = 40
@@ -92,6 +91,7 @@ def _completed(plan: Plan, best: Fit, batch: str, streamed: tuple[str, ...], con
         plan,
         streamed=streamed,
         depth=best.choice.depth,
+        head_split=saving.head_split,
         save_from=(saving.save_from,) * count,
         offload_below=(saving.offload_below,) * count,
         predicted_peak_bytes=best.nbytes,
@@ -106,15 +106,19 @@ def _completed(plan: Plan, best: Fit, batch: str, streamed: tuple[str, ...], con
 def _closest(considered: Sequence[Considered], best: Fit) -> list[Considered]:
     """The choices that were not taken, those first that the budget would have to grow least for."""
     taken = _key(best.choice)
-    others = {c for c in considered if (c.chunks, c.streamed, c.depth, c.save_from, c.offload_below) != taken}
-    return sorted(others, key=lambda c: (c.nbytes, c.chunks, c.streamed, c.save_from, c.offload_below, c.depth))[
-        :KEPT_CHOICES
-    ]
+    others = {c for c in considered if _order(c) != taken}
+    return sorted(others, key=lambda c: (c.nbytes, *_order(c)))[:KEPT_CHOICES]
 
 
-def _key(choice: Choice) -> tuple[int, int, int, int, int]:
-    saving: Saving = choice.saving
-    return len(choice.chunks), choice.streamed, choice.depth, saving.save_from, saving.offload_below
+def _order(c: Considered) -> tuple[int, ...]:
+    return c.chunks, c.streamed, c.save_from, c.offload_below, c.depth, c.head_split
+
+
+def _key(choice: Choice) -> tuple[int, ...]:
+    saving = choice.saving
+    return (
+        len(choice.chunks), choice.streamed, saving.save_from, saving.offload_below, choice.depth, saving.head_split,
+    )  # fmt: skip
 
 
 def _infeasible(budget: int, smallest: Fit, batch: str) -> BudgetInfeasible:

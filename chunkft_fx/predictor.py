@@ -11,14 +11,19 @@ from collections.abc import Hashable, Sequence
 
 from chunkft_fx.cost_model import direction_us, transfer_us
 from chunkft_fx.executable import Executable
+from chunkft_fx.head import is_head, useful_splits
+from chunkft_fx.head_memory import operands
 from chunkft_fx.memory_limit import overhead
 from chunkft_fx.outline import Region
 from chunkft_fx.passes.rewrite import tensor_nbytes
 from chunkft_fx.plan import Chunk
+from chunkft_fx.plan_choice import Head
 from chunkft_fx.rates import Rates, rates
 from chunkft_fx.session import Session
+from chunkft_fx.specialize import Variant
 from chunkft_fx.step_cost import Saving, StepTimes, Work
-from chunkft_fx.step_memory import Moment, step_timeline
+from chunkft_fx.step_memory import Moment, moment_label, step_timeline
+from chunkft_fx.torch_internals import hint
 
 # Bytes that the update of one element of a low-precision weight moves in device memory (`benchmarks.bench_kernels`).
 UPDATE_NBYTES = 32
@@ -44,6 +49,16 @@ class Predictor:
     def uses(self) -> Sequence[frozenset[str]]:
         """For each region the names of the parameters that it reads."""
         return self._regions
+
+    def head(self) -> Head:
+        """What the search may do about the blocks of a chunked head."""
+        regions = [r for r in self._session.outline.regions if r.template.has_head]
+        splits: set[int] = {1}
+        for node in (n for r in regions for n in r.template.graph.graph.nodes if is_head(n)):
+            hidden, weight = operands(node)
+            splits |= {*useful_splits(hint(hidden.shape[0]), int(weight.shape[0]), hidden.element_size())}
+        labels = frozenset(moment_label(r, is_backward) for r in regions for is_backward in (False, True))
+        return Head(tuple(sorted(splits)), labels)
 
     def peak(self, chunk: Chunk, saving: Saving) -> Moment:
         """The largest moment of a step on a chunk, in bytes beyond what `fixed_memory` counts."""
@@ -78,11 +93,16 @@ class Predictor:
     def _predicted(self, deepest: Chunk, known: Rates) -> StepTimes:
         session = self._session
         last = len(self._regions)
-        saving = session.planned(deepest, Saving(0)).program.variants
-        again = session.planned(deepest, Saving(last)).program.variants
+        saving, again = self._variants(deepest, Saving(0)), self._variants(deepest, Saving(last))
         forward = tuple(direction_us(v, False, known) for v in saving)
         backward = tuple(direction_us(v, True, known) for v in saving)
         recomputing = tuple(direction_us(v, True, known) for v in again)
+        whole = sum(forward) + sum(backward)
+        split_us = []
+        for split in self.head().splits:
+            variants = self._variants(deepest, Saving(0, head_split=split))
+            us = sum(direction_us(v, is_backward, known) for v in variants for is_backward in (False, True))
+            split_us.append((split, max(us - whole, 0.0)))
         parameters = session.owner.residency.parameters
         weights = [sum(parameters[n].numel() * parameters[n].itemsize for n in use) for use in self._regions]
         return StepTimes(
@@ -94,7 +114,11 @@ class Predictor:
             keep_us=tuple(transfer_us(self._kept(r), known, "device_to_host") for r in session.outline.regions),
             state_us_per_byte=transfer_us(1, known, "both_ways"),
             update_us_per_element=UPDATE_NBYTES / known.memory_nbytes_per_s * 1e6,
+            split_us=tuple(split_us),
         )
+
+    def _variants(self, chunk: Chunk, saving: Saving) -> Sequence[Variant]:
+        return self._session.planned(chunk, saving, self._known_steps).program.variants
 
     def _kept(self, region: Region) -> int:
         """Bytes that a recomputing region keeps: what it reads that regions before it made."""

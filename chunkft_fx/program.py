@@ -75,7 +75,7 @@ class ProgramSpec:
     regions below ``save_from`` recompute their activations; ``streams`` says which weights are fetched, and the device.
     Regions below ``offload_below`` keep for backward in host memory what `passes.offload_saved` lets go: with
     ``offload_below <= save_from`` mostly their inputs. Without ``streams`` nothing is offloaded, and states are not
-    let in by the program, as ``states`` would have it.
+    let in by the program, as ``states`` would have it. A chunked head takes ``head_split`` times as many blocks.
     """
 
     slices: Mapping[str, Slice]
@@ -85,6 +85,7 @@ class ProgramSpec:
     streams: InsertStreams | None = None
     offload_below: int = 0
     states: ScheduleStates | None = None
+    head_split: int = 1
 
 
 def choose_variants(capture: Capture, outline: Outline, specializer: Specializer, spec: ProgramSpec) -> list[Variant]:
@@ -130,7 +131,8 @@ def region_demands(capture: Capture, outline: Outline, specializer: Specializer,
         asked: list[OutputDemand] = [_gradient_demand(capture, primal, spec) for _, primal in region.gradients]
         asked += ["whole" if name in wanted else None for name in region.values]
         backward = tuple(None if z else d for d, z in zip(asked, dead[region.index], strict=True))
-        demand = Demand(backward, absent[region.index], recompute=region.index < spec.save_from)
+        split = spec.head_split if region.template.has_head else 1
+        demand = Demand(backward, absent[region.index], region.index < spec.save_from, split)
         if demand.forward_only:
             demand = Demand(backward, (False,) * len(region.tangents))
         else:

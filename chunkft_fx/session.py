@@ -60,6 +60,7 @@ class Session:
         self.last: Executable | None = None
         self.save_from: tuple[int, ...] = ()
         self.offload_below: tuple[int, ...] = ()
+        self.head_split = 1
         self.times: StepTimes | None = None  # what regions take, where that is known
         self.expected = self._first_guess()
         self._anchor = torch.zeros((), requires_grad=True)
@@ -112,9 +113,10 @@ class Session:
     ) -> Executable:
         residency = self.owner.residency
         streams = InsertStreams(residency.away(), residency.device, residency.depth)
-        key = (slices, absent, save_from, offload_below, streams)
+        saving = Saving(save_from, offload_below, self.head_split)
+        key = (slices, absent, saving, streams)
         if key not in self.executables:
-            self.executables[key] = self._assembled(slices, absent, Saving(save_from, offload_below), streams)
+            self.executables[key] = self._assembled(slices, absent, saving, streams)
         self.last = self.executables[key]
         return self.last
 
@@ -137,7 +139,9 @@ class Session:
     ) -> ProgramSpec:
         inputs = frozenset(self.capture.primals[i] for i in self._inputs) if slices else frozenset()
         by_name = {s.name: s for s in slices}
-        return ProgramSpec(by_name, absent, inputs, saving.save_from, streams, saving.offload_below)
+        return ProgramSpec(
+            by_name, absent, inputs, saving.save_from, streams, saving.offload_below, head_split=saving.head_split
+        )
 
     def _written(self, spec: ProgramSpec, variants: list[Variant]) -> Executable:
         program = build(self.capture, self.outline, spec, variants)
@@ -235,7 +239,7 @@ class Session:
         variants = choose_variants(self.capture, self.outline, self.specializer, spec)
         if known is None:
             return self._written(spec, variants)
-        looks = saving, tuple(v.interface for v in variants)
+        looks = replace(saving, head_split=1), tuple(v.interface for v in variants)
         if looks not in known:
             known[looks] = self._written(spec, variants)
         return exchanged(known[looks], variants)

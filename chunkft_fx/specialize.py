@@ -34,11 +34,13 @@ Choose = Callable[[Problem], str | None]
 
 @dataclass(frozen=True)
 class Demand:
-    """What is asked of a template: each backward output, which tangents are absent, the saving policy."""
+    """What is asked of a template: each backward output, which tangents are absent, the saving policy, and how many
+    times more blocks a chunked head takes."""
 
     backward: tuple[OutputDemand, ...]
     absent: tuple[bool, ...]
     recompute: bool = False
+    head_split: int = 1
 
     @property
     def forward_only(self) -> bool:
@@ -111,7 +113,7 @@ class Specializer:
 
     def __init__(self, choose: Choose = lambda _: None) -> None:
         self._choose = choose
-        self._specialized: dict[tuple[int, tuple[OutputDemand, ...], tuple[bool, ...]], Specialized] = {}
+        self._specialized: dict[tuple[int, tuple[OutputDemand, ...], tuple[bool, ...], int], Specialized] = {}
         self._zeros: dict[tuple[int, tuple[bool, ...]], tuple[bool, ...]] = {}
         self._variants: dict[tuple[int, Demand], Variant] = {}
 
@@ -130,14 +132,14 @@ class Specializer:
         return self._zeros[key]
 
     def specialize(
-        self, template: Template, backward: tuple[OutputDemand, ...], absent: tuple[bool, ...]
+        self, template: Template, backward: tuple[OutputDemand, ...], absent: tuple[bool, ...], head_split: int = 1
     ) -> Specialized:
         """Rewrite a copy of the template's graph for a demand; every backward output asked for must be non-zero."""
-        key = (template.index, backward, absent)
+        key = (template.index, backward, absent, head_split)
         if key not in self._specialized:
             region = template.graph.copy()
-            steps: tuple[Pass, ...] = (PruneTangents(absent), Eliminate(), *passes.default_pipeline(backward))
-            counts = pipeline.run(region, steps if any(absent) else steps[2:])
+            pruning: tuple[Pass, ...] = (PruneTangents(absent), Eliminate()) if any(absent) else ()
+            counts = pipeline.run(region, (*pruning, *passes.default_pipeline(backward, head_split)))
             choices = frozenset((p, by) for p in problems(region) if (by := self._choose(p)) is not None)
             counts |= pipeline.run(region, passes.lowering_pipeline(choices))
             used = tuple(bool(n.users) or n in region.backward_outputs for n in region.placeholders("tangent"))
@@ -163,7 +165,7 @@ class Specializer:
         return Variant(len(self._variants), template, demand, region.module, None, ())
 
     def _partitioned(self, template: Template, demand: Demand) -> Variant:
-        done = self.specialize(template, demand.backward, demand.absent)
+        done = self.specialize(template, demand.backward, demand.absent, demand.head_split)
         region = done.region.copy()
         names = [n.name for n in region.placeholders("primal")]
         starts = {n.name: i for n, i in zip(region.placeholders("start"), _sliced(demand), strict=True)}

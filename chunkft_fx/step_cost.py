@@ -25,7 +25,7 @@ class StepTimes:
     """Predicted microseconds of each region: forward, backward (input gradients), to recompute its activations, the
     gradients of all its weights; ``fetch_us`` to bring all its weights from the host, ``keep_us`` to move what it
     keeps between forward and backward one way. ``state_us_per_byte`` is of a chunk's states, both ways at once,
-    ``update_us_per_element`` of its update."""
+    ``update_us_per_element`` of its update. ``split_us`` has for each split of the head what a step takes more."""
 
     forward_us: tuple[float, ...]
     backward_us: tuple[float, ...]
@@ -35,6 +35,7 @@ class StepTimes:
     keep_us: tuple[float, ...]
     state_us_per_byte: float
     update_us_per_element: float
+    split_us: tuple[tuple[int, float], ...] = ((1, 0.0),)
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Saving:
-    """Two borders: regions below ``offload_below`` offload what they keep, those below ``save_from`` recompute."""
+    """What a step holds: regions below ``offload_below`` offload what they keep, those below ``save_from`` recompute.
+
+    A chunked head takes ``head_split`` times as many blocks of tokens as it would by itself.
+    """
 
     save_from: int
     offload_below: int = 0
+    head_split: int = 1
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,8 @@ def bare_steps(times: StepTimes, saving: Saving, streamed: frozenset[int], depth
     order = range(last - 1, -1, -1)
     backward = _pipeline([times.backward_us[i] + again[i] for i in order], [fetch[i] for i in order], depth)
     moved = np.cumsum(np.add(fetch, kept)[::-1])[::-1]  # from each region up
-    return BareSteps(forward + np.array(backward)[::-1], sum(fetch) + moved)
+    more = dict(times.split_us)[saving.head_split]
+    return BareSteps(forward + more + np.array(backward)[::-1], sum(fetch) + moved)
 
 
 def step_us(bare: BareSteps, work: Work) -> float:

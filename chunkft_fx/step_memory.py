@@ -19,6 +19,7 @@ from chunkft_fx import ops
 from chunkft_fx.executable import Executable, Instruction, Slot, StreamNode
 from chunkft_fx.graph_storages import Key, Storages
 from chunkft_fx.memory_model import graph_of, workspace
+from chunkft_fx.outline import Region
 from chunkft_fx.program import RegionCall
 from chunkft_fx.specialize import Variant
 from chunkft_fx.torch_internals import hint
@@ -62,6 +63,11 @@ def step_timeline(executable: Executable, backend: str = "eager", is_first: bool
     if is_first:
         replay.make_sums()
     return tuple(replay.moments)
+
+
+def moment_label(region: Region, is_backward: bool) -> str:
+    """The label of the moments at which a region runs."""
+    return f"{region.label} {'backward' if is_backward else 'forward'}"
 
 
 def storages_nbytes(tensors: Iterable[Any], besides: Iterable[Tensor] = ()) -> int:
@@ -163,7 +169,7 @@ class _Replay:
         if not isinstance(call, RegionCall):
             self._carry(instruction, call)
             return
-        self.label = f"{call.region.label} {'backward' if call.is_backward else 'forward'}"
+        self.label = moment_label(call.region, call.is_backward)
         ends = _ends(call.variant, call.is_backward)
         known: dict[Key | None, _Storage | None] = {None: None}
         for slot, value in zip(instruction.inputs, ends.inputs, strict=True):

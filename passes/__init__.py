@@ -13,6 +13,7 @@ from chunkft_fx.passes.lower_triton import Choices, LowerTriton
 from chunkft_fx.passes.prune_tangents import PruneTangents
 from chunkft_fx.passes.select_slices import SelectSlices
 from chunkft_fx.passes.sink_slices import SinkSlices
+from chunkft_fx.passes.split_head import SplitHead
 from chunkft_fx.region import OutputDemand, Pass
 
 __all__ = [
@@ -23,14 +24,16 @@ __all__ = [
     "PruneTangents",
     "SelectSlices",
     "SinkSlices",
+    "SplitHead",
     "default_pipeline",
     "lowering_pipeline",
 ]
 
 
-def default_pipeline(demand: tuple[OutputDemand, ...]) -> tuple[Pass, ...]:
+def default_pipeline(demand: tuple[OutputDemand, ...], head_split: int = 1) -> tuple[Pass, ...]:
     """The passes that turn a region's joint graph into one that computes just ``demand``, in order."""
-    return (Canonicalize(), SelectSlices(demand), Eliminate(), SinkSlices(), Eliminate(), ChunkLogits())
+    sliced = (Canonicalize(), SelectSlices(demand), Eliminate(), SinkSlices(), Eliminate())
+    return (*sliced, ChunkLogits(), SplitHead(head_split))
 
 
 def lowering_pipeline(choices: Choices) -> tuple[Pass, ...]:

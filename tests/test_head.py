@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from chunkft_fx import head
-from chunkft_fx.head_memory import head_workspace
+from chunkft_fx.head_memory import blocks, head_workspace, repeated_nbytes
 from tests.live_storages import LiveStorages
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -216,11 +216,11 @@ def _flops(target: Any, *args: Any) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("block", [8, 32, 96])
+@pytest.mark.parametrize(("block", "split"), [(8, 1), (32, 1), (96, 1), (128, 4)])
 @pytest.mark.parametrize("kind", ["forward", "grad", "slice", "columns", "bias"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_workspace_is_what_the_operator_allocates(
-    dtype: torch.dtype, kind: str, block: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, kind: str, block: int, split: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = make(96, 500, 64, dtype=dtype, bias=kind == "bias")
     few_tokens_a_block(monkeypatch, case, block)
@@ -233,8 +233,11 @@ def test_workspace_is_what_the_operator_allocates(
     }[kind]
     args = [*case.plain_args, *asked]
     with LiveStorages() as live:
-        results = head.run(*args)
-    predicted = head_workspace(_node(head.grad if asked else head.forward, args))
+        results = head.run(*args, split=split)
+    node = _node(head.grad if asked else head.forward, args)
+    node.kwargs = {"split": split}
+    predicted = head_workspace(node)
+    assert blocks(node) == -(-96 // (block // split))
     assert predicted + sum(t.untyped_storage().nbytes() for t in results) == pytest.approx(live.peak_nbytes, rel=0.01)
 
 
@@ -256,5 +259,23 @@ def _node(target: Any, args: list[Any]) -> fx.Node:
     return node
 
 
-def test_other_nodes_have_no_workspace() -> None:
-    assert head_workspace(fx.Graph().call_function(torch.ops.aten.mm.default, ())) == 0
+def test_other_nodes_have_no_workspace_and_no_blocks() -> None:
+    other = fx.Graph().call_function(torch.ops.aten.mm.default, ())
+    assert (head_workspace(other), repeated_nbytes(other), blocks(other)) == (0, 0, 1)
+
+
+def test_blocks_read_the_weight_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three blocks: twice more the weight for the logits and for the input gradient, and a sum of half of it."""
+    case = make(96, 500, 64, dtype=torch.float32)
+    few_tokens_a_block(monkeypatch, case, 32)
+    weight = 500 * 64 * 4
+    assert repeated_nbytes(_node(head.forward, list(case.plain_args))) == 2 * weight
+    sliced = [*case.plain_args, [True, True, False], torch.tensor(0), 0, 250]
+    assert repeated_nbytes(_node(head.grad, sliced)) == 2 * (2 * weight + weight)
+
+
+def test_useful_splits_are_those_that_make_blocks_smaller() -> None:
+    assert head.useful_splits(8192, 128_256, 2) == (1, 2, 4, 8)
+    assert head.useful_splits(512, 128_256, 2) == (1, 4, 8)
+    assert head.useful_splits(64, 128_256, 2) == (1,)
+    assert [head.block_tokens(128_256, 2, split) for split in head.SPLITS] == [1024, 512, 256, 130]

@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import chunkft_fx
 from chunkft_fx import head
 from chunkft_fx.api import CompiledModule
+from chunkft_fx.plan import Plan
 from chunkft_fx.tools.inspect import dense_gradients
 from chunkft_fx.tools.zoo import tiny
-from tests.equivalence import assert_same_gradients, loss_of, relative_error
+from tests.equivalence import assert_same_gradients, loss_of, relative_error, smallest_budget
 from tests.equivalence import dense_gradients as plain_gradients
 
 FAMILIES = ("llama", "bert")
@@ -93,6 +95,29 @@ def test_slices_of_the_head_equal_the_dense_gradient(
     assert not dense_gradients(compiled)
 
 
+def test_a_budget_without_room_for_a_block_splits_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan splits the head, the programs do as it says, and gradients are the plain model's."""
+    classes = 3000
+    monkeypatch.setattr(head, "LOGITS_NBYTES", 64 * classes * 4)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=classes,
+        use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, ids = LlamaForCausalLM(config).train(), torch.randint(0, classes, (4, 32))
+    inputs = {"input_ids": ids, "labels": ids}
+    ample = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=3, backend="eager")
+    ample(**inputs)
+    assert ample.plan.head_split == 1
+    tight = chunkft_fx.compile(copy.deepcopy(model), smallest_budget(model, inputs, 3), chunks=3, backend="eager")
+    assert_same_gradients(tight, model, inputs, 1e-4)
+    assert tight.plan.head_split > 1
+    assert f"1/{tight.plan.head_split}" in str(tight.plan)
+    used = {n.kwargs["split"] for v in tight.program.variants for n in v.forward.graph.nodes if head.is_head(n)}
+    assert used == {tight.plan.head_split}
+    assert Plan.from_json(tight.plan.to_json()) == tight.plan
+
+
 def test_slices_equal_the_dense_gradient_in_float64() -> None:
     model, batch = tiny("bert", dtype=torch.float64)
     compiled = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=3, backend="eager")
@@ -100,10 +125,16 @@ def test_slices_equal_the_dense_gradient_in_float64() -> None:
     assert heads(compiled)
 
 
-def test_inductor_compiles_the_head() -> None:
+def test_inductor_compiles_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the blocks that it takes by itself, and in half of these."""
+    monkeypatch.setattr(head, "LOGITS_NBYTES", 12 * CLASSES * 4)
     model, batch, compiled = compiled_tiny("llama", chunks=1, backend="inductor")
     assert_same_gradients(compiled, model, batch(2, 12, 0), 1e-4)
     assert heads(compiled) == [(head.grad, False)]
+    compiled._sessions[-1].head_split = 2
+    compiled.zero_grad()
+    assert_same_gradients(compiled, model, batch(2, 12, 1), 1e-4)
+    assert compiled.program.variants[-1].demand.head_split == 2
 
 
 @pytest.mark.parametrize("recompute", [False, True])

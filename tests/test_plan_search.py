@@ -18,7 +18,7 @@ from chunkft_fx.cuts import ParameterSpec, Stream, cut
 from chunkft_fx.errors import BudgetInfeasible
 from chunkft_fx.fixed_memory import chunk_terms, streamed_choice, streamed_regions, weight_terms
 from chunkft_fx.plan import Chunk, Plan
-from chunkft_fx.plan_choice import Choice, Fit
+from chunkft_fx.plan_choice import Choice, Fit, Head
 from chunkft_fx.plan_search import DEPTHS, Search
 from chunkft_fx.planner import Options, parameter_specs, plan_for_batch
 from chunkft_fx.step_cost import Saving, StepTimes, Work, bare_steps, step_us, sweep_cost
@@ -40,15 +40,22 @@ class Blocks(nn.Module):
 class Predicted:
     """A model's predictions by formula: every region saves as much, and needs as much while it runs.
 
-    A step makes gradients of its chunk, ``made`` bytes an element; chunks of a sweep are not equal.
+    A step makes gradients of its chunk, ``made`` bytes an element; chunks of a sweep are not equal. At another moment
+    of it the head holds ``logits`` bytes, of which a split leaves a part.
     """
 
-    def __init__(self, model: Blocks, saved: int, kept: int, work: int, has_times: bool, made: int = 0) -> None:
+    def __init__(
+        self, model: Blocks, saved: int, kept: int, work: int, has_times: bool, made: int = 0, logits: int = 0
+    ) -> None:
         self.names = [
             frozenset(f"layers.{i}.{n}" for n, _ in layer.named_parameters()) for i, layer in enumerate(model.layers)
         ]
         self.saved, self.kept, self.inside, self.has_times, self.made = saved, kept, work, has_times, made
         self.sizes = {n: p.numel() for n, p in model.named_parameters()}
+        self.logits = logits
+
+    def head(self) -> Head:
+        return Head((1, 2, 4, 8), frozenset({"head"})) if self.logits else Head()
 
     def uses(self) -> Sequence[frozenset[str]]:
         return self.names
@@ -60,8 +67,10 @@ class Predicted:
         above = range(self.lowest(chunk), len(self.names))
         saved = sum(self.saved for i in above if i >= saving.save_from)
         kept = sum(self.kept for i in above if saving.offload_below <= i < saving.save_from)
-        terms = {"saved activations": saved + kept, "workspace": self.inside, "gradients": self.made * chunk.numel}
-        return Moment("top", terms)
+        terms = {"saved activations": saved + kept, "gradients": self.made * chunk.numel}
+        top = Moment("top", terms | {"workspace": self.inside})
+        head = Moment("head", terms | {"workspace": self.logits // saving.head_split})
+        return max(top, head, key=lambda m: m.nbytes)
 
     def times(self, deepest: Chunk) -> StepTimes | None:
         count = len(self.names)
@@ -70,7 +79,8 @@ class Predicted:
         forward, backward, again, gradients, fetch, keep = (
             (us,) * count for us in (100.0, 110.0, 90.0, 100.0, 120.0, 15.0)
         )
-        return StepTimes(forward, backward, again, gradients, fetch, keep, 2e-4, 1e-5)
+        split_us = ((1, 0.0), (2, 15.0), (4, 40.0), (8, 100.0)) if self.logits else ((1, 0.0),)
+        return StepTimes(forward, backward, again, gradients, fetch, keep, 2e-4, 1e-5, split_us)
 
     def work(self, chunk: Chunk, times: StepTimes, states_nbytes: int) -> Work:
         share = chunk.numel / sum(self.sizes.values())
@@ -84,15 +94,21 @@ cases = st.tuples(
     st.integers(0, 60_000),
     st.integers(0, 100_000),
     st.sampled_from([0, 4, 30]),
+    st.sampled_from([0, 100_000, 400_000]),
 )
-Case = tuple[int, int, int, int, int, int]
+Case = tuple[int, int, int, int, int, int, int]
 
 
 def searched(case: Case, budget: int, has_times: bool = True) -> tuple[Search, Fit | None]:
-    blocks, width, saved, kept, inside, made = case
-    model = Blocks(blocks, width)
-    search = Search(model, parameter_specs(model), Predicted(model, saved, kept, inside, has_times, made), budget)
+    model, predicted = modelled(case, has_times)
+    search = Search(model, parameter_specs(model), predicted, budget)
     return search, search.run()
+
+
+def modelled(case: Case, has_times: bool) -> tuple[Blocks, Predicted]:
+    blocks, width, saved, kept, inside, made, logits = case
+    model = Blocks(blocks, width)
+    return model, Predicted(model, saved, kept, inside, has_times, made, logits)
 
 
 def needed(search: Search, choice: Choice) -> int:
@@ -111,9 +127,13 @@ def everything(search: Search) -> list[Choice]:
     assert search.times is not None
     counts = sorted({c for c in plan_search.COUNTS if c < len(search.finest)} | {len(search.finest)})
     regions = range(search.regions + 1)
+    savings = [
+        Saving(save_from, save_from if offloads else 0, split)
+        for save_from, offloads, split in itertools.product(regions, (False, True), search.head.splits)
+    ]
     return [
-        Choice(search._cut(count, search.times), streamed, depth, Saving(save_from, save_from if offloads else 0))
-        for count, streamed, save_from, offloads in itertools.product(counts, regions, regions, (False, True))
+        Choice(search._cut(count, search.times), streamed, depth, saving)
+        for count, streamed, saving in itertools.product(counts, regions, savings)
         for depth in (DEPTHS if streamed else DEPTHS[:1])
     ]
 
@@ -164,9 +184,7 @@ def test_a_larger_budget_never_costs_more(case: Case, shares: list[float]) -> No
 @settings(max_examples=40, deadline=None)
 @given(cases, st.booleans())
 def test_the_budget_that_an_infeasible_one_is_told_is_feasible(case: Case, has_times: bool) -> None:
-    blocks, width, saved, kept, inside, made = case
-    model = Blocks(blocks, width)
-    predicted = Predicted(model, saved, kept, inside, has_times, made)
+    model, predicted = modelled(case, has_times)
 
     def plan(budget: int) -> Plan:
         return plan_for_batch(model, Options(budget, "auto", "ascending", 1, 0), None, predicted, "a batch")
@@ -177,6 +195,19 @@ def test_the_budget_that_an_infeasible_one_is_told_is_feasible(case: Case, has_t
     assert plan(smallest).predicted_peak_bytes == smallest
     with pytest.raises(BudgetInfeasible):
         plan(smallest - 1)
+
+
+def test_the_head_is_split_where_nothing_else_gives_way() -> None:
+    """Under a budget that only the head's block exceeds, it is split as little as is needed; under more it is not."""
+    case = (3, 64, 10_000, 1_000, 1_000, 0, 400_000)
+    _, whole = searched(case, 10**9)
+    assert whole is not None
+    assert whole.choice.saving.head_split == 1
+    _, split = searched(case, whole.nbytes - 150_000)
+    assert split is not None
+    assert split.choice.saving == Saving(0, 0, 2)
+    assert (len(split.choice.chunks), split.choice.streamed) == (len(whole.choice.chunks), whole.choice.streamed)
+    assert split.cost[0] > whole.cost[0]
 
 
 def test_equal_questions_get_equal_plans() -> None:
@@ -195,7 +226,7 @@ def test_what_was_not_taken_is_explained_with_the_term_that_did_not_fit() -> Non
     plan = plan_for_batch(model, Options(2 * MB, "auto", "ascending", 1, 0), None, predicted, "a batch")
     over = [c for c in plan.considered if c.nbytes > 2 * MB]
     assert over
-    text = plan.explain()
+    text = " ".join(plan.explain().split())  # lines are folded
     assert all(c.largest in text for c in over)
     assert "over budget" in text
     assert "fits, but is not better" in text or all(c.nbytes > 2 * MB for c in plan.considered)

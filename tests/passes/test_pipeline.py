@@ -91,12 +91,13 @@ def test_verification_is_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_default_pipeline_is_an_explicit_tuple() -> None:
     demand = demands([(0, 1, 2)])
     names = [step.name for step in passes.default_pipeline(demand)]
-    assert names == ["canonicalize", "select_slices", "eliminate", "sink_slices", "eliminate", "chunk_logits"]
+    sliced = ["canonicalize", "select_slices", "eliminate", "sink_slices", "eliminate"]
+    assert names == [*sliced, "chunk_logits", "split_head"]
 
 
 def test_counts_of_the_default_pipeline() -> None:
     counts = pipeline.run(_region(), passes.default_pipeline(demands([(0, 1, 2)])))
-    assert set(counts) == {"canonicalize", "select_slices", "eliminate", "sink_slices", "chunk_logits"}
+    assert set(counts) == {"canonicalize", "select_slices", "eliminate", "sink_slices", "chunk_logits", "split_head"}
     assert counts["select_slices"] == 1
     assert counts["canonicalize"] > 0
     assert counts["sink_slices"] > 0
