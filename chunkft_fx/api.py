@@ -23,7 +23,7 @@ from chunkft_fx.plan import Plan
 from chunkft_fx.planner import Options, first_plan, parameter_specs, plan_for_batch
 from chunkft_fx.predictor import Predictor
 from chunkft_fx.program import Program
-from chunkft_fx.residency import Residency
+from chunkft_fx.residency import Residency, compute_device
 from chunkft_fx.routing import through_compiled
 from chunkft_fx.session import Session
 from chunkft_fx.slices import ActiveSlice, ChunkSchedule, zero_gradients
@@ -75,7 +75,7 @@ def compile(
         raise OptionError(f'chunks={chunks!r} is not known; give a number or "auto"')
     ChunkSchedule(1, order, interval, seed)
     options = Options(parse_bytes(budget), chunks, order, interval, seed, return_logits)
-    target = _compute_device(model, device)
+    target = compute_device(model, device)
     return CompiledModule(model, options, backend, first_plan(model, options), target)
 
 
@@ -298,18 +298,6 @@ def _new_session(
     owner = module()
     assert owner is not None
     return owner._new_session(gm, inputs, is_training)
-
-
-def _compute_device(model: nn.Module, device: torch.device | str | None) -> torch.device:
-    """The device to run on, with its index; `OptionError` for one that cannot be used."""
-    wanted = next(model.parameters()).device if device is None else torch.device(device)
-    if wanted.type not in ("cpu", "cuda"):
-        raise OptionError(f"device={str(wanted)!r} is not supported; use the CPU or a CUDA device")
-    if wanted.type == "cuda" and not torch.cuda.is_available():
-        raise OptionError(f"device={str(wanted)!r} was asked for, but torch sees no CUDA device here")
-    if wanted.type == "cuda" and wanted.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return wanted
 
 
 def _rebuild(model: nn.Module, options: Options, backend: str, device: torch.device) -> CompiledModule:

@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer
 from chunkft_fx.budget import parse_bytes
 from chunkft_fx.cuts import cut_dim
 from chunkft_fx.errors import NotPlanned, OptionError
-from chunkft_fx.optim_checkpoint import ENTRY, describe, read
+from chunkft_fx.optim_checkpoint import ENTRY, describe, exported, fill_masters, read
 from chunkft_fx.optim_groups import (
     ChunkedModule,
     check_hyperparameters,
@@ -29,7 +29,6 @@ from chunkft_fx.optim_host import HostStates, require_room
 from chunkft_fx.optim_state import (
     front,
     moment_dtype,
-    reconcile,
     size_along,
     stage_capacity_nbytes,
     state_dtypes,
@@ -300,28 +299,16 @@ def _settle(optimizer: Optimizer) -> None:
     assert isinstance(optimizer, AdamW)
     optimizer._write_back()
     optimizer._stage.synchronize()
-    for parameter, state in optimizer.state.items():
-        dim = cut_dim(parameter.shape)
-        for run in state["slice_steps"] if "master" in state else ():
-            if run.step == 0:
-                weight = front(parameter, dim).narrow(0, run.start, run.length)
-                reconcile(front(state["master"], dim).narrow(0, run.start, run.length), weight.cpu())
+    fill_masters(optimizer.state)
 
 
 def _export(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Complete torch's state dict: steps as torch counts them, runs as lists, and what is needed to load it.
-
-    States that are not kept are left out: they start anew at each activation.
-    """
+    """Complete torch's state dict with what is needed to load it."""
     assert isinstance(optimizer, AdamW)
-    states = {}
-    for index, state in state_dict["state"].items():
-        step = max(run.step for run in state["slice_steps"])
-        if step and not optimizer._resets:
-            runs = [list(run) for run in state["slice_steps"]]
-            states[index] = {"step": torch.tensor(float(step)), **state, "slice_steps": runs}
     try:
         position = optimizer._model.schedule.state_dict()
     except NotPlanned:
         position = None
-    return state_dict | {"state": states, ENTRY: describe(optimizer.param_groups, position, optimizer._updates)}
+    entry = describe(optimizer.param_groups, position, optimizer._updates)
+    states = {} if optimizer._resets else exported(state_dict["state"])
+    return state_dict | {"state": states, ENTRY: entry}

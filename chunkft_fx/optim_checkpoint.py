@@ -1,4 +1,4 @@
-"""Reading optimizer checkpoints: everything is checked before anything changes.
+"""Optimizer checkpoints: how states are completed for saving, and how they are read, checked before anything changes.
 
 The layout is that of ``torch.optim.AdamW``: ``{"state": {index: {"step", "exp_avg", "exp_avg_sq"}},
 "param_groups": [...]}``. This library adds ``master`` (float32 weights of low-precision parameters) and
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from chunkft_fx.cuts import cut_dim
 from chunkft_fx.errors import CheckpointMismatch
-from chunkft_fx.optim_state import MOMENTS, master_dtype, size_along, state_dtypes
+from chunkft_fx.optim_state import MOMENTS, front, master_dtype, reconcile, size_along, state_dtypes
 from chunkft_fx.step_counts import Counts, Run, is_partition, uniform
 
 ENTRY = "chunkft"
@@ -58,6 +58,27 @@ def describe(groups: Sequence[Mapping[str, Any]], position: dict[str, Any] | Non
         "position": position,
         "updates": updates,
     }
+
+
+def fill_masters(states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    """Give the masters of slices that were never updated, so far without values, those of the weights."""
+    for parameter, state in states.items():
+        dim = cut_dim(parameter.shape)
+        for run in state["slice_steps"] if "master" in state else ():
+            if run.step == 0:
+                weight = front(parameter, dim).narrow(0, run.start, run.length)
+                reconcile(front(state["master"], dim).narrow(0, run.start, run.length), weight.cpu())
+
+
+def exported(states: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The states of updated parameters as a checkpoint has them: steps as torch counts them, runs as lists."""
+    found: dict[int, dict[str, Any]] = {}
+    for index, state in states.items():
+        step = max(run.step for run in state["slice_steps"])
+        if step:
+            runs = [list(run) for run in state["slice_steps"]]
+            found[index] = {"step": torch.tensor(float(step)), **state, "slice_steps": runs}
+    return found
 
 
 def read(

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from chunkft_fx.errors import OptionError
 from chunkft_fx.host_memory import HostMemory
 from chunkft_fx.saved_copies import make_saved_copies
 from chunkft_fx.streaming import Stage, StageOwner
@@ -115,3 +116,15 @@ class Residency:
             ghost.untyped_storage().resize_(0)
             self._ghosts[name] = ghost
         return ghost
+
+
+def compute_device(model: nn.Module, device: torch.device | str | None) -> torch.device:
+    """The device to run on, with its index; `OptionError` for one that cannot be used."""
+    wanted = next(model.parameters()).device if device is None else torch.device(device)
+    if wanted.type not in ("cpu", "cuda"):
+        raise OptionError(f"device={str(wanted)!r} is not supported; use the CPU or a CUDA device")
+    if wanted.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError(f"device={str(wanted)!r} was asked for, but torch sees no CUDA device here")
+    if wanted.type == "cuda" and wanted.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return wanted
