@@ -13,6 +13,7 @@ import functools
 import itertools
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -160,13 +161,12 @@ class Search:
 
     def _by_memory(self) -> Iterator[tuple[Chunk, ...]]:
         """With as little streaming as the finest cut needs, the fewest chunks that fit; then the finest."""
-        one, finest = cut(self.parameters, 1), self.head.splits[-1]
-        recomputing = Saving(self.regions, head_split=finest)
-        if self._can(one, 0, Saving(0)) or self._can(one, 0, recomputing):
+        one, last = cut(self.parameters, 1), self.regions
+        if self._can(one, 0, Saving(0)) or self._can(one, 0, Saving(last)):
             yield one
             return
-        for saving in (recomputing, Saving(self.regions, self.regions, finest)):
-            streamed = next((m for m in range(self.regions + 1) if self._can(self.finest, m, saving)), None)
+        for saving in (Saving(last), Saving(last, last)):
+            streamed = next((m for m in range(last + 1) if self._can(self.finest, m, saving)), None)
             if streamed is None:
                 continue
             low, high = 1, len(self.finest)
@@ -179,9 +179,13 @@ class Search:
         yield self.finest
 
     def _can(self, chunks: tuple[Chunk, ...], streamed: int, saving: Saving) -> bool:
-        fit = self._fit(Choice(chunks, streamed, DEPTH, saving))
-        self._note(fit)
-        return fit.nbytes <= self.budget
+        """Whether this fits with some split of the head."""
+        for split in self.head.splits:
+            fit = self._fit(Choice(chunks, streamed, DEPTH, replace(saving, head_split=split)))
+            self._note(fit)
+            if fit.nbytes <= self.budget:
+                return True
+        return False
 
     def _cut(self, count: int, times: StepTimes) -> tuple[Chunk, ...]:
         if count not in self._chunks:

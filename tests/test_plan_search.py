@@ -210,6 +210,26 @@ def test_the_head_is_split_where_nothing_else_gives_way() -> None:
     assert split.cost[0] > whole.cost[0]
 
 
+class Summed(Predicted):
+    """A head whose sums take more when it is split than the smaller block saves."""
+
+    def peak(self, chunk: Chunk, saving: Saving) -> Moment:
+        moment = super().peak(chunk, saving)
+        more = 10 * MB if saving.head_split > 1 else 0
+        return Moment(moment.label, moment.terms | {"sums": more})
+
+
+def test_without_times_a_head_that_is_better_whole_needs_no_more_chunks() -> None:
+    model = Blocks(3, 64)
+    predicted = Summed(model, 300_000, 1_000, 1_000, has_times=False, logits=8)
+    probe = Search(model, parameter_specs(model), predicted, 0)
+    (one,) = cut(probe.parameters, 1)
+    budget = needed(probe, Choice((one,), 0, 2, Saving(3)))
+    best = Search(model, parameter_specs(model), predicted, budget).run()
+    assert best is not None
+    assert (len(best.choice.chunks), best.choice.streamed, best.choice.saving) == (1, 0, Saving(3))
+
+
 def test_equal_questions_get_equal_plans() -> None:
     model = Blocks(5, 128)
     options = Options(2 * MB, "auto", "ascending", 1, 0)
