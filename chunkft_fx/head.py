@@ -36,7 +36,7 @@ LOGITS_NBYTES = 2**28
 _TILE = 256
 
 
-# Splits that plans choose from: every one halves the block of the one before. Below 32 MiB little is left to win.
+# Splits that plans choose from: every one halves the block of the one before, down to 32 MiB.
 SPLITS = (1, 2, 4, 8)
 
 

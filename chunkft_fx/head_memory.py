@@ -54,7 +54,7 @@ def repeated_nbytes(node: fx.Node) -> int:
 
 
 def operands(node: fx.Node) -> tuple[Tensor, Tensor]:
-    """The values of a head's hidden states and of its weight."""
+    """The values of a head's hidden states ``[tokens, features]`` and of its weight ``[classes, features]``."""
     first, _ = _LAYOUT[node.target]
     values: Any = fx.map_arg(node.args[first : first + 2], lambda n: n.meta["val"])
     return values[0], values[1]

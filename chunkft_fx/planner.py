@@ -16,7 +16,7 @@ from chunkft_fx.cuts import ParameterSpec, cut
 from chunkft_fx.errors import BudgetInfeasible, NoTrainableParameters
 from chunkft_fx.fixed_memory import state_nbytes, streamed_choice
 from chunkft_fx.plan import Considered, Plan
-from chunkft_fx.plan_choice import Choice, Fit, Predicts
+from chunkft_fx.plan_choice import Fit, Predicts
 from chunkft_fx.plan_search import Search
 
 # Of the choices that were not taken, a plan keeps so many, those that came closest.
@@ -105,20 +105,13 @@ def _completed(plan: Plan, best: Fit, batch: str, streamed: tuple[str, ...], con
 
 def _closest(considered: Sequence[Considered], best: Fit) -> list[Considered]:
     """The choices that were not taken, those first that the budget would have to grow least for."""
-    taken = _key(best.choice)
+    taken = _order(best.considered())
     others = {c for c in considered if _order(c) != taken}
     return sorted(others, key=lambda c: (c.nbytes, *_order(c)))[:KEPT_CHOICES]
 
 
 def _order(c: Considered) -> tuple[int, ...]:
     return c.chunks, c.streamed, c.save_from, c.offload_below, c.depth, c.head_split
-
-
-def _key(choice: Choice) -> tuple[int, ...]:
-    saving = choice.saving
-    return (
-        len(choice.chunks), choice.streamed, saving.save_from, saving.offload_below, choice.depth, saving.head_split,
-    )  # fmt: skip
 
 
 def _infeasible(budget: int, smallest: Fit, batch: str) -> BudgetInfeasible:
