@@ -303,7 +303,10 @@ def _settle(optimizer: Optimizer) -> None:
 
 
 def _export(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Complete torch's state dict with what is needed to load it."""
+    """Complete torch's state dict with what is needed to load it.
+
+    States that are not kept are left out: they start anew at each activation.
+    """
     assert isinstance(optimizer, AdamW)
     try:
         position = optimizer._model.schedule.state_dict()
