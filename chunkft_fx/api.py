@@ -225,9 +225,8 @@ class CompiledModule(nn.Module):
         """The active slices with their gradients: the same objects until the active chunk changes."""
         slices = self._slices
         if slices is None:
-            parameters = dict(self._model.named_parameters())
             chosen = self.plan.chunks[self.chunk].slices
-            slices = tuple(ActiveSlice(s, parameters[s.name]) for s in chosen)
+            slices = tuple(ActiveSlice(s, self._model.get_parameter(s.name)) for s in chosen)
             self.__dict__["_slices"] = slices
         return slices
 

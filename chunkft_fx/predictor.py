@@ -42,7 +42,7 @@ class Predictor:
         self.known_times: StepTimes | None = None  # once they were asked for
         self._nodes = {node.name: node for node in session.capture.graph.nodes}
         self._sizes = {name: p.numel() for name, p in session.owner.residency.parameters.items()}
-        self._regions = session.uses()
+        self._regions = session.uses
         self._region_sizes = [sum(self._sizes[name] for name in use) for use in self._regions]
         self._used_in = {name: [i for i, use in enumerate(self._regions) if name in use] for name in self._sizes}
 

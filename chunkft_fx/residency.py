@@ -51,11 +51,11 @@ class Residency:
 
     def real(self, name: str) -> Tensor:
         """The tensor that holds a weight, also while the model runs."""
-        return self._real.get(name, self.parameters[name].detach())
+        return self._holder(name).detach()
 
     def away(self) -> frozenset[str]:
         """The weights that a program must fetch: the streamed ones, and any that someone moved off the device."""
-        elsewhere = {n for n in self.parameters if self.real(n).device != self.device}
+        elsewhere = {n for n in self.parameters if self._holder(n).device != self.device}
         return self.streamed | elsewhere
 
     def ring(self, uses: Sequence[frozenset[str]]) -> Ring | None:
@@ -64,7 +64,7 @@ class Residency:
         if not away:
             self._ring = None
             return None
-        nbytes = ring_buffer_nbytes([[self.real(name) for name in use & away] for use in uses])
+        nbytes = ring_buffer_nbytes([[self._holder(name) for name in use & away] for use in uses])
         known = self._ring
         if known is None or known.depth != self.depth or known.buffer_nbytes < nbytes:
             self._ring = None  # free before taking a larger one
@@ -102,6 +102,10 @@ class Residency:
                 for name, real in self._real.items():
                     self.parameters[name].data = real
                 self._real.clear()
+
+    def _holder(self, name: str) -> Tensor:
+        """`real`, or the parameter itself where that is it: for a glance at each of hundreds of weights."""
+        return self._real.get(name, self.parameters[name])
 
     def _to_host(self, weight: Tensor) -> Tensor:
         pinned = self.device.type == "cuda"

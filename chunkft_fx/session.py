@@ -8,6 +8,7 @@ function, and gives the gradients to the active slices.
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
@@ -152,9 +153,10 @@ class Session:
 
     def _machine(self) -> Machine:
         residency = self.owner.residency
-        ring, stage = residency.ring(self.uses()), residency.stage()
+        ring, stage = residency.ring(self.uses), residency.stage()
         return Machine(self.backend, self.capture.fake_mode, ring, residency.saved, stage)
 
+    @functools.cached_property
     def uses(self) -> list[frozenset[str]]:
         """For each region the names of the parameters that it reads."""
         names = self.capture.parameters
