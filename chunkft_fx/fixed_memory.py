@@ -29,16 +29,6 @@ def resident_nbytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
 
 
-def streamed_choice(uses: Sequence[frozenset[str]], count: int) -> frozenset[str]:
-    """The weights of ``count`` of the regions."""
-    return frozenset().union(*(uses[i] for i in streamed_regions(len(uses), count)))
-
-
-def streamed_regions(regions: int, count: int) -> tuple[int, ...]:
-    """Which regions those are: spread evenly, and away from both ends, so that fetches have compute to hide under."""
-    return tuple((2 * i + 1) * regions // (2 * count) for i in range(count))
-
-
 def ring_nbytes(
     parameters: Mapping[str, Tensor], uses: Sequence[frozenset[str]], streamed: frozenset[str], depth: int = DEPTH
 ) -> int:

@@ -24,8 +24,6 @@ from chunkft_fx.fixed_memory import (
     Terms,
     chunk_terms,
     resident_nbytes,
-    streamed_choice,
-    streamed_regions,
     weight_terms,
 )
 from chunkft_fx.optim_state import stage_capacity_nbytes
@@ -40,6 +38,7 @@ from chunkft_fx.step_cost import (
     bare_steps,
     least_cost,
     step_us,
+    streamed_regions,
     sweep_cost,
 )
 from chunkft_fx.step_memory import Moment
@@ -73,7 +72,7 @@ class Search:
         self.uses = predictor.uses()
         self.regions = len(self.uses)
         self.head = predictor.head()
-        self._streamed_names: frozenset[str] | None = None  # by default those of regions spread evenly
+        self._given_names: frozenset[str] | None = None  # weights to stream, by default those of `placed` regions
         self.considered: list[Considered] = []
         self.smallest: Fit | None = None
         # by number of chunks and saving, bytes that other steps of a sweep need more than the first
@@ -81,6 +80,7 @@ class Search:
         self._chunks: dict[int, tuple[Chunk, ...]] = {}
         self._weights: dict[tuple[int, int], Terms] = {}
         self._states: dict[int, Terms] = {}
+        self._placed: dict[int, tuple[int, ...]] = {}
         self._bare: dict[tuple[int, int, Saving], BareSteps] = {}
         self._works: dict[int, SweepWork] = {}
         self.named, self.resident = dict(model.named_parameters()), resident_nbytes(model)
@@ -117,10 +117,11 @@ class Search:
             if best is not None and least >= best.cost:
                 continue
             chunks = make()
+            # streaming costs by itself; it only makes room to recompute less
+            bare = [self._cost(Choice(chunks, m, DEPTHS[-1], Saving(0)))[0] for m in range(self.regions + 1)]
             for streamed in range(self.regions + 1):
-                # more streaming never costs less by itself; it only makes room to recompute less
-                if best is not None and self._cost(Choice(chunks, streamed, DEPTHS[-1], Saving(0)))[0] >= best.cost:
-                    break
+                if best is not None and bare[streamed] >= best.cost:
+                    continue
                 for depth, offloads in itertools.product(DEPTHS if streamed else DEPTHS[:1], (False, True)):
                     fit = self._border(chunks, streamed, depth, offloads, best)
                     if fit is not None and (best is None or fit.cost < best.cost):
@@ -130,9 +131,8 @@ class Search:
     def with_streamed(self, streamed: frozenset[str], depth: int) -> Fit:
         """The best fit of the given chunks with exactly these weights streamed; else the one that needs least."""
         assert self.given is not None
-        self._streamed_names = streamed
-        count = len([use for use in self.uses if use & streamed])
-        chunks = self.given
+        self._given_names = streamed
+        chunks, count = self.given, len(self.placed(0))
 
         def cheapest() -> Fit | None:
             fits = (self._border(chunks, count, depth, offloads, None) for offloads in (False, True))
@@ -141,6 +141,20 @@ class Search:
         best = self._settled(cheapest) or self.smallest
         assert best is not None
         return best
+
+    def placed(self, streamed: int) -> tuple[int, ...]:
+        """Which regions stream their weights when that many do."""
+        if self._given_names is not None:
+            return tuple(i for i, use in enumerate(self.uses) if use & self._given_names)
+        if streamed not in self._placed:
+            self._placed[streamed] = streamed_regions(self.regions, streamed, self.times, DEPTH)
+        return self._placed[streamed]
+
+    def streamed_names(self, streamed: int) -> frozenset[str]:
+        """The weights that are streamed when that many regions do so."""
+        if self._given_names is not None:
+            return self._given_names
+        return frozenset().union(*(self.uses[i] for i in self.placed(streamed)))
 
     def _numbers(self) -> Iterator[tuple[Cost, Callable[[], tuple[Chunk, ...]]]]:
         """The cuts to try, each with a bound of its cost: the given one, or where times are unknown the fewest.
@@ -275,8 +289,7 @@ class Search:
             return (saving.offload_below > 0, choice.streamed, len(choice.chunks), *kept, choice.depth), None
         key = choice.streamed, choice.depth, saving
         if key not in self._bare:
-            away = frozenset(streamed_regions(self.regions, choice.streamed))
-            self._bare[key] = bare_steps(times, saving, away, choice.depth)
+            self._bare[key] = bare_steps(times, saving, frozenset(self.placed(choice.streamed)), choice.depth)
         count = len(choice.chunks)
         if count not in self._works:
             self._works[count] = SweepWork.of([self._work(c, times) for c in choice.chunks])
@@ -288,7 +301,7 @@ class Search:
     def _fixed_terms(self, chunks: tuple[Chunk, ...], streamed: int, depth: int) -> Terms:
         where = streamed, depth
         if where not in self._weights:
-            names = self._streamed_names if self._streamed_names is not None else streamed_choice(self.uses, streamed)
+            names = self.streamed_names(streamed)
             self._weights[where] = weight_terms(self.named, self.resident, self.uses, names, depth)
         if len(chunks) not in self._states:
             self._states[len(chunks)] = chunk_terms(self.named, chunks)

@@ -14,7 +14,7 @@ from chunkft_fx.blocks import block_paths, region_of_parameters
 from chunkft_fx.budget import format_bytes
 from chunkft_fx.cuts import ParameterSpec, cut
 from chunkft_fx.errors import BudgetInfeasible, NoTrainableParameters
-from chunkft_fx.fixed_memory import state_nbytes, streamed_choice
+from chunkft_fx.fixed_memory import state_nbytes
 from chunkft_fx.plan import Considered, Plan
 from chunkft_fx.plan_choice import Fit, Predicts
 from chunkft_fx.plan_search import Search
@@ -71,7 +71,7 @@ def plan_for_batch(model: nn.Module, options: Options, known: Plan | None, predi
     if best is None:
         assert search.smallest is not None
         raise _infeasible(options.budget_bytes, search.smallest, batch)
-    streamed = streamed_choice(search.uses, best.choice.streamed)
+    streamed = search.streamed_names(best.choice.streamed)
     plan = Plan(options.budget_bytes, best.choice.chunks, options.order, options.interval, options.seed)
     return _completed(plan, best, batch, tuple(sorted(streamed)), _closest(search.considered, best))
 

@@ -18,6 +18,9 @@ HIDDEN_SHARE = 0.8
 # A chunk more in a sweep lets every parameter wait a step longer for its update. How much that is worth depends on
 # the training; plans pay this share of a step for it, so that twice as many chunks are taken for a gain, not for noise.
 WAIT_SHARE = 1 / 2000
+# Regions at both ends that are left out, as far as there are enough others, when streamed ones are placed: forward and
+# backward begin there, with nothing that a fetch could hide under. Links that never rest do better without.
+MARGINS = (0, 1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,19 @@ def bare_steps(times: StepTimes, saving: Saving, streamed: frozenset[int], depth
     return BareSteps(forward + more + np.array(backward)[::-1], sum(fetch) + moved)
 
 
+def streamed_regions(regions: int, count: int, times: StepTimes | None, depth: int) -> tuple[int, ...]:
+    """Which ``count`` regions stream their weights: spread evenly, so that fetches have compute to hide under.
+
+    Where times are known a margin is left free at both ends, that with which steps wait least.
+    """
+    places = [_spread(regions, count, margin) for margin in MARGINS]
+    if times is None:
+        return places[0]
+    bare = [bare_steps(times, Saving(0), frozenset(place), depth) for place in places]
+    waits = [float(np.maximum(b.compute_us, b.link_us).mean()) for b in bare]
+    return places[waits.index(min(waits))]
+
+
 def step_us(bare: BareSteps, work: Work) -> float:
     """Microseconds of one step on a chunk."""
     compute = bare.compute_us[work.lowest] + work.gradients_us
@@ -119,6 +135,14 @@ def least_cost(times: StepTimes, state_nbytes: int, count: int) -> float:
     # cuts at borders let backward end a region earlier: two regions of slack keep this a bound
     slack = max(times.backward_us) * min(2.0, regions / 2)
     return max(floor - slack + sum(times.gradients_us) / count, states / count) * (1 + WAIT_SHARE * count)
+
+
+def _spread(regions: int, count: int, margin: int) -> tuple[int, ...]:
+    """``count`` regions at even distances, and up to ``margin`` of the others before and behind them."""
+    others = regions - count
+    before, behind = min(margin, -(-others // 2)), min(margin, others // 2)
+    inner = regions - before - behind
+    return tuple(before + (2 * i + 1) * inner // (2 * count) for i in range(count))
 
 
 def _pipeline(compute_us: Sequence[float], fetch_us: Sequence[float], depth: int) -> list[float]:

@@ -16,7 +16,7 @@ from chunkft_fx import plan_search
 from chunkft_fx.chunk_path import cheapest_chunks
 from chunkft_fx.cuts import ParameterSpec, Stream, cut
 from chunkft_fx.errors import BudgetInfeasible
-from chunkft_fx.fixed_memory import chunk_terms, streamed_choice, streamed_regions, weight_terms
+from chunkft_fx.fixed_memory import chunk_terms, weight_terms
 from chunkft_fx.plan import Chunk, Plan
 from chunkft_fx.plan_choice import Choice, Fit, Head
 from chunkft_fx.plan_search import DEPTHS, Search
@@ -113,7 +113,7 @@ def modelled(case: Case, has_times: bool) -> tuple[Blocks, Predicted]:
 
 def needed(search: Search, choice: Choice) -> int:
     """The peak of a choice over every chunk of its sweep, added up anew."""
-    streamed = streamed_choice(search.uses, choice.streamed)
+    streamed = search.streamed_names(choice.streamed)
     weights = weight_terms(search.named, search.resident, search.uses, streamed, choice.depth)
     return (
         sum(weights.values())
@@ -140,8 +140,7 @@ def everything(search: Search) -> list[Choice]:
 
 def cost(search: Search, choice: Choice) -> float:
     assert search.times is not None
-    away = frozenset(streamed_regions(search.regions, choice.streamed))
-    bare = bare_steps(search.times, choice.saving, away, choice.depth)
+    bare = bare_steps(search.times, choice.saving, frozenset(search.placed(choice.streamed)), choice.depth)
     return sweep_cost(np.array([step_us(bare, search._work(c, search.times)) for c in choice.chunks]))
 
 

@@ -16,6 +16,7 @@ from chunkft_fx.step_cost import (
     bare_steps,
     least_cost,
     step_us,
+    streamed_regions,
     sweep_cost,
 )
 
@@ -66,6 +67,34 @@ def test_a_step_waits_for_the_slower_of_compute_and_link() -> None:
     assert bare.link_us[0] == 6 * 40
     assert step_us(bare, Work(0, 1.0, 0.0)) == 261.0
     assert step_us(bare, Work(0, 1.0, HIDDEN_SHARE * 100)) == 340.0
+
+
+@given(times(), st.integers(2, 3), st.data())
+def test_streamed_regions_wait_no_longer_than_evenly_spread_ones(t: StepTimes, depth: int, data: st.DataObject) -> None:
+    regions = len(t.forward_us)
+    count = data.draw(st.integers(0, regions))
+
+    def waits(place: tuple[int, ...]) -> float:
+        bare = bare_steps(t, Saving(0), frozenset(place), depth)
+        return float(np.maximum(bare.compute_us, bare.link_us).mean())
+
+    even = streamed_regions(regions, count, None, depth)
+    placed = streamed_regions(regions, count, t, depth)
+    for place in (even, placed):
+        assert list(place) == sorted(set(place))
+        assert len(place) == count
+        assert set(place) <= set(range(regions))
+    assert even == tuple((2 * i + 1) * regions // (2 * count) for i in range(count))
+    assert waits(placed) <= waits(even)
+
+
+def test_streamed_regions_keep_away_from_where_nothing_hides_a_fetch() -> None:
+    # a block's fetch takes longer than its forward, and there is no work before the first block
+    t = StepTimes((0.1, *(50.0,) * 32, 100.0), (0.1, *(100.0,) * 32, 1.0), *((70.0,) * 34,) * 4, 0.0, 0.0)
+    assert streamed_regions(34, 18, None, 2)[0] == 0
+    placed = streamed_regions(34, 18, t, 2)
+    assert 0 not in placed
+    assert 33 not in placed
 
 
 @given(times(), st.lists(st.tuples(st.integers(0, 1), us, us), min_size=1, max_size=5))
