@@ -55,7 +55,9 @@ class Residency:
 
     def away(self) -> frozenset[str]:
         """The weights that a program must fetch: the streamed ones, and any that someone moved off the device."""
-        elsewhere = {n for n in self.parameters if self._holder(n).device != self.device}
+        if self._nesting:
+            return self.streamed.union(self._real)
+        elsewhere = {n for n, p in self.parameters.items() if p.device != self.device}
         return self.streamed | elsewhere
 
     def ring(self, uses: Sequence[frozenset[str]]) -> Ring | None:
@@ -88,13 +90,13 @@ class Residency:
     @contextlib.contextmanager
     def presented(self) -> Iterator[None]:
         """While inside, every weight that has to be fetched looks as if it were on the device."""
+        away = () if self._nesting else self.away()
         self._nesting += 1
         try:
-            if self._nesting == 1:
-                for name in self.away():
-                    parameter = self.parameters[name]
-                    self._real[name] = parameter.data
-                    parameter.data = self._ghost(name, parameter.data)
+            for name in away:
+                parameter = self.parameters[name]
+                self._real[name] = parameter.data
+                parameter.data = self._ghost(name, parameter.data)
             yield
         finally:
             self._nesting -= 1
