@@ -2,9 +2,8 @@
 
 A choice is a number of chunks, how many regions stream their weights and through how many buffers, and a `Saving`: two
 borders and the split of the head. What a choice needs is the fixed terms of its chunks and the largest moment of its
-steps; what it costs is `step_cost.sweep_cost` of its predicted steps. Choices do not depend on the budget, only which
-of them fit does: so a larger budget never costs more. Where no times are known (on the CPU) choices are compared by
-whether they offload, then by streamed regions, chunks, recomputing regions and the split.
+steps; `plan_prices` says what it costs. Choices do not depend on the budget, only which of them fit does: so a larger
+budget never costs more.
 """
 
 from __future__ import annotations
@@ -17,30 +16,12 @@ from dataclasses import replace
 
 from torch import nn
 
-from chunkft_fx.chunk_path import cheapest_chunks
 from chunkft_fx.cuts import ParameterSpec, Stream, cut, max_chunks
-from chunkft_fx.fixed_memory import (
-    DEPTH,
-    Terms,
-    chunk_terms,
-    resident_nbytes,
-    weight_terms,
-)
-from chunkft_fx.optim_state import stage_capacity_nbytes
+from chunkft_fx.fixed_memory import DEPTH
 from chunkft_fx.plan import Chunk, Considered
 from chunkft_fx.plan_choice import Choice, Cost, Fit, Predicts, key_of
-from chunkft_fx.step_cost import (
-    BareSteps,
-    Saving,
-    StepTimes,
-    SweepWork,
-    Work,
-    bare_steps,
-    least_cost,
-    step_us,
-    streamed_regions,
-    sweep_cost,
-)
+from chunkft_fx.plan_prices import Prices
+from chunkft_fx.step_cost import Saving, least_cost
 from chunkft_fx.step_memory import Moment
 
 # Numbers of chunks that are tried where times are known; neighbours differ by a third at least.
@@ -69,25 +50,15 @@ class Search:
     ) -> None:
         self.parameters, self.predictor, self.budget = parameters, predictor, budget
         self.given = chunks
-        self.uses = predictor.uses()
-        self.regions = len(self.uses)
         self.head = predictor.head()
-        self._given_names: frozenset[str] | None = None  # weights to stream, by default those of `placed` regions
         self.considered: list[Considered] = []
         self.smallest: Fit | None = None
         # by number of chunks and saving, bytes that other steps of a sweep need more than the first
         self._extra: dict[tuple[int, Saving], int] = {}
-        self._chunks: dict[int, tuple[Chunk, ...]] = {}
-        self._weights: dict[tuple[int, int], Terms] = {}
-        self._states: dict[int, Terms] = {}
-        self._placed: dict[int, tuple[int, ...]] = {}
-        self._bare: dict[tuple[int, int, Saving], BareSteps] = {}
-        self._works: dict[int, SweepWork] = {}
-        self.named, self.resident = dict(model.named_parameters()), resident_nbytes(model)
-        (whole,) = cut(parameters, 1)
-        self.nbytes, self.states = whole.nbytes, stage_capacity_nbytes(whole, self.named)
         self.finest = chunks or cut(parameters, min(max_chunks(parameters), MOST_CHUNKS))
         self.times = predictor.times(self.finest[0])
+        self.prices = Prices(model, parameters, predictor, self.times)
+        self.regions = self.prices.regions
         # where cuts of many counts are compared, what every first chunk holds at least
         self._least_chunk = None if chunks or self.times is None else Stream(parameters).chunk(0, 1)
 
@@ -118,7 +89,7 @@ class Search:
                 continue
             chunks = make()
             # streaming costs by itself; it only makes room to recompute less
-            bare = [self._cost(Choice(chunks, m, DEPTHS[-1], Saving(0)))[0] for m in range(self.regions + 1)]
+            bare = [self.prices.cost(Choice(chunks, m, DEPTHS[-1], Saving(0)))[0] for m in range(self.regions + 1)]
             for streamed in range(self.regions + 1):
                 if best is not None and bare[streamed] >= best.cost:
                     continue
@@ -131,8 +102,9 @@ class Search:
     def with_streamed(self, streamed: frozenset[str], depth: int) -> Fit:
         """The best fit of the given chunks with exactly these weights streamed; else the one that needs least."""
         assert self.given is not None
-        self._given_names = streamed
-        chunks, count = self.given, len(self.placed(0))
+        self.prices.given = streamed
+        chunks = self.given
+        count = len([use for use in self.prices.uses if use & streamed])
 
         def cheapest() -> Fit | None:
             fits = (self._border(chunks, count, depth, offloads, None) for offloads in (False, True))
@@ -141,20 +113,6 @@ class Search:
         best = self._settled(cheapest) or self.smallest
         assert best is not None
         return best
-
-    def placed(self, streamed: int) -> tuple[int, ...]:
-        """Which regions stream their weights when that many do."""
-        if self._given_names is not None:
-            return tuple(i for i, use in enumerate(self.uses) if use & self._given_names)
-        if streamed not in self._placed:
-            self._placed[streamed] = streamed_regions(self.regions, streamed, self.times, DEPTH)
-        return self._placed[streamed]
-
-    def streamed_names(self, streamed: int) -> frozenset[str]:
-        """The weights that are streamed when that many regions do so."""
-        if self._given_names is not None:
-            return self._given_names
-        return frozenset().union(*(self.uses[i] for i in self.placed(streamed)))
 
     def _numbers(self) -> Iterator[tuple[Cost, Callable[[], tuple[Chunk, ...]]]]:
         """The cuts to try, each with a bound of its cost: the given one, or where times are unknown the fewest.
@@ -170,8 +128,8 @@ class Search:
             times = self.times
             most = len(self.finest)
             counts = sorted({c for c in COUNTS if c < most} | {most})
-            bounds = sorted((least_cost(times, self.states, c), c) for c in counts)
-            yield from (((bound,), functools.partial(self._cut, count, times)) for bound, count in bounds)
+            bounds = sorted((least_cost(times, self.prices.states, c), c) for c in counts)
+            yield from (((bound,), functools.partial(self.prices.cut, count, times)) for bound, count in bounds)
 
     def _by_memory(self) -> Iterator[tuple[Chunk, ...]]:
         """With as little streaming as the finest cut needs, the fewest chunks that fit; then the finest."""
@@ -201,15 +159,6 @@ class Search:
                 return True
         return False
 
-    def _cut(self, count: int, times: StepTimes) -> tuple[Chunk, ...]:
-        if count not in self._chunks:
-            bare = bare_steps(times, Saving(0), frozenset(), DEPTH)
-            self._chunks[count] = cheapest_chunks(self.parameters, count, lambda c: step_us(bare, self._work(c, times)))
-        return self._chunks[count]
-
-    def _work(self, chunk: Chunk, times: StepTimes) -> Work:
-        return self.predictor.work(chunk, times, self.states * chunk.nbytes // self.nbytes)
-
     def _border(
         self, chunks: tuple[Chunk, ...], streamed: int, depth: int, offloads: bool, best: Fit | None
     ) -> Fit | None:
@@ -235,7 +184,7 @@ class Search:
         def choice(save_from: int) -> Choice:
             return Choice(chunks, streamed, depth, Saving(save_from, save_from if offloads else 0, split))
 
-        if best is not None and self._cost(choice(0))[0] >= best.cost:  # costs rise with what is recomputed
+        if best is not None and self.prices.cost(choice(0))[0] >= best.cost:  # costs rise with what is recomputed
             return None, None
         all_saved = self._least(choice(0))  # asked first: where it fits, no recomputing variant has to be made
         if all_saved.nbytes <= self.budget:
@@ -254,7 +203,7 @@ class Search:
         too_large = self._least(choice(low - 1))
         middle = low
         while low < high:
-            if best is not None and self._cost(choice(low))[0] >= best.cost:
+            if best is not None and self.prices.cost(choice(low))[0] >= best.cost:
                 return None, too_large
             tried = self._fit(choice(middle))
             self._note(tried)
@@ -279,33 +228,8 @@ class Search:
         return self._exactly(choice, Moment(moment.label, moment.terms | ({LATER: more} if more else {})))
 
     def _exactly(self, choice: Choice, moment: Moment) -> Fit:
-        fixed = self._fixed_terms(choice.chunks, choice.streamed, choice.depth)
-        return Fit(choice, fixed | moment.terms, moment.label, *self._cost(choice))
-
-    def _cost(self, choice: Choice) -> tuple[Cost, float | None]:
-        saving, times = choice.saving, self.times
-        if times is None:
-            kept = saving.save_from, saving.head_split
-            return (saving.offload_below > 0, choice.streamed, len(choice.chunks), *kept, choice.depth), None
-        key = choice.streamed, choice.depth, saving
-        if key not in self._bare:
-            self._bare[key] = bare_steps(times, saving, frozenset(self.placed(choice.streamed)), choice.depth)
-        count = len(choice.chunks)
-        if count not in self._works:
-            self._works[count] = SweepWork.of([self._work(c, times) for c in choice.chunks])
-        steps = self._works[count].steps_us(self._bare[key])
-        # equal costs are told apart by what is simpler
-        simpler = choice.streamed, len(choice.chunks), saving.offload_below, saving.head_split, choice.depth
-        return (sweep_cost(steps), *simpler), float(steps.mean())
-
-    def _fixed_terms(self, chunks: tuple[Chunk, ...], streamed: int, depth: int) -> Terms:
-        where = streamed, depth
-        if where not in self._weights:
-            names = self.streamed_names(streamed)
-            self._weights[where] = weight_terms(self.named, self.resident, self.uses, names, depth)
-        if len(chunks) not in self._states:
-            self._states[len(chunks)] = chunk_terms(self.named, chunks)
-        return self._weights[where] | self._states[len(chunks)]
+        fixed = self.prices.fixed_terms(choice.chunks, choice.streamed, choice.depth)
+        return Fit(choice, fixed | moment.terms, moment.label, *self.prices.cost(choice))
 
     def _first(self, choice: Choice) -> Moment:
         """The largest moment of the first chunk's step."""
