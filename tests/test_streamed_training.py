@@ -125,8 +125,7 @@ def test_a_run_saved_with_resident_weights_continues_with_streamed_ones(tmp_path
 @pytest.mark.parametrize(
     "structure",
     [
-        test_structure.test_a_deep_llama_has_few_templates,
-        test_structure.test_a_sweep_of_sixteen_chunks_makes_at_most_sixteen_variants_and_the_next_none,
+        test_structure.test_a_deep_llama_has_few_templates_few_variants_and_in_the_second_sweep_no_new_ones,
         test_structure.test_with_the_top_block_active_no_region_below_runs_backward_or_saves,
         test_structure.test_regions_above_the_active_chunk_compute_no_weight_gradient,
     ],
