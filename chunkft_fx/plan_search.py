@@ -2,7 +2,7 @@
 
 A choice is a number of chunks, how many regions stream their weights and through how many buffers, and a `Saving`: two
 borders and the split of the head. What a choice needs is the fixed terms of its chunks and the largest moment of its
-steps; `plan_prices` says what it costs. Choices do not depend on the budget, only which of them fit does: so a larger
+steps; `plan_costs` says what it costs. Choices do not depend on the budget, only which of them fit does: so a larger
 budget never costs more.
 """
 
@@ -20,7 +20,7 @@ from chunkft_fx.cuts import ParameterSpec, Stream, cut, max_chunks
 from chunkft_fx.fixed_memory import DEPTH
 from chunkft_fx.plan import Chunk, Considered
 from chunkft_fx.plan_choice import Choice, Cost, Fit, Predicts, key_of
-from chunkft_fx.plan_prices import Prices
+from chunkft_fx.plan_costs import ChoiceCosts
 from chunkft_fx.step_cost import Saving, least_cost
 from chunkft_fx.step_memory import Moment
 
@@ -57,8 +57,8 @@ class Search:
         self._extra: dict[tuple[int, Saving], int] = {}
         self.finest = chunks or cut(parameters, min(max_chunks(parameters), MOST_CHUNKS))
         self.times = predictor.times(self.finest[0])
-        self.prices = Prices(model, parameters, predictor, self.times)
-        self.regions = self.prices.regions
+        self.costs = ChoiceCosts(model, parameters, predictor, self.times)
+        self.regions = self.costs.regions
         # where cuts of many counts are compared, what every first chunk holds at least
         self._least_chunk = None if chunks or self.times is None else Stream(parameters).chunk(0, 1)
 
@@ -89,7 +89,7 @@ class Search:
                 continue
             chunks = make()
             # streaming costs by itself; it only makes room to recompute less
-            bare = [self.prices.cost(Choice(chunks, m, DEPTHS[-1], Saving(0)))[0] for m in range(self.regions + 1)]
+            bare = [self.costs.cost(Choice(chunks, m, DEPTHS[-1], Saving(0)))[0] for m in range(self.regions + 1)]
             for streamed in range(self.regions + 1):
                 if best is not None and bare[streamed] >= best.cost:
                     continue
@@ -102,9 +102,7 @@ class Search:
     def with_streamed(self, streamed: frozenset[str], depth: int) -> Fit:
         """The best fit of the given chunks with exactly these weights streamed; else the one that needs least."""
         assert self.given is not None
-        self.prices.given = streamed
-        chunks = self.given
-        count = len([use for use in self.prices.uses if use & streamed])
+        chunks, count = self.given, self.costs.stream(streamed)
 
         def cheapest() -> Fit | None:
             fits = (self._border(chunks, count, depth, offloads, None) for offloads in (False, True))
@@ -128,8 +126,8 @@ class Search:
             times = self.times
             most = len(self.finest)
             counts = sorted({c for c in COUNTS if c < most} | {most})
-            bounds = sorted((least_cost(times, self.prices.states, c), c) for c in counts)
-            yield from (((bound,), functools.partial(self.prices.cut, count, times)) for bound, count in bounds)
+            bounds = sorted((least_cost(times, self.costs.states, c), c) for c in counts)
+            yield from (((bound,), functools.partial(self.costs.cut, count, times)) for bound, count in bounds)
 
     def _by_memory(self) -> Iterator[tuple[Chunk, ...]]:
         """With as little streaming as the finest cut needs, the fewest chunks that fit; then the finest."""
@@ -184,7 +182,7 @@ class Search:
         def choice(save_from: int) -> Choice:
             return Choice(chunks, streamed, depth, Saving(save_from, save_from if offloads else 0, split))
 
-        if best is not None and self.prices.cost(choice(0))[0] >= best.cost:  # costs rise with what is recomputed
+        if best is not None and self.costs.cost(choice(0))[0] >= best.cost:  # costs rise with what is recomputed
             return None, None
         all_saved = self._least(choice(0))  # asked first: where it fits, no recomputing variant has to be made
         if all_saved.nbytes <= self.budget:
@@ -203,7 +201,7 @@ class Search:
         too_large = self._least(choice(low - 1))
         middle = low
         while low < high:
-            if best is not None and self.prices.cost(choice(low))[0] >= best.cost:
+            if best is not None and self.costs.cost(choice(low))[0] >= best.cost:
                 return None, too_large
             tried = self._fit(choice(middle))
             self._note(tried)
@@ -228,8 +226,8 @@ class Search:
         return self._exactly(choice, Moment(moment.label, moment.terms | ({LATER: more} if more else {})))
 
     def _exactly(self, choice: Choice, moment: Moment) -> Fit:
-        fixed = self.prices.fixed_terms(choice.chunks, choice.streamed, choice.depth)
-        return Fit(choice, fixed | moment.terms, moment.label, *self.prices.cost(choice))
+        fixed = self.costs.fixed_terms(choice.chunks, choice.streamed, choice.depth)
+        return Fit(choice, fixed | moment.terms, moment.label, *self.costs.cost(choice))
 
     def _first(self, choice: Choice) -> Moment:
         """The largest moment of the first chunk's step."""

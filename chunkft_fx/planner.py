@@ -71,7 +71,7 @@ def plan_for_batch(model: nn.Module, options: Options, known: Plan | None, predi
     if best is None:
         assert search.smallest is not None
         raise _infeasible(options.budget_bytes, search.smallest, batch)
-    streamed = search.prices.streamed_names(best.choice.streamed)
+    streamed = search.costs.streamed_names(best.choice.streamed)
     plan = Plan(options.budget_bytes, best.choice.chunks, options.order, options.interval, options.seed)
     return _completed(plan, best, batch, tuple(sorted(streamed)), _closest(search.considered, best))
 

@@ -113,12 +113,12 @@ def modelled(case: Case, has_times: bool) -> tuple[Blocks, Predicted]:
 
 def needed(search: Search, choice: Choice) -> int:
     """The peak of a choice over every chunk of its sweep, added up anew."""
-    prices = search.prices
-    streamed = prices.streamed_names(choice.streamed)
-    weights = weight_terms(prices.named, prices.resident, prices.uses, streamed, choice.depth)
+    costs = search.costs
+    streamed = costs.streamed_names(choice.streamed)
+    weights = weight_terms(costs.named, costs.resident, costs.uses, streamed, choice.depth)
     return (
         sum(weights.values())
-        + sum(chunk_terms(prices.named, choice.chunks).values())
+        + sum(chunk_terms(costs.named, choice.chunks).values())
         + max(search.predictor.peak(c, choice.saving).nbytes for c in choice.chunks)
     )
 
@@ -133,7 +133,7 @@ def everything(search: Search) -> list[Choice]:
         for save_from, offloads, split in itertools.product(regions, (False, True), search.head.splits)
     ]
     return [
-        Choice(search.prices.cut(count, search.times), streamed, depth, saving)
+        Choice(search.costs.cut(count, search.times), streamed, depth, saving)
         for count, streamed, saving in itertools.product(counts, regions, savings)
         for depth in (DEPTHS if streamed else DEPTHS[:1])
     ]
@@ -141,8 +141,8 @@ def everything(search: Search) -> list[Choice]:
 
 def cost(search: Search, choice: Choice) -> float:
     assert search.times is not None
-    bare = bare_steps(search.times, choice.saving, frozenset(search.prices.placed(choice.streamed)), choice.depth)
-    return sweep_cost(np.array([step_us(bare, search.prices.work(c, search.times)) for c in choice.chunks]))
+    bare = bare_steps(search.times, choice.saving, frozenset(search.costs.placed(choice.streamed)), choice.depth)
+    return sweep_cost(np.array([step_us(bare, search.costs.work(c, search.times)) for c in choice.chunks]))
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Prices: what a choice of the planner costs, and which bytes it needs whatever its steps do; each found once.
+"""What a choice of the planner costs, and which bytes it needs whatever its steps do; each found once.
 
 A choice costs `step_cost.sweep_cost` of its predicted steps. Where no times are known (on the CPU) choices are compared
 by whether they offload, then by streamed regions, chunks, recomputing regions and the split.
@@ -29,10 +29,9 @@ from chunkft_fx.step_cost import (
 )
 
 
-class Prices:
-    """Costs and fixed terms of one model's choices.
+class ChoiceCosts:
+    """Costs (microseconds, where ``times`` are known) and fixed terms (bytes) of one model's choices.
 
-    ``given``, if set, are the weights that are streamed; by default they are those of the regions that `placed` says.
     ``states`` is the bytes of all optimizer states on the stage.
     """
 
@@ -42,7 +41,7 @@ class Prices:
         self.uses = predictor.uses()
         self.regions = len(self.uses)
         self.named, self.resident = dict(model.named_parameters()), resident_nbytes(model)
-        self.given: frozenset[str] | None = None
+        self._given: frozenset[str] | None = None  # weights to stream, by default those of `placed` regions
         (whole,) = cut(parameters, 1)
         self.states = stage_capacity_nbytes(whole, self.named)
         self._parameters, self._predictor, self._times, self._nbytes = parameters, predictor, times, whole.nbytes
@@ -53,18 +52,23 @@ class Prices:
         self._bare: dict[tuple[int, int, Saving], BareSteps] = {}
         self._works: dict[int, SweepWork] = {}
 
+    def stream(self, names: frozenset[str]) -> int:
+        """Have every choice stream exactly these weights; returns how many regions read one of them."""
+        self._given = names
+        return len(self.placed(0))
+
     def placed(self, streamed: int) -> tuple[int, ...]:
         """Which regions stream their weights when that many do."""
-        if self.given is not None:
-            return tuple(i for i, use in enumerate(self.uses) if use & self.given)
+        if self._given is not None:
+            return tuple(i for i, use in enumerate(self.uses) if use & self._given)
         if streamed not in self._placed:
             self._placed[streamed] = streamed_regions(self.regions, streamed, self._times, DEPTH)
         return self._placed[streamed]
 
     def streamed_names(self, streamed: int) -> frozenset[str]:
         """The weights that are streamed when that many regions do so."""
-        if self.given is not None:
-            return self.given
+        if self._given is not None:
+            return self._given
         return frozenset().union(*(self.uses[i] for i in self.placed(streamed)))
 
     def cut(self, count: int, times: StepTimes) -> tuple[Chunk, ...]:
