@@ -1,7 +1,8 @@
 """Full-parameter fine-tuning inside a byte budget: one chunk of the parameters trains at a time."""
 
 from chunkft_fx import errors
-from chunkft_fx.api import CompiledModule, compile
+from chunkft_fx.api import compile
+from chunkft_fx.module import CompiledModule
 from chunkft_fx.observe import enable_logs
 from chunkft_fx.optim import AdamW
 from chunkft_fx.plan import Chunk, Plan, Slice

@@ -77,3 +77,35 @@ class DataError(ChunkFTError, ValueError):
 
 class VerificationError(ChunkFTError):
     """A graph pass broke an invariant: a defect of this library, never of the user's model."""
+
+
+class SliceGradientError(ChunkFTError, RuntimeError):
+    """An operation on the gradient of a slice would need the gradient of the whole parameter."""
+
+
+class DoubleBackward(ChunkFTError, RuntimeError):
+    """A gradient was asked for that can itself be differentiated (``create_graph=True``)."""
+
+
+class OutsideGradient(ChunkFTError, RuntimeError):
+    """The gradients of a step did not come through the compiled module."""
+
+
+class OptimizerConflict(ChunkFTError, RuntimeError):
+    """Another optimizer is to update parameters that a compiled module trains."""
+
+
+class ModelChanged(ChunkFTError, RuntimeError):
+    """Parameters or modules of the model changed in a way that a run which has begun cannot follow."""
+
+
+class DistributedNotSupported(ChunkFTError, RuntimeError):
+    """A compiled module was to run on several ranks, or inside DistributedDataParallel or FSDP."""
+
+
+class UnsupportedParameter(ChunkFTError, TypeError):
+    """A trainable parameter has a dtype or a kind that cannot be trained here."""
+
+
+class ChunkFTWarning(UserWarning):
+    """Training goes on, but not as the user may expect; the message says what to do."""

@@ -6,23 +6,27 @@ weights, parameters therefore equal those of ``torch.optim.AdamW`` to the bit. O
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim.optimizer import Optimizer
 
+from chunkft_fx import ownership
 from chunkft_fx.budget import parse_bytes
 from chunkft_fx.cuts import cut_dim
-from chunkft_fx.errors import NotPlanned, OptionError
-from chunkft_fx.optim_checkpoint import ENTRY, describe, exported, fill_masters, read
+from chunkft_fx.errors import ChunkFTWarning, NotPlanned, OptimizerConflict, OptionError, OutsideGradient
+from chunkft_fx.optim_checkpoint import ENTRY, HYPERPARAMETERS, describe, exported, fill_masters, read
 from chunkft_fx.optim_groups import (
     ChunkedModule,
+    check_clipping,
     check_hyperparameters,
     check_slices,
     parameter_groups,
+    regrouped,
     require_chunked,
 )
 from chunkft_fx.optim_host import HostStates, require_room
@@ -33,9 +37,9 @@ from chunkft_fx.optim_state import (
     stage_capacity_nbytes,
     state_dtypes,
 )
-from chunkft_fx.optim_update import StagedSlice, update_slices
+from chunkft_fx.optim_update import GroupUpdate, StagedSlice
 from chunkft_fx.plan import Slice
-from chunkft_fx.slices import ActiveSlice, zero_gradients
+from chunkft_fx.slices import ActiveSlice
 from chunkft_fx.step_counts import Counts, counted, uniform
 from chunkft_fx.streaming import CudaStage, FreshStage, Stage
 
@@ -82,28 +86,31 @@ class AdamW(Optimizer):
         host_budget: int | str | None = None,
     ) -> None:
         require_chunked(model)
-        check_hyperparameters(lr, betas, eps, weight_decay, max_grad_norm)
+        check_hyperparameters(lr, betas, eps, weight_decay)
+        check_clipping(max_grad_norm)
         if states not in STATES:
             raise OptionError(f"states={states!r} is not known; choose one of {', '.join(STATES)}")
         self._model = model
         self._moments = moment_dtype(state_dtype)
         self._resets = states == "reset"
         self._host_budget = None if host_budget is None else parse_bytes(host_budget)
+        self._no_decay = tuple(no_decay)
         self._updates = 0  # seeds stochastic rounding
         self._stage = self._idle_stage()
         self._staged: list[Slice] = []
         self._modified = False  # the stage holds newer values than host memory
+        self._warned: set[tuple[str, ...]] = set()
         self.state_dtype = state_dtype
         self.states = states
         self.max_grad_norm = max_grad_norm
         self.last_grad_norm: Tensor | None = None
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        model.check()
         super().__init__(parameter_groups(model, no_decay), defaults)
-        self._kept = self._host_states()
-        if not self._resets:
-            require_room(self._kept, self._is_pinned(), self._host_budget, self._moments)
+        self._kept = [self._host_states(self._parameters())]
         self.register_state_dict_pre_hook(_settle)
         self.register_state_dict_post_hook(_export)
+        ownership.allow(self)
         model.expect(self)
 
     @overload
@@ -116,26 +123,56 @@ class AdamW(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update the active slices that have a gradient, then count the step and move to the next chunk when due.
 
-        Without any gradient nothing happens and no step is counted. ``closure`` re-evaluates the model and
-        returns the loss, which is returned. Everything is checked before the first weight changes.
+        A chunk of which no slice got a gradient from a backward pass (its weights had no part in the batch) counts its
+        step too, with a warning that names the slices. Without any backward since the last step nothing happens and no
+        step is counted. ``closure`` re-evaluates the model and returns the loss, which is returned. Everything is
+        checked, and memory taken, before the first weight changes. Raises `OptimizerConflict` if another optimizer was
+        made for the model, `OutsideGradient` if gradients came, but none through the compiled module,
+        `OptimizerMismatch`, `OptionError` for a hyperparameter out of range, and what `CompiledModule.check` raises.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with self._model.lock:
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        if self._model.optimizer is not self:
+            raise OptimizerConflict(
+                "another chunkft_fx.AdamW was made for this model after this one, and the model follows that one; step "
+                "the latest, and keep one optimizer for a model"
+            )
+        self._model.check()
         active = self._active_slices()
         graded = [s for s in active if s.grad is not None]
-        if not graded:
-            return loss
+        arrivals = self._model.arrivals
+        if arrivals.outside and not arrivals.through:
+            raise OutsideGradient(
+                "parameters have gradients, but none came through the compiled module since the last step: the loss "
+                "was computed with the plain model, or with parts of it such as model.base_model and model.lm_head; "
+                "call the module that chunkft_fx.compile returned, and take the loss that it returns"
+            )
+        if not graded and not arrivals.through:
+            return
+        for group in self.param_groups:
+            check_hyperparameters(*(group[key] for key in HYPERPARAMETERS))
+        check_clipping(self.max_grad_norm)
         check_slices(active, self.param_groups, self._model.compute_device)
+        if not graded:
+            self._warn_without_gradient(active)
         self._announce(active)
         states = self._by_slice(active)
-        scale = None if self.max_grad_norm is None else self._clip_factor(graded, self.max_grad_norm)
-        self._modified = True
+        scale = None if self.max_grad_norm is None or not graded else self._clip_factor(graded, self.max_grad_norm)
+        updates = []
         for i, group in enumerate(self.param_groups):
             names = set(group["param_names"])
             entries = [StagedSlice(s, states[s.name], self._counts(s)) for s in graded if s.name in names]
-            update_slices(entries, group, scale, self._updates * len(self.param_groups) + i)
+            updates.append(GroupUpdate(entries, group, scale, self._updates * len(self.param_groups) + i))
+        self._modified = True
+        for update in updates:
+            update.apply()
         self._updates += 1
         for s in graded:
             self.state[s.parameter]["slice_steps"] = counted(self._counts(s), s.start, s.length)
@@ -144,19 +181,54 @@ class AdamW(Optimizer):
             self._announce(self._model.active_slices())
         if written is not None:
             written.synchronize()
-        return loss
 
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """Asked for by ``torch.amp.GradScaler.step``: a scaler looks for gradients on parameters, where none are."""
-        raise OptionError(
-            "torch.amp.GradScaler does not see the gradients of active slices; use bfloat16, which needs no scaler"
+    def _warn_without_gradient(self, active: Sequence[ActiveSlice]) -> None:
+        names = tuple(s.name for s in active)
+        if names in self._warned:
+            return
+        self._warned.add(names)
+        warnings.warn(
+            f"no gradient reached the active chunk ({', '.join(names[:5])}{' and others' * (len(names) > 5)}): its "
+            "weights have no part in the loss of this batch, or were frozen; the step is counted, nothing is updated",
+            ChunkFTWarning,
+            stacklevel=5,
         )
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the active slices' gradients, or fill them with zeros in place."""
-        super().zero_grad(set_to_none)
-        zero_gradients(self._active_slices(), set_to_none)
+    @property
+    def has_begun(self) -> bool:
+        """Whether there are states that a step or a checkpoint made."""
+        return self._updates > 0 or any(run.step for s in self.state.values() for run in s["slice_steps"])
+
+    def follow(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Hold these parameters of the model: states of those of a known name go on, the others have none yet.
+
+        Called by the model when it changed. Raises `HostMemoryExceeded`, before anything changes, if host memory cannot
+        hold the states.
+        """
+        grouped = regrouped(self.param_groups, parameters, self._no_decay)
+        before = {n: p for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)}
+        kept = self._kept
+        if self.has_begun:
+            new = [p for n, p in parameters.items() if n not in before and any(n in names for names in grouped)]
+            kept = [*kept, self._host_states(new)] if new else kept
+        self._write_back()
+        self._stage.synchronize()
+        self._stage, self._staged, self._modified = self._idle_stage(), [], False
+        for group, names in zip(self.param_groups, grouped, strict=True):
+            group["params"], group["param_names"] = [parameters[n] for n in names], list(names)
+        if not self.has_begun:
+            self.state.clear()
+            self._kept = []
+            self._kept = [self._host_states(self._parameters())]
+            return
+        for name, old in before.items():
+            new_one = parameters.get(name)
+            if new_one is not None and new_one is not old and old in self.state:
+                self.state[new_one] = self.state.pop(old)
+            if new_one is not None:
+                for states in kept:
+                    states.rename(old, new_one)
+        self._kept = kept
 
     @property
     def stage(self) -> Stage:
@@ -191,7 +263,8 @@ class AdamW(Optimizer):
         self._stage = self._idle_stage()  # lets go of the old states, of which there must not be two
         self._staged, self._modified = [], False
         self.state.clear()
-        self._kept = self._host_states()
+        self._kept = []
+        self._kept = [self._host_states(self._parameters())]
         self._updates = checkpoint.updates
         parameters = self._parameters()
         for i, saved in () if self._resets else checkpoint.states.items():
@@ -216,14 +289,19 @@ class AdamW(Optimizer):
     def _is_pinned(self) -> bool:
         return self._model.compute_device.type == "cuda"
 
-    def _host_states(self) -> HostStates:
-        return HostStates(self._parameters(), self._moments)
+    def _host_states(self, parameters: Sequence[Tensor]) -> HostStates:
+        """The places of these parameters' states; `HostMemoryExceeded` if there is no room for them."""
+        states = HostStates(parameters, self._moments)
+        if not self._resets:
+            require_room(states, self._is_pinned(), self._host_budget, self._moments)
+        return states
 
     def _state_of(self, parameter: Tensor) -> dict[str, Any]:
         """A parameter's state, made when it is first asked for; tensors only where host memory keeps them."""
         if parameter not in self.state:
             size = size_along(parameter, cut_dim(parameter.shape))
-            tensors = {} if self._resets else self._kept.zeros(parameter, self._is_pinned())
+            kept = next(states for states in self._kept if states.holds(parameter))
+            tensors = {} if self._resets else kept.zeros(parameter, self._is_pinned())
             self.state[parameter] = {"slice_steps": uniform(size), **tensors}
         return cast(dict[str, Any], self.state[parameter])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
@@ -12,8 +13,7 @@ from torch import Tensor, nn
 from chunkft_fx.errors import NoTrainableParameters, OptimizerMismatch, OptionError
 from chunkft_fx.optim_state import master_dtype
 from chunkft_fx.plan import Plan
-from chunkft_fx.slices import ActiveSlice, ChunkSchedule
-from chunkft_fx.streaming import StageOwner
+from chunkft_fx.slices import ActiveSlice, Arrivals, ChunkSchedule
 
 
 class ChunkedModule(Protocol):
@@ -32,9 +32,20 @@ class ChunkedModule(Protocol):
 
     def active_slices(self) -> tuple[ActiveSlice, ...]: ...
 
+    @property
+    def lock(self) -> AbstractContextManager[Any]: ...
+
+    @property
+    def arrivals(self) -> Arrivals: ...
+
+    @property
+    def optimizer(self) -> object: ...
+
+    def check(self) -> None: ...
+
     def advance(self) -> bool: ...
 
-    def expect(self, optimizer: StageOwner) -> None: ...
+    def expect(self, optimizer: Any) -> None: ...
 
     def resume(self, position: Mapping[str, Any]) -> None: ...
 
@@ -50,20 +61,30 @@ def require_chunked(model: object) -> None:
     )
 
 
-def check_hyperparameters(
-    lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float, max_grad_norm: float | None
-) -> None:
-    """Raise `OptionError` for a value out of its range; NaN is out of every range."""
-    if not float(lr) >= 0:
-        raise OptionError(f"lr={lr!r} must be 0 or more")
-    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+def check_hyperparameters(lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """Raise `OptionError` for a value out of its range; NaN is out of every range.
+
+    The value of a rate that is a tensor on a GPU is not looked at: that would wait for the GPU.
+    """
+    if not (isinstance(lr, Tensor) and lr.is_cuda) and not _is_at_least_0(lr):
+        raise OptionError(f"lr={lr!r} must be a number, 0 or more")
+    if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(_is_at_least_0(b) and b < 1 for b in betas):
         raise OptionError(f"betas={betas!r} must be two numbers from 0 up to, but not, 1")
-    if not eps >= 0:
-        raise OptionError(f"eps={eps!r} must be 0 or more")
-    if not weight_decay >= 0:
-        raise OptionError(f"weight_decay={weight_decay!r} must be 0 or more")
-    if max_grad_norm is not None and not max_grad_norm > 0:
+    if not _is_at_least_0(eps):
+        raise OptionError(f"eps={eps!r} must be a number, 0 or more")
+    if not _is_at_least_0(weight_decay):
+        raise OptionError(f"weight_decay={weight_decay!r} must be a number, 0 or more")
+
+
+def check_clipping(max_grad_norm: float | None) -> None:
+    """Raise `OptionError` unless this is a norm to clip to, or None."""
+    if max_grad_norm is not None and not (_is_at_least_0(max_grad_norm) and max_grad_norm > 0):
         raise OptionError(f"max_grad_norm={max_grad_norm!r} must be above 0, or None for no clipping")
+
+
+def _is_at_least_0(value: Any) -> bool:
+    is_number = isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
+    return is_number and not isinstance(value, bool) and 0 <= float(value) < float("inf")
 
 
 def parameter_groups(model: ChunkedModule, no_decay: Sequence[str]) -> list[dict[str, Any]]:
@@ -80,6 +101,24 @@ def parameter_groups(model: ChunkedModule, no_decay: Sequence[str]) -> list[dict
     decayed = [(n, p) for n, p in named if not any(n == k for k, _ in kept)]
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
     return [g for g in groups if g["params"]]
+
+
+def regrouped(
+    groups: Sequence[Mapping[str, Any]], parameters: Mapping[str, nn.Parameter], no_decay: Sequence[str]
+) -> list[list[str]]:
+    """For each group the names that it is to hold, in the model's order: those it has, and new trainable ones.
+
+    New ones that a pattern of ``no_decay`` matches go to the second group where there is one, the others to the first.
+    """
+    known = {n: i for i, g in enumerate(groups) for n in g["param_names"]}
+    members: list[list[str]] = [[] for _ in groups]
+    for name, p in parameters.items():
+        spared = any(fnmatchcase(name, pattern) for pattern in no_decay)
+        if name in known:
+            members[known[name]].append(name)
+        elif p.requires_grad:
+            members[min(int(spared), len(groups) - 1)].append(name)
+    return members
 
 
 def check_slices(active: Sequence[ActiveSlice], groups: Sequence[Mapping[str, Any]], device: torch.device) -> None:

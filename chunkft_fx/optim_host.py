@@ -52,6 +52,15 @@ class HostStates:
         """Bytes of host memory that the states of all parameters take."""
         return sum(self._slab_sizes) if pinned else sum(self._sizes)
 
+    def holds(self, parameter: Tensor) -> bool:
+        """Whether a parameter's states have their place here."""
+        return id(parameter) in self._index
+
+    def rename(self, parameter: Tensor, other: Tensor) -> None:
+        """Let another parameter of the same shape and dtype have the places of this one, if they are here."""
+        if id(parameter) in self._index:
+            self._index[id(other)] = self._index.pop(id(parameter))
+
     def zeros(self, parameter: Tensor, pinned: bool) -> dict[str, Tensor]:
         """The state tensors of one parameter by name, with its shape and the cut dimension outermost in memory."""
         dim = cut_dim(parameter.shape)

@@ -35,16 +35,25 @@ class StagedSlice:
     counts: Counts
 
 
-def update_slices(entries: Sequence[StagedSlice], options: Mapping[str, Any], scale: Tensor | None, seed: int) -> None:
-    """Update one parameter group's slices, all with gradients on one device, by one step of AdamW.
+class GroupUpdate:
+    """One step of AdamW for one parameter group's slices: all memory is taken when it is made, `apply` does it.
 
-    ``options`` are the group's; gradients count times ``scale`` (0-d, on their device); ``seed`` is for stochastic
-    rounding, and differs from call to call. A slice in which step counts differ is updated run by run. On CUDA a
-    weight in pinned host memory is only written when the current stream has come to the end of this.
+    The slices all have gradients, on one device. ``options`` are the group's; gradients count times ``scale`` (0-d, on
+    their device); ``seed`` is for stochastic rounding, and differs from call to call. A slice in which step counts
+    differ is updated run by run.
     """
-    updates: list[SliceUpdate] = []
-    copied: list[tuple[Tensor, Tensor]] = []  # where a weight belongs, and its copy, which is updated
-    for entry in entries:
+
+    def __init__(
+        self, entries: Sequence[StagedSlice], options: Mapping[str, Any], scale: Tensor | None, seed: int
+    ) -> None:
+        self._updates: list[SliceUpdate] = []
+        self._copied: list[tuple[Tensor, Tensor]] = []  # where a weight belongs, and its copy, which is updated
+        self._parameters = [entry.slice.parameter for entry in entries]
+        self._options, self._scale, self._seed = options, scale, seed
+        for entry in entries:
+            self._add(entry)
+
+    def _add(self, entry: StagedSlice) -> None:
         s = entry.slice
         assert s.grad is not None
         home, gradient = front(s.weight(), s.dim), front(s.grad, s.dim)
@@ -52,12 +61,12 @@ def update_slices(entries: Sequence[StagedSlice], options: Mapping[str, Any], sc
         if not _is_in_reach(home, gradient):
             gradient = gradient.contiguous()
             weight = home.to(gradient.device).contiguous()
-            copied.append((home, weight))
+            self._copied.append((home, weight))
         states = {key: t.view(weight.shape) for key, t in entry.states.items()}
         for run in within(entry.counts, s.start, s.length):
             part = slice(run.start - s.start, run.start - s.start + run.length)
             staged = {key: t[part] for key, t in states.items()}
-            updates.append(
+            self._updates.append(
                 SliceUpdate(
                     weight[part],
                     gradient[part],
@@ -67,23 +76,28 @@ def update_slices(entries: Sequence[StagedSlice], options: Mapping[str, Any], sc
                     run.step + 1,
                 )
             )
-    beta1, beta2 = options["betas"]
-    apply = adamw if not updates or updates[0].gradient.device.type == "cpu" or _has_triton() else adamw_reference
-    apply(
-        updates,
-        lr=options["lr"],
-        beta1=beta1,
-        beta2=beta2,
-        eps=options["eps"],
-        weight_decay=options["weight_decay"],
-        scale=scale,
-        seed=seed,
-    )
-    for home, weight in copied:
-        if weight is not home:
-            home.copy_(weight)
-    # a kernel's writes go unseen by autograd, which must refuse a backward through weights that are gone
-    torch.autograd.graph.increment_version([entry.slice.parameter for entry in entries])
+
+    def apply(self) -> None:
+        """Change weights and states; on CUDA a weight in pinned host memory is only written when the current stream has
+        come to the end of this."""
+        updates, options = self._updates, self._options
+        beta1, beta2 = options["betas"]
+        apply = adamw if not updates or updates[0].gradient.device.type == "cpu" or _has_triton() else adamw_reference
+        apply(
+            updates,
+            lr=options["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            eps=options["eps"],
+            weight_decay=options["weight_decay"],
+            scale=self._scale,
+            seed=self._seed,
+        )
+        for home, weight in self._copied:
+            if weight is not home:
+                home.copy_(weight)
+        # a kernel's writes go unseen by autograd, which must refuse a backward through weights that are gone
+        torch.autograd.graph.increment_version(self._parameters)
 
 
 def _is_in_reach(weight: Tensor, gradient: Tensor) -> bool:

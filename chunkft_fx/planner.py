@@ -13,7 +13,7 @@ from torch import nn
 from chunkft_fx.blocks import block_paths, region_of_parameters
 from chunkft_fx.budget import format_bytes
 from chunkft_fx.cuts import ParameterSpec, cut
-from chunkft_fx.errors import BudgetInfeasible, NoTrainableParameters
+from chunkft_fx.errors import BudgetInfeasible, NoTrainableParameters, UnsupportedParameter
 from chunkft_fx.fixed_memory import state_nbytes
 from chunkft_fx.plan import Considered, Plan
 from chunkft_fx.plan_choice import Fit, Predicts
@@ -35,13 +35,25 @@ class Options:
     return_logits: bool = False
 
 
-def parameter_specs(model: nn.Module) -> tuple[ParameterSpec, ...]:
-    """The trainable parameters as the planner sees them, in ``named_parameters`` order (tied ones once)."""
+def refuse_untrainable(model: nn.Module) -> None:
+    """Raise `NoTrainableParameters`, or `UnsupportedParameter` for one that AdamW's update is not defined for."""
     trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if not trainable:
         raise NoTrainableParameters(
             "no parameter of this model has requires_grad=True; call model.requires_grad_(True) before compile"
         )
+    for name, p in trainable:
+        if p.is_complex():
+            raise UnsupportedParameter(
+                f"parameter {name!r} is {p.dtype}, and complex parameters cannot be trained; hold its real and "
+                "imaginary parts in a real parameter (torch.view_as_complex), or freeze it with requires_grad_(False)"
+            )
+
+
+def parameter_specs(model: nn.Module) -> tuple[ParameterSpec, ...]:
+    """The trainable parameters as the planner sees them, in ``named_parameters`` order (tied ones once)."""
+    refuse_untrainable(model)
+    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     regions = region_of_parameters([n for n, _ in trainable], block_paths(model.named_modules()))
     return tuple(
         ParameterSpec(name, tuple(p.shape), p.dtype.itemsize + state_nbytes(p.dtype), region)

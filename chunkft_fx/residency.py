@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,11 @@ class Residency:
             self._ring = None  # free before taking a larger one
             self._ring = make_ring(self.device, self.depth, nbytes)
         return self._ring
+
+    def rebind(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Let other parameters take the place of those of the same names, and put them where those were."""
+        self.parameters = dict(parameters)
+        self.settle(self.streamed, self.depth)
 
     def settle(self, streamed: Iterable[str], depth: int) -> None:
         """Put the weights where the plan wants them: these into host memory, all others onto the device."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import nn
@@ -42,7 +42,11 @@ def routed(model: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
 
 
 def through_compiled(
-    method: Callable[..., Any], model: nn.Module, call: Callable[..., Any], residency: Residency
+    method: Callable[..., Any],
+    model: nn.Module,
+    call: Callable[..., Any],
+    residency: Residency,
+    lock: AbstractContextManager[Any],
 ) -> Callable[..., Any]:
     """A model's method, in which calls of the model are compiled ones as long as weights have to be fetched.
 
@@ -59,7 +63,7 @@ def through_compiled(
                 f"{type(model).__name__}.{method.__name__} calls its encoder itself, whose weights are in host memory: "
                 "raise the budget until the plan streams none, or move the plain model to the CPU and call it there"
             )
-        with routed(model, call):
+        with lock, routed(model, call):
             return method(*args, **kwargs)
 
     return run

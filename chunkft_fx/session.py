@@ -11,6 +11,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from chunkft_fx.capture import Capture, OutputName
+from chunkft_fx.errors import DoubleBackward
 from chunkft_fx.executable import Executable, assemble, exchanged
 from chunkft_fx.fixed_memory import state_nbytes
 from chunkft_fx.kernel_choice import chooser
@@ -45,7 +47,12 @@ class Owner(Protocol):
     @property
     def residency(self) -> Residency: ...
 
+    @property
+    def lock(self) -> AbstractContextManager[Any]: ...
+
     def active_slices(self) -> tuple[ActiveSlice, ...]: ...
+
+    def came_through(self) -> None: ...
 
 
 class Session:
@@ -96,7 +103,8 @@ class Session:
             self._write_back(arguments, mutated)
         else:
             differentiable = [arguments[i] for i in self._inputs]
-            outputs = list(_StepFunction.apply(self, arguments, self._anchor, *differentiable))
+            trained = [s.parameter for s in self.owner.active_slices()]
+            outputs = list(_StepFunction.apply(self, arguments, self._anchor, *differentiable, *trained))
         for i, o in enumerate(self.capture.outputs):
             # an output that is an input is the caller's own object, as in the plain model
             if isinstance(o, OutputName) and str(o) in self.capture.primals:
@@ -205,8 +213,12 @@ class Session:
         shapes = [(o.shape, o.dtype, o.device) if isinstance(o, Tensor) else None for o in outputs]
         return outputs, mutated, Step(executable, slots, owner, versions, replay, expected, shapes)
 
-    def finish(self, step: Step, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Run backward with the tangents that came; returns the gradients of non-parameter inputs."""
+    def finish(self, step: Step, gradients: dict[str, Tensor]) -> list[Tensor | None]:
+        """Run backward with the tangents that came.
+
+        Returns the gradients of the inputs that are no parameters, then those of the active slices, as autograd is to
+        give them to the parameters.
+        """
         step.check(self.owner.active_slices())
         present = frozenset(gradients)
         if not present <= step.provided:
@@ -222,11 +234,14 @@ class Session:
                 _restride(gradients[name], like) if name in gradients else step.zeros(self.capture.tangents[name])
             )
         totals = run_backward(step, tangents, self._machine())
-        slices = {s.name: s for s in step.owner}
-        for primal in list(totals):
-            if primal in self.capture.parameters:
-                slices[self.capture.parameters[primal]].accumulate(totals.pop(primal))
-        return totals
+        self.owner.came_through()
+        of_slices = {self.capture.parameters[p]: totals.pop(p) for p in list(totals) if p in self.capture.parameters}
+        given = [totals.get(self.capture.primals[i]) for i in self._inputs]
+        totals.clear()
+        for s in step.owner:
+            gradient = of_slices.pop(s.name, None)
+            given.append(None if gradient is None else s.handed(gradient))
+        return given
 
     def planned(self, chunk: Chunk, saving: Saving, known: dict[Hashable, Executable] | None = None) -> Executable:
         """What would run for a chunk under a saving policy if all weights were resident.
@@ -248,7 +263,10 @@ class Session:
 
 
 class _StepFunction(torch.autograd.Function):
-    """One step as one autograd node; the anchor makes autograd call backward, parameters stay outside."""
+    """One step as one autograd node; the anchor makes autograd call backward.
+
+    Of the parameters only those with an active slice are inputs: the gradient that goes to each is its slice's.
+    """
 
     @staticmethod
     def forward(
@@ -267,11 +285,16 @@ class _StepFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise DoubleBackward(
+                "backward was called with create_graph=True, but the backward pass of a compiled module cannot be "
+                "differentiated twice (double backward), as a gradient penalty asks for; leave create_graph=True out, "
+                "or take the penalty's gradients through the plain model"
+            )
         session: Session = ctx.session
         came = {name: g for name, i in session.capture.tangents.items() if (g := gradients[i]) is not None}
-        with explained():
-            totals = session.finish(ctx.step, came)
-        return (None, None, None, *(totals.get(session.capture.primals[i]) for i in session._inputs))
+        with ctx.owner.lock, explained():
+            return (None, None, None, *session.finish(ctx.step, came))
 
 
 def _restride(gradient: Tensor, like: Tensor) -> Tensor:

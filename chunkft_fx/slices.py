@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,21 +12,17 @@ from torch import Tensor, nn
 
 from chunkft_fx.errors import CheckpointMismatch, OptionError
 from chunkft_fx.plan import Slice
+from chunkft_fx.slice_gradient import SliceGradient, cut_from, part_of
 
 ORDERS = ("ascending", "descending", "random")
 
 
 @dataclass(eq=False)
 class ActiveSlice:
-    """One active slice of a parameter and its gradient.
-
-    ``grad`` has the slice's shape, on the device that the model runs on, in float32 (float64 for a float64
-    parameter); it is ``None`` before the first backward and adds up over backward calls.
-    """
+    """One active slice of a parameter, and the part of ``parameter.grad`` that belongs to it."""
 
     slice: Slice
     parameter: nn.Parameter
-    grad: Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -44,33 +40,44 @@ class ActiveSlice:
     def length(self) -> int:
         return self.slice.length
 
+    @property
+    def grad(self) -> Tensor | None:
+        """The slice's gradient: its shape, on the device that the model runs on; None where there is none.
+
+        It is float32 (float64 for a float64 parameter), adds up over backward calls, and shares the memory of
+        ``parameter.grad``.
+        """
+        return part_of(self.parameter.grad, self.slice)
+
+    @grad.setter
+    def grad(self, gradient: Tensor | None) -> None:
+        if gradient is not None and not self.slice.is_whole:
+            gradient = SliceGradient(gradient, self.slice, self.parameter.shape)
+        self.parameter.grad = gradient
+
     def weight(self) -> Tensor:
         """The slice of the parameter itself: a view that shares its memory, without autograd."""
-        data = self.parameter.detach()
-        return data if self.slice.is_whole else data.narrow(self.dim, self.start, self.length)
+        return cut_from(self.parameter.detach(), self.slice)
 
-    def accumulate(self, gradient: Tensor) -> None:
-        """Add one gradient (the slice's shape, any floating dtype) in the accumulation dtype.
+    def handed(self, gradient: Tensor) -> Tensor:
+        """A gradient of the slice (its shape, any floating dtype) as autograd is to give it to the parameter.
 
-        Autograd gives gradients in the parameter's dtype. One that comes wider was made for this slice alone (a sum
-        of contributions, or `passes.lower_triton`'s operator), and the first such becomes ``grad`` as it is.
+        One that is wider than the parameter was made for this slice alone (a sum of contributions, or
+        `passes.lower_triton`'s operator), and the parameter keeps it as it is.
         """
-        dtype = torch.promote_types(self.parameter.dtype, torch.float32)
-        if self.grad is not None:
-            self.grad.add_(gradient)
-        elif gradient.dtype == dtype != self.parameter.dtype:
-            self.grad = gradient
-        else:
-            self.grad = gradient.to(dtype, copy=True)
+        wide = torch.promote_types(self.parameter.dtype, torch.float32)
+        is_own = gradient.dtype == wide != self.parameter.dtype
+        if is_own and self.slice.is_whole:
+            return gradient
+        return SliceGradient(gradient, self.slice, self.parameter.shape, wide, is_new=not is_own)
 
 
-def zero_gradients(slices: Iterable[ActiveSlice], set_to_none: bool) -> None:
-    """Drop the gradients of these slices, or fill them with zeros in place."""
-    for s in slices:
-        if set_to_none:
-            s.grad = None
-        elif s.grad is not None:
-            s.grad.zero_()
+@dataclass
+class Arrivals:
+    """Where gradients came from since the last optimizer step."""
+
+    through: bool = False  # a backward of the compiled module ran
+    outside: bool = False  # autograd gave a parameter a gradient, wherever it came from
 
 
 @dataclass
@@ -112,6 +119,11 @@ class ChunkSchedule:
     def chunk(self) -> int:
         """The index of the active chunk."""
         return self.permutation(self.sweep)[self.position]
+
+    @property
+    def is_at_start(self) -> bool:
+        """Whether no step of the current sweep was counted."""
+        return self.position == self.steps == 0
 
     def advance(self) -> bool:
         """Count one optimizer step; returns True when another chunk became active."""

@@ -30,6 +30,21 @@ def is_torch_compiled(model: Any) -> bool:
     return isinstance(model, torch._dynamo.OptimizedModule) or getattr(model, "_compiled_call_impl", None) is not None
 
 
+def wrapping_ddp() -> nn.Module | None:
+    """The DistributedDataParallel module whose forward runs right now."""
+    found: nn.Module | None = torch.nn.parallel.DistributedDataParallel._get_active_ddp_module()
+    return found
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """True for a model that FSDP shards, in either of its forms, or with parameters that are DTensors."""
+    names = {base.__name__ for module in model.modules() for base in type(module).__mro__}
+    spread = {t.__name__ for p in model.parameters() for t in type(p).__mro__} | {
+        type(p.data).__name__ for p in model.parameters()
+    }
+    return bool(names & {"FSDPModule", "FullyShardedDataParallel"}) or bool(spread & {"DTensor", "FlatParameter"})
+
+
 def is_operator(target: Any) -> bool:
     """True for the target of a node that is an overload of a registered operator."""
     return isinstance(target, torch._ops.OpOverload)

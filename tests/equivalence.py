@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import chunkft_fx
-from chunkft_fx.api import CompiledModule
+from chunkft_fx.module import CompiledModule
 
 
 def loss_of(result: Any) -> Tensor:

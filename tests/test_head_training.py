@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import chunkft_fx
 from chunkft_fx import head
-from chunkft_fx.api import CompiledModule
+from chunkft_fx.module import CompiledModule
 from chunkft_fx.plan import Plan
 from chunkft_fx.tools.inspect import dense_gradients
 from chunkft_fx.tools.zoo import tiny

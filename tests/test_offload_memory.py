@@ -12,8 +12,8 @@ import pytest
 
 import chunkft_fx
 from chunkft_fx import memory_model, ops
-from chunkft_fx.api import CompiledModule
 from chunkft_fx.executable import StreamNode
+from chunkft_fx.module import CompiledModule
 from chunkft_fx.passes import offload_saved
 from chunkft_fx.session import Session
 from chunkft_fx.step_memory import SAVED, step_timeline

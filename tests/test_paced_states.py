@@ -15,7 +15,7 @@ from torch import nn
 
 import chunkft_fx
 from chunkft_fx import ops, runtime, streaming
-from chunkft_fx.api import CompiledModule
+from chunkft_fx.module import CompiledModule
 from chunkft_fx.predictor import Predictor
 from chunkft_fx.rates import Rates
 from chunkft_fx.session import Session

@@ -9,9 +9,9 @@ import torch
 from torch import fx, nn
 
 import chunkft_fx
-from chunkft_fx.api import CompiledModule
 from chunkft_fx.errors import BudgetInfeasible
 from chunkft_fx.memory_model import allocated_peak
+from chunkft_fx.module import CompiledModule
 from chunkft_fx.tools.zoo import tiny
 from tests.equivalence import smallest_budget
 

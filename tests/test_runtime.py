@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import chunkft_fx
 from chunkft_fx import errors
-from chunkft_fx.api import CompiledModule
+from chunkft_fx.module import CompiledModule
 from chunkft_fx.tools.zoo import tiny
 from tests.equivalence import dense_gradients, loss_of
 

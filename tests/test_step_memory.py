@@ -12,7 +12,7 @@ from torch import Tensor
 
 import chunkft_fx
 from chunkft_fx import fixed_memory, memory_model, ops
-from chunkft_fx.api import CompiledModule
+from chunkft_fx.module import CompiledModule
 from chunkft_fx.session import Session
 from chunkft_fx.step_memory import Moment, step_timeline, storages_nbytes
 from chunkft_fx.tools.zoo import FAMILIES, tiny

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import chunkft_fx
-from chunkft_fx.api import CompiledModule
+from chunkft_fx.module import CompiledModule
 from chunkft_fx.tools.zoo import tiny
 from tests import test_errors, test_runtime, test_structure, test_training
 from tests.equivalence import loss_of

@@ -14,8 +14,8 @@ import transformers
 from torch import Tensor, nn
 
 import chunkft_fx
-from chunkft_fx.api import CompiledModule
 from chunkft_fx.errors import OptionError
+from chunkft_fx.module import CompiledModule
 from chunkft_fx.routing import through_compiled
 from chunkft_fx.session import Session
 from chunkft_fx.tools.zoo import tiny

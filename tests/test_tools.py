@@ -13,8 +13,8 @@ import transformers
 from torch import Tensor, nn
 
 import chunkft_fx
-from chunkft_fx.api import CompiledModule
 from chunkft_fx.errors import CheckpointMismatch, OptionError
+from chunkft_fx.module import CompiledModule
 from chunkft_fx.plan import Plan
 from chunkft_fx.tools import cli, console, demo, inspect
 from chunkft_fx.tools.data import pack

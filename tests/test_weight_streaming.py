@@ -12,8 +12,8 @@ from torch import nn
 
 import chunkft_fx
 from chunkft_fx import ops
-from chunkft_fx.api import CompiledModule
 from chunkft_fx.errors import OptionError, StaleBackward, UnsupportedGraph
+from chunkft_fx.module import CompiledModule
 from chunkft_fx.tools.zoo import tiny
 from tests.equivalence import assert_same_gradients, loss_of, smallest_budget
 

@@ -17,9 +17,9 @@ import torch
 import typer
 
 import chunkft_fx
-from chunkft_fx.api import CompiledModule
 from chunkft_fx.budget import format_bytes
 from chunkft_fx.errors import OptionError
+from chunkft_fx.module import CompiledModule
 from chunkft_fx.tools.console import progress, quiet, run_command
 from chunkft_fx.tools.data import pack
 from chunkft_fx.tools.load import load_model, load_tokenizer, pick_device, pick_dtype

@@ -13,9 +13,9 @@ from torch import Tensor, fx, nn
 
 import chunkft_fx
 from chunkft_fx import pipeline
-from chunkft_fx.api import CompiledModule
 from chunkft_fx.budget import format_bytes
 from chunkft_fx.errors import NotPlanned, OptionError
+from chunkft_fx.module import CompiledModule
 from chunkft_fx.outline import Template
 from chunkft_fx.passes import Eliminate, PruneTangents, default_pipeline
 from chunkft_fx.region import DenseGradient, Pass, RegionGraph, SliceDemand

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chunkft_fx.api import CompiledModule
 from chunkft_fx.errors import CheckpointMismatch, OptionError
+from chunkft_fx.module import CompiledModule
 from chunkft_fx.optim import AdamW
 from chunkft_fx.tools.data import Batches
 

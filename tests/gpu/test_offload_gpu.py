@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import chunkft_fx
 from chunkft_fx import ops
-from chunkft_fx.api import CompiledModule
 from chunkft_fx.host_memory import HostMemory
+from chunkft_fx.module import CompiledModule
 from chunkft_fx.passes import offload_saved
 from chunkft_fx.saved_copies import CudaSavedCopies
 from chunkft_fx.step_memory import step_timeline

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import chunkft_fx
-from chunkft_fx.api import CompiledModule
 from chunkft_fx.errors import BudgetInfeasible
+from chunkft_fx.module import CompiledModule
 from chunkft_fx.tools.zoo import tiny
 from tests.equivalence import assert_same_gradients, loss_of
 from tests.gpu.test_step_gpu import on_cuda

@@ -1,0 +1,110 @@
+"""Model watch: whether the model is still the one that was looked at, asked before every call and every step.
+
+A model is a tree of registries, ``_parameters`` and ``_modules`` of each module. The watch remembers what they held and
+compares by identity, which costs a few microseconds a layer; only a difference is looked at closely.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# What a plan depends on: shape, dtype.
+_Look = tuple[torch.Size, torch.dtype]
+
+
+@dataclass(frozen=True)
+class ModelChanges:
+    """How a model differs from what it was: names of parameters, each in one of the lists.
+
+    ``replaced`` are other objects of the same shape and dtype; ``reshaped`` and ``retyped`` have another shape or
+    dtype, replaced or not; ``added`` are there now and were not, ``removed`` the other way round. Of all that were
+    there before, ``frozen`` and ``unfrozen`` have another ``requires_grad``. ``modules`` says that a module was added,
+    removed or replaced.
+    """
+
+    replaced: tuple[str, ...] = ()
+    reshaped: tuple[str, ...] = ()
+    retyped: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
+    unfrozen: tuple[str, ...] = ()
+    modules: bool = False
+
+    @property
+    def is_another_model(self) -> bool:
+        """Whether states and plans of the old parameters cannot be those of the new ones."""
+        return bool(self.reshaped or self.retyped or self.added or self.removed)
+
+    def __str__(self) -> str:
+        """What changed, for an error: ``embed.weight has another shape``."""
+        kinds = (
+            ("has another shape", self.reshaped),
+            ("has another dtype", self.retyped),
+            ("was added", self.added),
+            ("was removed", self.removed),
+            ("was replaced", self.replaced),
+            ("was frozen", self.frozen),
+            ("was unfrozen", self.unfrozen),
+        )
+        parts = [f"{', '.join(names[:3])}{' and others' * (len(names) > 3)} {what}" for what, names in kinds if names]
+        return "; ".join(parts or ["a module was added, removed or replaced"])
+
+
+class ModelWatch:
+    """Remembers a model's modules and parameters, and which of them are trained."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.look()
+
+    def look(self) -> None:
+        """Remember the model as it is now."""
+        modules = list(self._model.modules())
+        self._registries = [(m._modules, tuple(m._modules.items())) for m in modules]
+        self._places = [(m._parameters, tuple(m._parameters.items())) for m in modules]
+        self.parameters = dict(self._model.named_parameters())
+        self._looks = {name: _look(p) for name, p in self.parameters.items()}
+        self._trained = {name: p.requires_grad for name, p in self.parameters.items()}
+        self._flags = list(zip(self.parameters.values(), self._looks.values(), self._trained.values(), strict=True))
+
+    def changes(self) -> ModelChanges | None:
+        """What is different from what was remembered; None if nothing is."""
+        same = all(_holds(registry, held) for registry, held in self._registries)
+        if same and all(_holds(registry, held) for registry, held in self._places) and self._flags_hold():
+            return None
+        now = dict(self._model.named_parameters())
+        both = [n for n in now if n in self.parameters]
+        looks = {n: _look(now[n]) for n in both}
+        reshaped = tuple(n for n in both if looks[n][0] != self._looks[n][0])
+        retyped = tuple(n for n in both if looks[n][1] != self._looks[n][1] and n not in reshaped)
+        other = tuple(n for n in both if now[n] is not self.parameters[n])
+        switched = [n for n in both if now[n].requires_grad != self._trained[n]]
+        return ModelChanges(
+            replaced=tuple(n for n in other if n not in reshaped and n not in retyped),
+            reshaped=reshaped,
+            retyped=retyped,
+            added=tuple(n for n in now if n not in self.parameters),
+            removed=tuple(n for n in self.parameters if n not in now),
+            frozen=tuple(n for n in switched if not now[n].requires_grad),
+            unfrozen=tuple(n for n in switched if now[n].requires_grad),
+            modules=not same,
+        )
+
+    def _flags_hold(self) -> bool:
+        return all(
+            p.requires_grad is trained and p.dtype is look[1] and p.shape == look[0] for p, look, trained in self._flags
+        )
+
+
+def _holds(registry: dict[str, Any], held: tuple[tuple[str, Any], ...]) -> bool:
+    """Whether a registry has these entries and no others."""
+    return len(registry) == len(held) and all(registry.get(name) is value for name, value in held)
+
+
+def _look(parameter: Tensor) -> _Look:
+    return parameter.shape, parameter.dtype
