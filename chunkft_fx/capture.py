@@ -25,7 +25,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from chunkft_fx.errors import UnsupportedGraph
-from chunkft_fx.torch_internals import is_random
+from chunkft_fx.torch_internals import forget_wishes, is_random
 
 
 @dataclass
@@ -78,6 +78,7 @@ def _describe(
     module: fx.GraphModule, fake_mode: FakeTensorMode, inputs: Sequence[Any], names: Mapping[int, str]
 ) -> Capture:
     graph = module.graph
+    forget_wishes(graph)
     constants = _lift_constants(module, fake_mode)
     parameters: dict[str, str] = {}
     tangents: dict[str, int] = {}
