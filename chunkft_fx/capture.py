@@ -1,21 +1,18 @@
 """Capture: from a model and a batch to one joint graph with named inputs, outputs and gradients.
 
 What the rest of the library sees is `Capture`, a joint forward and backward graph in ATen operators. Tracing is made of
-private torch interfaces: they are touched here and in `torch_internals` only.
+private torch interfaces: they are touched here, in `tracing`, which calls the model, and in `torch_internals` only.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch._inductor.config as inductor_config
-from torch import Tensor, fx, nn
-from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+from torch import Tensor, fx
 from torch._functorch._aot_autograd.descriptors import (
     GradAOTOutput,
     InputMutationAOTOutput,
@@ -27,8 +24,8 @@ from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from chunkft_fx.errors import ChunkFTError, UnsupportedGraph
-from chunkft_fx.torch_internals import is_random
+from chunkft_fx.errors import UnsupportedGraph
+from chunkft_fx.torch_internals import forget_wishes, is_random
 
 
 @dataclass
@@ -59,55 +56,6 @@ class OutputName(str):
     """The name of a node among ``Capture.outputs``, to tell it from a constant output."""
 
 
-@contextlib.contextmanager
-def _quiet_logging_calls() -> Iterator[None]:
-    # Some transformers models log inside forward, which would break the graph. One function only:
-    # torch 2.11 sorts this set when it records metrics, and functions have no order.
-    option = (
-        "ignore_logging_functions"
-        if hasattr(torch._dynamo.config, "ignore_logging_functions")
-        else "ignore_logger_methods"
-    )
-    ignored = set(getattr(torch._dynamo.config, option))
-    warning_once = getattr(logging.Logger, "warning_once", None)
-    if warning_once is not None:
-        ignored.add(warning_once)
-    # torch 2.11 then cannot write its compile metrics down, and logs that as an error with each compilation
-    metrics = logging.getLogger("torch._dynamo.metrics_context")
-    metrics.addFilter(_drop)
-    try:
-        with torch._dynamo.config.patch({option: ignored}):
-            yield
-    finally:
-        metrics.removeFilter(_drop)
-
-
-def _drop(record: logging.LogRecord) -> bool:
-    return False
-
-
-def trace(model: nn.Module, backend: Callable[[fx.GraphModule, list[Any]], Any]) -> Callable[..., Any]:
-    """``torch.compile(model, fullgraph=True)`` with our backend; its failures become `UnsupportedGraph`."""
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        try:
-            with _quiet_logging_calls():
-                return compiled(*args, **kwargs)
-        except BackendCompilerFailed as error:
-            inner = error.inner_exception
-            if isinstance(inner, ChunkFTError):
-                raise inner from None
-            raise UnsupportedGraph(f"this model could not be compiled: {type(inner).__name__}: {inner}") from error
-        except TorchDynamoException as error:
-            raise UnsupportedGraph(
-                "this model cannot be captured as one graph; change the code at the place torch names below, "
-                f"so that torch.compile(fullgraph=True) can trace it.\n{error}"
-            ) from error
-
-    return call
-
-
 def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], names: Mapping[int, str], backend: str) -> Capture:
     """Trace Dynamo's graph into a joint ATen graph.
 
@@ -130,6 +78,7 @@ def _describe(
     module: fx.GraphModule, fake_mode: FakeTensorMode, inputs: Sequence[Any], names: Mapping[int, str]
 ) -> Capture:
     graph = module.graph
+    forget_wishes(graph)
     constants = _lift_constants(module, fake_mode)
     parameters: dict[str, str] = {}
     tangents: dict[str, int] = {}

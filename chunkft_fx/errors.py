@@ -9,6 +9,10 @@ class ChunkFTError(Exception):
     """Base class of every error that this library raises on purpose."""
 
 
+class ChunkFTWarning(UserWarning):
+    """Training goes on, but not as its user may expect; the message says what to do."""
+
+
 class BudgetParseError(ChunkFTError, ValueError):
     """A budget is not a positive number of bytes such as ``"24GB"`` or ``"24GiB"``."""
 
@@ -105,7 +109,3 @@ class DistributedNotSupported(ChunkFTError, RuntimeError):
 
 class UnsupportedParameter(ChunkFTError, TypeError):
     """A trainable parameter has a dtype or a kind that cannot be trained here."""
-
-
-class ChunkFTWarning(UserWarning):
-    """Training goes on, but not as the user may expect; the message says what to do."""

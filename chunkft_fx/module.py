@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from chunkft_fx import ownership
-from chunkft_fx.blocks import block_paths
+from chunkft_fx.blocks import block_paths, locate, warn_if_unseen
 from chunkft_fx.budget import format_bytes
-from chunkft_fx.capture import capture, trace
+from chunkft_fx.capture import capture
 from chunkft_fx.distribution import refuse_ranks, refuse_sharded
 from chunkft_fx.errors import ChunkFTWarning, ModelChanged, NotPlanned
 from chunkft_fx.executable import Executable
@@ -37,6 +37,7 @@ from chunkft_fx.slices import ActiveSlice, Arrivals, ChunkSchedule
 from chunkft_fx.specialize import Variant
 from chunkft_fx.step_memory import Moment, step_timeline, storages_nbytes
 from chunkft_fx.streaming import StageOwner
+from chunkft_fx.tracing import trace
 
 
 class ModelOptimizer(StageOwner, Protocol):
@@ -406,10 +407,15 @@ class CompiledModule(nn.Module):
             chunk_head(gm)
         names = {id(p): name for name, p in self._watch.parameters.items()}
         captured = capture(gm, inputs, names, self._backend)
-        blocks = block_paths(self._model.named_modules())
+        modules = list(self._model.named_modules())
+        locate(captured.graph, modules)
+        regions = outline(captured, block_paths(modules))
         held = [*self._model.parameters(), *self._model.buffers()]
-        session = Session(self, captured, outline(captured, blocks), self._backend, storages_nbytes(inputs, held))
+        session = Session(self, captured, regions, self._backend, storages_nbytes(inputs, held))
         if captured.tangents:
+            if not any(s.capture.tangents for s in self._sessions):  # once a model
+                labels = [r.label for r in regions.regions]
+                warn_if_unseen(modules, captured.parameters.values(), labels)
             shapes = [list(t.shape) for t in inputs if isinstance(t, torch.Tensor) and id(t) not in names]
             batch = f"a batch with inputs of shapes {shapes[:4]}"
             predictor = Predictor(session)

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
+import torch._functorch.partitioners as partitioners
 import torch._inductor.config as inductor_config
 from torch import Tensor, fx, nn
 from torch._functorch._aot_autograd.descriptors import PlainAOTOutput
-from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -21,6 +21,9 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
 from torch.utils.checkpoint import CheckpointPolicy
+
+# torch.autograd.graph.region_activation_memory_budget, since torch 2.13
+_BUDGET_WISH = "_region_activation_memory_budget"
 
 Compiled = Callable[[list[Any]], Sequence[Any]]
 
@@ -119,10 +122,39 @@ def partition(
     # Weights are alive anyway: save them rather than a view of them, which would hide that it is a weight.
     primals = [node for node in graph.find_nodes(op="placeholder") if node.meta["partitioner_tag"] == "is_forward"]
     weights = [i for i, node in enumerate(primals) if node.meta.get("is_parameter")]
-    with functorch_config.patch(activation_memory_budget=budget, recompute_views=True):
-        return min_cut_rematerialization_partition(
+    with functorch_config.patch(activation_memory_budget=budget, recompute_views=True), _no_random_replay():
+        return partitioners.min_cut_rematerialization_partition(
             module, None, num_fwd_outputs=num_forward_outputs, static_lifetime_input_indices=weights
         )
+
+
+@contextlib.contextmanager
+def _no_random_replay() -> Iterator[None]:
+    """Keep torch's partitioner from giving recomputed random operators their old generator states as further inputs.
+
+    What draws is saved here. Left are operators that could draw but do not, such as attention without dropout, which
+    torch 2.13 and before count as random.
+    """
+    before = partitioners.has_recomputable_rng_ops
+    partitioners.has_recomputable_rng_ops = _never
+    try:
+        yield
+    finally:
+        partitioners.has_recomputable_rng_ops = before
+
+
+def _never(module: fx.GraphModule) -> bool:
+    return False
+
+
+def forget_wishes(graph: fx.Graph) -> None:
+    """Drop what the model asked of torch's partitioner (checkpointing, budgets): the plan decides instead."""
+    for node in graph.nodes:
+        for key in ("recompute", "ac_graph_id", "has_backward_hook", "memory_budget"):
+            node.meta.pop(key, None)
+        custom = node.meta.get("custom")
+        if isinstance(custom, dict) and _BUDGET_WISH in custom:
+            node.meta["custom"] = {k: v for k, v in custom.items() if k != _BUDGET_WISH}
 
 
 def _must_save(node: fx.Node) -> bool:

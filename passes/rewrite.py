@@ -30,7 +30,7 @@ def insert_before(
     with graph.inserting_before(anchor):
         node = graph.call_function(target, tuple(args), kwargs or {})
     source = like if like is not None else anchor
-    for key in ("partitioner_tag", "nn_module_stack", "fwd_nn_module_stack", "seq_nr", "stack_trace"):
+    for key in ("partitioner_tag", "module_path", "seq_nr", "stack_trace"):
         if key in source.meta:
             node.meta[key] = source.meta[key]
     node.meta["val"] = fake_value(node)

@@ -34,9 +34,12 @@ def test_an_infeasible_budget_names_what_would_be_enough_and_the_largest_terms(c
     assert str(caught.value.smallest_budget_bytes) in str(caught.value)
 
 
-@pytest.mark.parametrize("chunks", ["auto", pytest.param(4, marks=pytest.mark.slow)])
-def test_the_smallest_feasible_budget_named_by_the_error_is_feasible(chunks: Any) -> None:
-    model, batch = tiny("llama")
+@pytest.mark.parametrize(
+    ("chunks", "dropout"),
+    [("auto", 0.0), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((4, 0.0), ("auto", 0.2), (4, 0.2)))],
+)
+def test_the_smallest_feasible_budget_named_by_the_error_is_feasible(chunks: Any, dropout: float) -> None:
+    model, batch = tiny("llama", dropout=dropout)
     smallest = smallest_budget(model, batch(4, 16, 0), chunks)
     compiled = chunkft_fx.compile(model, smallest, chunks=chunks, backend="eager")
     compiled(**batch(4, 16, 0)).loss.backward()

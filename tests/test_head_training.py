@@ -95,13 +95,14 @@ def test_slices_of_the_head_equal_the_dense_gradient(
     assert not dense_gradients(compiled)
 
 
-def test_a_budget_without_room_for_a_block_splits_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dropout", [0.0, pytest.param(0.2, marks=pytest.mark.slow)])
+def test_a_budget_without_room_for_a_block_splits_it(monkeypatch: pytest.MonkeyPatch, dropout: float) -> None:
     """The plan splits the head, the programs do as it says, and gradients are the plain model's."""
     classes = 3000
     monkeypatch.setattr(head, "LOGITS_NBYTES", 64 * classes * 4)
     config = LlamaConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=classes,
-        use_cache=False,
+        use_cache=False, attention_dropout=dropout,
     )  # fmt: skip
     torch.manual_seed(0)
     model, ids = LlamaForCausalLM(config).train(), torch.randint(0, classes, (4, 32))

@@ -54,13 +54,14 @@ def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("chunkft_fx.api.Predictor", predictor)
 
 
-@pytest.fixture
-def llama() -> tuple[nn.Module, Batch]:
-    """Asked for before ``machine``: transformers is imported with torch's own streams in place."""
-    return tiny("llama")
+@pytest.fixture(params=[0.0, pytest.param(0.2, marks=pytest.mark.slow)])
+def llama(request: pytest.FixtureRequest) -> tuple[nn.Module, Batch]:
+    """With this much dropout. Asked for before ``machine``: transformers is imported with torch's own streams there."""
+    return tiny("llama", dropout=request.param)
 
 
 def train(compiled: CompiledModule, optimizer: chunkft_fx.AdamW, batches: list[dict[str, torch.Tensor]]) -> None:
+    torch.manual_seed(0)
     for batch in batches:
         compiled(**batch).loss.backward()
         optimizer.step()

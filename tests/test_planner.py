@@ -32,8 +32,9 @@ def test_an_ample_budget_gives_one_chunk_that_saves_everything() -> None:
 
 
 @pytest.mark.slow
-def test_auto_takes_the_fewest_chunks_that_fit() -> None:
-    model, batch = tiny("llama")
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_auto_takes_the_fewest_chunks_that_fit(dropout: float) -> None:
+    model, batch = tiny("llama", dropout=dropout)
     budget = smallest_budget(model, batch(2, 16, 0)) * 5 // 4
     plan = planned(model, budget, batch(2, 16, 0)).plan
     count = len(plan.chunks)
@@ -44,8 +45,10 @@ def test_auto_takes_the_fewest_chunks_that_fit() -> None:
 
 
 @pytest.mark.slow
-def test_a_larger_budget_never_asks_for_more_chunks_or_more_recomputation() -> None:
-    model, batch = tiny("llama")
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_larger_budget_never_asks_for_more_chunks_or_more_recomputation(family: str, dropout: float) -> None:
+    model, batch = tiny(family, dropout=dropout)
     low = smallest_budget(model, batch(4, 32, 0), chunks=3)
     saving = [planned(model, low * f // 10, batch(4, 32, 0), chunks=3).plan.save_from[0] for f in (10, 11, 13, 20)]
     assert saving == sorted(saving, reverse=True)

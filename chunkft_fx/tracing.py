@@ -1,0 +1,97 @@
+"""Tracing: call a model through Dynamo, which hands each graph that it traces to a backend of ours.
+
+Every compiled model is traced in a code object of its own. Dynamo keeps what it compiled with the code object, counts
+its limit of recompilations there, and takes sizes for changing that changed there: of the class's own ``forward`` all
+models of a class would share one, with its limit, long after they are gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+
+from chunkft_fx.errors import ChunkFTError, UnsupportedGraph
+
+Backend = Callable[[fx.GraphModule, list[Any]], Any]
+
+# Models differ in batches and modes as often as their users want. Each graph costs seconds, which they see.
+_NO_LIMIT = 2**31 - 1
+_numbers = itertools.count()
+
+
+def trace(model: nn.Module, backend: Backend) -> Callable[..., Any]:
+    """``torch.compile(model, fullgraph=True)`` with our backend; its failures become `UnsupportedGraph`."""
+    compiled = torch.compile(_of_its_own(model), backend=backend, fullgraph=True)
+    settings = _settings()
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            with _quiet_metrics(), torch._dynamo.config.patch(settings):
+                return compiled(*args, **kwargs)
+        except BackendCompilerFailed as error:
+            inner = error.inner_exception
+            if isinstance(inner, ChunkFTError):
+                raise inner from None
+            raise UnsupportedGraph(f"this model could not be compiled: {type(inner).__name__}: {inner}") from error
+        except TorchDynamoException as error:
+            raise UnsupportedGraph(
+                "this model cannot be captured as one graph; change the code at the place torch names below, "
+                f"so that torch.compile(fullgraph=True) can trace it.\n{error}"
+            ) from error
+
+    weakref.finalize(call, _forget, backend)
+    return call
+
+
+def _of_its_own(model: nn.Module) -> Callable[..., Any]:
+    """A function that calls the model, and shares its code object with no other."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    # Dynamo remembers which sizes changed by file, line and name
+    code = forward.__code__.replace(co_name=f"forward_{next(_numbers)}")
+    return types.FunctionType(code, forward.__globals__, code.co_name, None, forward.__closure__)
+
+
+def _forget(backend: Backend) -> None:
+    """Take a backend out of the list of all that Dynamo ever used, which it keeps to the end of the process."""
+    known = torch._dynamo.eval_frame.cached_backends
+    for key in [k for k, b in known.items() if b is backend or getattr(b, "compiler_fn", None) is backend]:
+        known.pop(key, None)
+
+
+def _settings() -> dict[str, Any]:
+    config = torch._dynamo.config
+    # Some transformers models log inside forward, which would break the graph. One function only:
+    # torch 2.11 sorts this set when it records metrics, and functions have no order.
+    option = "ignore_logging_functions" if hasattr(config, "ignore_logging_functions") else "ignore_logger_methods"
+    ignored = set(getattr(config, option))
+    warning_once = getattr(logging.Logger, "warning_once", None)
+    if warning_once is not None:
+        ignored.add(warning_once)
+    return {option: ignored, "recompile_limit": _NO_LIMIT, "accumulated_recompile_limit": _NO_LIMIT}
+
+
+@contextlib.contextmanager
+def _quiet_metrics() -> Iterator[None]:
+    """torch 2.11 cannot write its metrics down with such settings, and logs that as an error with each compilation."""
+    metrics = logging.getLogger("torch._dynamo.metrics_context")
+    metrics.addFilter(_drop)
+    try:
+        yield
+    finally:
+        metrics.removeFilter(_drop)
+
+
+def _drop(record: logging.LogRecord) -> bool:
+    return False
