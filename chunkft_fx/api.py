@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from chunkft_fx import position as positions
 from chunkft_fx.blocks import block_paths
 from chunkft_fx.budget import format_bytes, parse_bytes
 from chunkft_fx.capture import capture, trace
@@ -177,7 +178,8 @@ class CompiledModule(nn.Module):
         schedule = self._schedule
         if schedule is None:
             plan = self.plan
-            schedule = ChunkSchedule(len(plan.chunks), plan.order, plan.interval, plan.seed)
+            cuts = positions.cuts_digest(plan.chunks)
+            schedule = ChunkSchedule(len(plan.chunks), plan.order, plan.interval, plan.seed, cuts=cuts)
             if self._position is not None:
                 schedule.load_state_dict(self._position)
             self.__dict__["_schedule"] = schedule
@@ -212,14 +214,23 @@ class CompiledModule(nn.Module):
     def resume(self, position: Mapping[str, Any]) -> None:
         """Continue at a schedule position saved by ``schedule.state_dict()``; without a plan, as soon as there is one.
 
-        A position saved with another number of chunks has no meaning here and changes nothing. Raises
-        `CheckpointMismatch` when it is not such a position.
+        A position saved with another number of chunks has no meaning here and changes nothing, with a
+        `ChunkFTWarning`. Raises `CheckpointMismatch` when it is not such a position, or would mean something else here:
+        without a plan the order, seed and interval are compared now, the cuts at the batch that makes the plan.
         """
-        ChunkSchedule(1).load_state_dict(position)
+        if self._plan is None:
+            positions.check(position)
+            options = self._options
+            known = {"order": options.order, "seed": options.seed, "interval": options.interval}
+            positions.require_same(position, known)
+        else:
+            self.schedule.load_state_dict(position)
         self.__dict__["_position"] = dict(position)
-        if self._schedule is not None:
-            self._schedule.load_state_dict(position)
         self.__dict__["_slices"] = None
+
+    def schedule_position(self) -> dict[str, Any] | None:
+        """The schedule's position for checkpoints; without a plan the one to resume at, None if there is none."""
+        return self._position if self._plan is None else self.schedule.state_dict()
 
     def active_slices(self) -> tuple[ActiveSlice, ...]:
         """The active slices with their gradients: the same objects until the active chunk changes."""

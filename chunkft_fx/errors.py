@@ -9,6 +9,10 @@ class ChunkFTError(Exception):
     """Base class of every error that this library raises on purpose."""
 
 
+class ChunkFTWarning(UserWarning):
+    """Something that this library does, but that its user may not expect."""
+
+
 class BudgetParseError(ChunkFTError, ValueError):
     """A budget is not a positive number of bytes such as ``"24GB"`` or ``"24GiB"``."""
 
