@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from chunkft_fx import ownership
+from chunkft_fx import position as positions
 from chunkft_fx.blocks import block_paths, locate, warn_if_unseen
 from chunkft_fx.budget import format_bytes
 from chunkft_fx.capture import capture
@@ -301,7 +302,8 @@ class CompiledModule(nn.Module):
         schedule = self._schedule
         if schedule is None:
             plan = self.plan
-            schedule = ChunkSchedule(len(plan.chunks), plan.order, plan.interval, plan.seed)
+            cuts = positions.cuts_digest(plan.chunks)
+            schedule = ChunkSchedule(len(plan.chunks), plan.order, plan.interval, plan.seed, cuts=cuts)
             if self._position is not None:
                 schedule.load_state_dict(self._position)
             elif self._sweep:
@@ -344,14 +346,23 @@ class CompiledModule(nn.Module):
     def resume(self, position: Mapping[str, Any]) -> None:
         """Continue at a schedule position saved by ``schedule.state_dict()``; without a plan, as soon as there is one.
 
-        A position saved with another number of chunks has no meaning here and changes nothing. Raises
-        `CheckpointMismatch` when it is not such a position.
+        A position saved with another number of chunks has no meaning here and changes nothing, with a
+        `ChunkFTWarning`. Raises `CheckpointMismatch` when it is not such a position, or would mean something else here:
+        without a plan the order, seed and interval are compared now, the cuts at the batch that makes the plan.
         """
-        ChunkSchedule(1).load_state_dict(position)
+        if self._plan is None:
+            positions.check(position)
+            options = self._options
+            known = {"order": options.order, "seed": options.seed, "interval": options.interval}
+            positions.require_same(position, known)
+        else:
+            self.schedule.load_state_dict(position)
         self.__dict__["_position"] = dict(position)
-        if self._schedule is not None:
-            self._schedule.load_state_dict(position)
         self._leave_chunk()
+
+    def schedule_position(self) -> dict[str, Any] | None:
+        """The schedule's position for checkpoints; without a plan the one to resume at, None if there is none."""
+        return self._position if self._plan is None else self.schedule.state_dict()
 
     def active_slices(self) -> tuple[ActiveSlice, ...]:
         """The active slices with their gradients: the same objects until the active chunk changes."""

@@ -248,10 +248,11 @@ class AdamW(Optimizer):
         """Load a checkpoint of this optimizer, cut into any number of chunks, or of ``torch.optim.AdamW``.
 
         The given tensors are copied. The schedule continues where it was saved if the number of chunks is
-        the same. Without saved master weights the parameters themselves are the masters. With
-        ``states="reset"`` nothing but the schedule is saved, and only it and the options are loaded: the active
-        chunk starts anew. Raises `CheckpointMismatch`, before anything changes, for a checkpoint of another
-        model or optimizer, or with states that ``state_dtype`` would round.
+        the same, and begins a new sweep with a `ChunkFTWarning` if it is not. Without saved master weights the
+        parameters themselves are the masters. With ``states="reset"`` nothing but the schedule is saved, and only it
+        and the options are loaded: the active chunk starts anew. Raises `CheckpointMismatch`, before anything
+        changes, for a checkpoint of another model or optimizer, with states that ``state_dtype`` would round, or
+        with a position that means something else under this order, seed, interval or way of cutting.
         """
         state_dict = state_dict.copy()
         for before in self._optimizer_load_state_dict_pre_hooks.values():
@@ -386,10 +387,6 @@ def _export(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     States that are not kept are left out: they start anew at each activation.
     """
     assert isinstance(optimizer, AdamW)
-    try:
-        position = optimizer._model.schedule.state_dict()
-    except NotPlanned:
-        position = None
-    entry = describe(optimizer.param_groups, position, optimizer._updates)
+    entry = describe(optimizer.param_groups, optimizer._model.schedule_position(), optimizer._updates)
     states = {} if optimizer._resets else exported(state_dict["state"])
     return state_dict | {"state": states, ENTRY: entry}

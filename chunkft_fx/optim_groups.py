@@ -49,6 +49,8 @@ class ChunkedModule(Protocol):
 
     def resume(self, position: Mapping[str, Any]) -> None: ...
 
+    def schedule_position(self) -> dict[str, Any] | None: ...
+
 
 def require_chunked(model: object) -> None:
     """Raise `OptimizerMismatch` unless ``model`` is a `ChunkedModule`."""

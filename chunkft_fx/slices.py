@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chunkft_fx.errors import CheckpointMismatch, OptionError
+from chunkft_fx import position
+from chunkft_fx.errors import OptionError
 from chunkft_fx.plan import Slice
 from chunkft_fx.slice_gradient import SliceGradient, cut_from, part_of
 
@@ -85,7 +86,8 @@ class ChunkSchedule:
     """Which chunk is active: ``interval`` optimizer steps each, every sweep visits every chunk once.
 
     ``order="random"`` draws a new permutation for each sweep from ``seed``, so that a run can be
-    repeated and resumed: the state is three integers.
+    repeated and resumed: the state is three integers. ``cuts`` is the digest of the plan's chunks
+    (`chunkft_fx.position.cuts_digest`), empty where there is no plan.
     """
 
     chunks: int
@@ -95,6 +97,7 @@ class ChunkSchedule:
     sweep: int = 0
     position: int = 0
     steps: int = 0
+    cuts: str = ""
     _permutations: dict[int, list[int]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -145,17 +148,20 @@ class ChunkSchedule:
         self.steps = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The schedule's position, for checkpoints."""
-        return {"sweep": self.sweep, "position": self.position, "steps": self.steps, "chunks": self.chunks}
+        """The schedule's position, for checkpoints, with what it means nothing without (see `chunkft_fx.position`)."""
+        counts = {"sweep": self.sweep, "position": self.position, "steps": self.steps, "chunks": self.chunks}
+        return counts | {"order": self.order, "seed": self.seed, "interval": self.interval, "cuts": self.cuts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue at a position saved by `state_dict`, if it was saved with the same number of chunks.
 
-        With another number of chunks the position has no meaning here and nothing changes. Raises
-        `CheckpointMismatch` when ``state`` is not such a position.
+        With another number of chunks the position has no meaning here: nothing changes, with a `ChunkFTWarning`.
+        Raises `CheckpointMismatch` when ``state`` is not such a position, or means something else here: in another
+        order, with another seed of a random order, over other cuts, within another interval.
         """
-        values = [state.get(key) for key in ("sweep", "position", "steps", "chunks")]
-        if not all(isinstance(v, int) and v >= 0 for v in values) or state["position"] >= state["chunks"]:
-            raise CheckpointMismatch(f"{dict(state)!r} is not a position saved by ChunkSchedule.state_dict")
-        if state["chunks"] == self.chunks:
-            self.sweep, self.position, self.steps = state["sweep"], state["position"], state["steps"]
+        position.check(state)
+        if state["chunks"] != self.chunks:
+            position.warn_of_other_count(state, self.chunks)
+            return
+        position.require_same(state, self.state_dict())
+        self.sweep, self.position, self.steps = state["sweep"], state["position"], state["steps"]

@@ -82,6 +82,9 @@ class FakeModule(nn.Module):
     def expect(self, optimizer: StageOwner) -> None:
         """Nothing here lets states in: they come when the update asks for them."""
 
+    def schedule_position(self) -> dict[str, Any] | None:
+        return self._schedule.state_dict() if self._plan is not None else None
+
     def resume(self, position: Mapping[str, Any]) -> None:
         self.schedule.load_state_dict(position)
         self._slices = ()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
-from chunkft_fx.errors import CheckpointMismatch, NoTrainableParameters, OptimizerMismatch, OptionError
+from chunkft_fx.errors import CheckpointMismatch, ChunkFTWarning, NoTrainableParameters, OptimizerMismatch, OptionError
 from chunkft_fx.optim import AdamW
 from tests.fake_model import FakeModule, Net, batch, dense_gradients, net, train_step
 
@@ -127,7 +127,8 @@ def test_a_slice_with_several_step_counts_is_updated_run_by_run() -> None:
         reference.step(dense_gradients(plain, plain(batch(step, torch.float64))), active)
     second = FakeModule(first.model, 2)
     resumed = AdamW(second, **OPTIONS)
-    resumed.load_state_dict(optimizer.state_dict())
+    with pytest.warns(ChunkFTWarning, match="saved with 5 chunks"):
+        resumed.load_state_dict(optimizer.state_dict())
     assert any(len(state["slice_steps"]) > 1 for state in resumed.state.values())
     for step in range(7, 13):
         active = masks(second)
@@ -211,7 +212,8 @@ def test_another_number_of_chunks_starts_a_new_sweep_with_the_same_states() -> N
     train(first, optimizer, range(8))
     second = FakeModule(first.model, 3)
     resumed = AdamW(second, **OPTIONS)
-    resumed.load_state_dict(optimizer.state_dict())
+    with pytest.warns(ChunkFTWarning, match="begins"):
+        resumed.load_state_dict(optimizer.state_dict())
     assert second.schedule.state_dict()["position"] == 0
     before, after = optimizer.state_dict()["state"], resumed.state_dict()["state"]
     assert before.keys() == after.keys()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from chunkft_fx.errors import CheckpointMismatch, OptionError
+from chunkft_fx.errors import CheckpointMismatch, ChunkFTWarning, OptionError
 from chunkft_fx.plan import Slice
 from chunkft_fx.slices import ORDERS, ActiveSlice, ChunkSchedule
 
@@ -93,7 +93,8 @@ def test_a_position_of_another_number_of_chunks_changes_nothing() -> None:
     schedule = ChunkSchedule(5)
     schedule.advance()
     before = schedule.state_dict()
-    schedule.load_state_dict({"sweep": 3, "position": 2, "steps": 0, "chunks": 4})
+    with pytest.warns(ChunkFTWarning, match="saved with 4 chunks and means nothing with 5"):
+        schedule.load_state_dict({"sweep": 3, "position": 2, "steps": 0, "chunks": 4})
     assert schedule.state_dict() == before
 
 
