@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 from chunkft_fx.errors import ChunkFTWarning
 from tests.user_actions import ACTIONS, Run, new_run, train
 
+# torch's own tracer looks at it on inputs that the caller computed
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
 SEQUENCES = st.lists(st.sampled_from(ACTIONS), min_size=3, max_size=10)
 QUIET = settings(max_examples=50, suppress_health_check=list(HealthCheck))
 
