@@ -74,6 +74,8 @@ def _admit_through(owner: weakref.ref[Any], name: str, parameter: nn.Parameter) 
         if part is not None and gradient is not None:
             p.grad = SliceGradient(cut_from(gradient, part.slice).clone(), part.slice, p.shape)
 
+    if parameter.grad is not None:
+        admit(parameter)  # it came before the gate was there
     return parameter.register_post_accumulate_grad_hook(admit)
 
 

@@ -132,15 +132,16 @@ class CompiledModule(nn.Module):
         unfrozen counts from the next sweep on. Raises `ModelChanged` for anything else, `DistributedNotSupported`,
         and as `chunkft_fx.compile` does.
         """
-        refuse_ranks()
-        changes = self._watch.changes()
-        if changes is not None and not self.has_begun:
-            self._begin_anew(self._residency.device)
-        elif changes is not None:
-            self._follow(changes)
-        if self._is_due and self.schedule.is_at_start:
-            self.__dict__["_sweep"] = self.schedule.sweep
-            self._begin_anew(self._residency.device)
+        with self.lock:
+            refuse_ranks()
+            changes = self._watch.changes()
+            if changes is not None and not self.has_begun:
+                self._begin_anew(self._residency.device)
+            elif changes is not None:
+                self._follow(changes)
+            if self._is_due and self.schedule.is_at_start:
+                self.__dict__["_sweep"] = self.schedule.sweep
+                self._begin_anew(self._residency.device)
 
     def _follow(self, changes: ModelChanges) -> None:
         """Go on with a model that changed in the middle of a run."""
@@ -187,6 +188,8 @@ class CompiledModule(nn.Module):
         parameters, optimizer = dict(self._model.named_parameters()), self.optimizer
         if optimizer is not None:
             optimizer.follow(parameters)
+        if self._plan is not None:
+            self.__dict__["_position"] = None  # it counted over other cuts
         self._take_up(plan, device)
         self.__dict__["_is_due"] = False
 

@@ -194,6 +194,11 @@ class AdamW(Optimizer):
             stacklevel=5,
         )
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, or fill them with zeros in place."""
+        self._model.check()
+        super().zero_grad(set_to_none)
+
     @property
     def has_begun(self) -> bool:
         """Whether there are states that a step or a checkpoint made."""
@@ -257,6 +262,7 @@ class AdamW(Optimizer):
         state_dict = state_dict.copy()
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
+        self._model.check()
         checkpoint = read(state_dict, self.param_groups, self._moments)
         if checkpoint.position is not None:
             self._model.resume(checkpoint.position)
@@ -376,6 +382,7 @@ class AdamW(Optimizer):
 def _settle(optimizer: Optimizer) -> None:
     """Bring host memory up to date, masters of slices that were never active included."""
     assert isinstance(optimizer, AdamW)
+    optimizer._model.check()
     optimizer._write_back()
     optimizer._stage.synchronize()
     fill_masters(optimizer.state)

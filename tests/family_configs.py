@@ -31,7 +31,10 @@ _RULES: tuple[tuple[str, int], ...] = (
     (r"mamba_n_heads|mamba_num_heads|n_mamba_heads|linear_num_value_heads|linear_num_heads", 2 * HEADS),
     (r"linear_num_key_heads|heads?$|^num_heads|^n_head", HEADS),
     (r"qk_rope_head_dim|index_head_dim|rotary_dim", HEAD_DIM // 2),
-    (r"head_dim|head_size|_d_head|^d_head|d_kv|dim_head|kv_channels|attention_head_dim|query_pre_attn_scalar", HEAD_DIM),
+    (
+        r"head_dim|head_size|_d_head|^d_head|d_kv|dim_head|kv_channels|attention_head_dim|query_pre_attn_scalar",
+        HEAD_DIM,
+    ),
     (r"shared_experts?$|num_shared", 1),
     (r"experts_per_tok|top_?k$|^moe_k$|topk_group|num_experts_per|n_activated", 2),
     (r"n_group$|num_expert_group|n_groups|num_groups|expert_capacity|conv_pos_embedding_groups", 2),
@@ -39,14 +42,23 @@ _RULES: tuple[tuple[str, int], ...] = (
     (r"index_topk|index_block_size|mamba_chunk_size|^chunk_size$|context_size", 8),
     (r"window|attention_chunk|local_attention|^block_size$", 8),
     (r"_period$", 2),
-    (r"max_.*position|n_positions|max_seq|^n_ctx|max_length|positions$|max_source|max_target|pos_emb_(height|width)", 128),
+    (
+        r"max_.*position|n_positions|max_seq|^n_ctx|max_length|positions$|max_source|max_target|pos_emb_(height|width)",
+        128,
+    ),
     (r"image_size|^resolution$|input_size$", IMAGE),
     (r"patch_size|encoder_stride", 8),
     (r"mel_bins|input_feat_per_channel|feature_projection_input_dim|input_dim$", 16),
     (r"state_size|d_state", 8),
     (r"codevector|query_tokens|latent_query|n_latents|num_image_tokens|_seq_length|prompt_length", 16),
-    (r"hidden_size|hidden_dim|d_model|n_embd|embed_dim|emb_dim|embedding_(size|dim)|^dim$|_dim$|width|projection", WIDTH),
-    (r"intermediate|ffn|d_ff|dff|inner|dim_ff|mlp_dim|channels|num_filters|features|out_dim|_size_mlp|output_size", WIDTH),
+    (
+        r"hidden_size|hidden_dim|d_model|n_embd|embed_dim|emb_dim|embedding_(size|dim)|^dim$|_dim$|width|projection",
+        WIDTH,
+    ),
+    (
+        r"intermediate|ffn|d_ff|dff|inner|dim_ff|mlp_dim|channels|num_filters|features|out_dim|_size_mlp|output_size",
+        WIDTH,
+    ),
 )
 
 
@@ -72,7 +84,9 @@ def tiny_arguments(config: Any, adjust: Mapping[str, Any]) -> dict[str, Any]:
                 chosen[name] = small
         elif isinstance(value, dict):
             chosen[name] = {k: _entry(k, v) for k, v in value.items()}
-        elif isinstance(value, int) and not isinstance(value, bool) and not (defaults[name] is None and not _token(name)):
+        elif (
+            isinstance(value, int) and not isinstance(value, bool) and not (defaults[name] is None and not _token(name))
+        ):
             chosen[name] = _number(name, value, given, layers)
     chosen |= _switches(given)
     return chosen | {k: v for k, v in adjust.items() if k in given}

@@ -96,7 +96,9 @@ class Run:
         assert list(plain) == list(mine)
         for name, value in plain.items():
             tolerance = 1e-9 if value.dtype == torch.float64 else 2e-4
-            torch.testing.assert_close(mine[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                mine[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 def new_run(chunks: int, order: str, interval: int, dtype: torch.dtype = torch.float64) -> Run:
@@ -298,7 +300,7 @@ def load(run: Run) -> None:
 
 def change_in_place(run: Run) -> None:
     with torch.no_grad():
-        run.both(lambda m: m.get_parameter("layers.1.1.weight").mul_(0.95))
+        run.both(lambda m: m.layers[-1][1].weight.mul_(0.95))
 
 
 def save_and_load(run: Run) -> None:
@@ -336,7 +338,9 @@ def move(run: Run) -> None:
 def hook(run: Run) -> None:
     """A hook that halves a gradient, and one after accumulation: called as in the plain model."""
     for m in (run.compiled, run.reference.model):
-        run.handles.append(m.get_parameter("layers.1.1.weight").register_hook(lambda g: g * 0.5))
+        weight = m.layers[-1][1].weight
+        if weight.requires_grad:
+            run.handles.append(weight.register_hook(lambda g: g * 0.5))
 
 
 def unhook(run: Run) -> None:
