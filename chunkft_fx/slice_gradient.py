@@ -73,7 +73,9 @@ class SliceGradient(Tensor):
     @property
     def part(self) -> Tensor:
         """The gradient of the slice alone, of this tensor's dtype and, unless it is new, its own memory."""
-        return self._held if self._held.dtype == self.dtype else self._held.to(self.dtype)
+        if self._held.dtype != self.dtype:
+            self._held = self._held.to(self.dtype)  # for good, so that what is changed in place stays changed
+        return self._held
 
     def kept(self) -> Tensor:
         """What a parameter keeps of a new gradient; a plain tensor if the slice is the whole parameter."""
@@ -157,9 +159,16 @@ def _makes_sense(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], f
         return isinstance(args[1], int | float) and args[1] > 0
     if operator in (aten.clamp, aten.clamp_):
         least, most = (*args[1:], None, None)[:2] if len(args) > 1 else (kwargs.get("min"), kwargs.get("max"))
+        if len(tensors) > 1:
+            return False
         return (least is None or least <= 0) and (most is None or most >= 0)
+    if operator is aten.copy_:  # a number would be copied outside of the slice as well
+        return all(t.shape == first.shape for t in tensors)
     if operator in _REDUCTIONS:  # along some of the dimensions the slice's result would have another shape
-        return all(a is None or a == [] or not isinstance(a, list | tuple) for a in args[1:]) and not kwargs.get("dim")
+        if operator in (aten.max, aten.min, aten.all, aten.any, aten.count_nonzero) and len(args) > 1:
+            return False
+        is_of_all = all(a is None or a == [] or not isinstance(a, list | tuple) for a in args[1:])
+        return is_of_all and kwargs.get("dim") is None
     return True
 
 

@@ -16,6 +16,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from chunkft_fx.slice_gradient import SliceGradient
+
 
 class LiveStorages(TorchDispatchMode):
     """While active, counts the bytes of storages that operators made and that something still holds."""
@@ -40,6 +42,8 @@ class LiveStorages(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if any(issubclass(t, SliceGradient) for t in types):
+            return NotImplemented  # it calls operators on the memory that it owns, and those are seen
         given = {_key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         result = func(*args, **(kwargs or {}))
         self.watch(t for t in tree_leaves(result) if isinstance(t, Tensor) and _key(t) not in given)

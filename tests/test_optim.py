@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
+import chunkft_fx
 from chunkft_fx.errors import CheckpointMismatch, ChunkFTWarning, NoTrainableParameters, OptimizerMismatch, OptionError
+from chunkft_fx.module import CompiledModule
 from chunkft_fx.optim import AdamW
-from tests.fake_model import FakeModule, Net, batch, dense_gradients, net, train_step
+from tests.small_net import Net, batch, compiled, dense_gradients, feed, net, train_step
 
 OPTIONS: dict[str, Any] = {"lr": 0.02, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -38,18 +42,31 @@ def assert_equal(a: nn.Module, b: nn.Module) -> None:
         assert torch.equal(p, q), name
 
 
-def train(module: FakeModule, optimizer: AdamW, steps: range, dtype: torch.dtype = torch.float32) -> None:
+def train(module: CompiledModule, optimizer: AdamW, steps: range, dtype: torch.dtype = torch.float32) -> None:
     for step in steps:
         train_step(module, optimizer, step, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("max_grad_norm", [None, 0.05])
-@pytest.mark.parametrize("schedule", [constant, one_cycle, linear_with_warmup])
+def fed(module: CompiledModule, optimizer: AdamW, steps: range) -> None:
+    """Steps with random gradients, where only the states matter."""
+    for step in steps:
+        feed(module, step)
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "max_grad_norm", "schedule"),
+    [
+        (torch.float32, None, constant),
+        (torch.float32, 0.05, one_cycle),
+        (torch.float32, 0.05, linear_with_warmup),
+        (torch.float64, 0.05, one_cycle),
+    ],
+)
 def test_one_chunk_equals_torch_to_the_bit(
     dtype: torch.dtype, max_grad_norm: float | None, schedule: Callable[[torch.optim.Optimizer], LRScheduler]
 ) -> None:
-    model, plain = FakeModule(net(dtype)), net(dtype)
+    model, plain = compiled(net(dtype)), net(dtype)
     ours, theirs = (
         AdamW(model, **OPTIONS, max_grad_norm=max_grad_norm),
         torch.optim.AdamW(plain.parameters(), **OPTIONS),
@@ -66,7 +83,7 @@ def test_one_chunk_equals_torch_to_the_bit(
             assert torch.equal(norm, torch.as_tensor(ours.last_grad_norm))
         theirs.step()
         their_schedule.step()
-        assert_equal(model.model, plain)
+        assert_equal(model, plain)
     assert ours.param_groups[0]["lr"] == theirs.param_groups[0]["lr"]
 
 
@@ -95,7 +112,7 @@ class Reference:
                 p.copy_(torch.where(mask, new, p))
 
 
-def masks(module: FakeModule) -> dict[str, Tensor]:
+def masks(module: CompiledModule) -> dict[str, Tensor]:
     """Which elements are active, by parameter name."""
     active = {}
     for s in module.active_slices():
@@ -105,27 +122,39 @@ def masks(module: FakeModule) -> dict[str, Tensor]:
     return active
 
 
+def whole_gradients(module: CompiledModule) -> dict[str, Tensor]:
+    """The gradients of the active slices by parameter name, in zeros of the parameter's shape."""
+    gradients = {}
+    for s in module.active_slices():
+        if s.grad is not None:
+            whole = torch.zeros(s.parameter.shape, dtype=s.grad.dtype)
+            (whole if s.slice.is_whole else whole.narrow(s.dim, s.start, s.length)).copy_(s.grad)
+            gradients[s.name] = whole
+    return gradients
+
+
 @pytest.mark.parametrize(("order", "interval"), [("ascending", 1), ("descending", 2), ("random", 3)])
 def test_chunks_equal_a_reference_with_steps_per_slice(order: str, interval: int) -> None:
-    model, plain = FakeModule(net(torch.float64), 5, order, interval), net(torch.float64)
+    model, plain = compiled(net(torch.float64), 5, order, interval), net(torch.float64)
     optimizer, reference = AdamW(model, **OPTIONS), Reference(plain)
     for step in range(3 * 5 * interval):
         active = masks(model)
         train_step(model, optimizer, step, torch.float64)
         reference.step(dense_gradients(plain, plain(batch(step, torch.float64))), active)
-        for p, q in zip(model.model.parameters(), plain.parameters(), strict=True):
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
     assert model.schedule.sweep == 3
 
 
 def test_a_slice_with_several_step_counts_is_updated_run_by_run() -> None:
-    first, plain = FakeModule(net(torch.float64), 5), net(torch.float64)
+    model, plain = net(torch.float64), net(torch.float64)
+    first = compiled(model, 5)
     optimizer, reference = AdamW(first, **OPTIONS), Reference(plain)
     for step in range(7):
         active = masks(first)
         train_step(first, optimizer, step, torch.float64)
         reference.step(dense_gradients(plain, plain(batch(step, torch.float64))), active)
-    second = FakeModule(first.model, 2)
+    second = compiled(copy.deepcopy(model), 2)
     resumed = AdamW(second, **OPTIONS)
     with pytest.warns(ChunkFTWarning, match="saved with 5 chunks"):
         resumed.load_state_dict(optimizer.state_dict())
@@ -134,21 +163,20 @@ def test_a_slice_with_several_step_counts_is_updated_run_by_run() -> None:
         active = masks(second)
         train_step(second, resumed, step, torch.float64)
         reference.step(dense_gradients(plain, plain(batch(step, torch.float64))), active)
-        for p, q in zip(second.model.parameters(), plain.parameters(), strict=True):
+        for p, q in zip(second.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_weights_are_the_rounded_float32_master(dtype: torch.dtype) -> None:
-    model = FakeModule(net(dtype), 3)
+    model = compiled(net(dtype), 3)
     masters = net(dtype).float()
     optimizer, reference = AdamW(model, **OPTIONS), Reference(masters)
     for step in range(9):
         active = masks(model)
         optimizer.zero_grad()
-        loss = model(batch(step, dtype))
-        gradients = {n: g.float() for n, g in dense_gradients(model.model, loss).items()}
-        model.backward(model(batch(step, dtype)))
+        model(batch(step, dtype)).backward()
+        gradients = whole_gradients(model)
         optimizer.step()
         reference.step(gradients, active)
     state = optimizer.state_dict()["state"]
@@ -160,10 +188,10 @@ def test_low_precision_weights_are_the_rounded_float32_master(dtype: torch.dtype
 
 
 def test_the_second_moment_decays_below_what_bfloat16_resolves() -> None:
-    model = FakeModule(net(torch.bfloat16))
+    model = compiled(net(torch.bfloat16))
     optimizer = AdamW(model, lr=0.0, betas=(0.9, 0.999))
     train(model, optimizer, range(1), torch.bfloat16)
-    state = optimizer.state[model.model.head.weight]
+    state = optimizer.state[model.head.weight]
     before = state["exp_avg_sq"].double().clone()
     for _ in range(10):
         for s in model.active_slices():
@@ -174,43 +202,44 @@ def test_the_second_moment_decays_below_what_bfloat16_resolves() -> None:
 
 
 def test_a_weight_changed_from_outside_wins_over_its_master() -> None:
-    model = FakeModule(net(torch.bfloat16))
+    model = compiled(net(torch.bfloat16))
     optimizer = AdamW(model, lr=1e-4)
     train(model, optimizer, range(2), torch.bfloat16)
     with torch.no_grad():
-        model.model.wide.fill_(3.0)
+        model.wide.fill_(3.0)
     train(model, optimizer, range(2, 3), torch.bfloat16)
-    assert (model.model.wide - 3).abs().max() < 0.05
-    assert (optimizer.state[model.model.wide]["master"] - 3).abs().max() < 0.001
+    assert (model.wide - 3).abs().max() < 0.05
+    assert (optimizer.state[model.wide]["master"] - 3).abs().max() < 0.001
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("at", [1, 4, 8])
-def test_resume_equals_an_uninterrupted_run(dtype: torch.dtype, at: int) -> None:
-    straight = FakeModule(net(dtype), 5, "random", 2)
-    train(straight, AdamW(straight, **OPTIONS, max_grad_norm=1.0), range(20), dtype)
-
-    first = FakeModule(net(dtype), 5, "random", 2)
-    optimizer = AdamW(first, **OPTIONS, max_grad_norm=1.0)
-    train(first, optimizer, range(at), dtype)
-    saved = io.BytesIO()
-    torch.save({"model": first.model.state_dict(), "optimizer": optimizer.state_dict()}, saved)
-    loaded = torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
-
-    second = FakeModule(net(dtype, seed=9), 5, "random", 2)
-    resumed = AdamW(second)
-    resumed.max_grad_norm = 1.0
-    resumed.load_state_dict(loaded["optimizer"])
-    second.model.load_state_dict(loaded["model"])
-    train(second, resumed, range(at, 20), dtype)
-    assert_equal(second.model, straight.model)
+def test_resume_equals_an_uninterrupted_run(dtype: torch.dtype) -> None:
+    """Saved after 1, 4 and 8 of 20 steps: at a switch, in the midst of an interval, and in a later sweep."""
+    straight = compiled(net(dtype), 5, "random", 2)
+    optimizer = AdamW(straight, **OPTIONS, max_grad_norm=1.0)
+    saved = {}
+    for step in range(20):
+        if step in (1, 4, 8):
+            saved[step] = io.BytesIO()
+            torch.save({"model": straight.state_dict(), "optimizer": optimizer.state_dict()}, saved[step])
+        train_step(straight, optimizer, step, dtype)
+    second = compiled(net(dtype, seed=9), 5, "random", 2)
+    for at, file in saved.items():
+        loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+        resumed = AdamW(second)
+        resumed.max_grad_norm = 1.0
+        resumed.load_state_dict(loaded["optimizer"])
+        second.load_state_dict(loaded["model"])
+        train(second, resumed, range(at, 20), dtype)
+        assert_equal(second, straight)
 
 
 def test_another_number_of_chunks_starts_a_new_sweep_with_the_same_states() -> None:
-    first = FakeModule(net(), 5)
+    model = net()
+    first = compiled(model, 5)
     optimizer = AdamW(first, **OPTIONS)
     train(first, optimizer, range(8))
-    second = FakeModule(first.model, 3)
+    second = compiled(copy.deepcopy(model), 3)
     resumed = AdamW(second, **OPTIONS)
     with pytest.warns(ChunkFTWarning, match="begins"):
         resumed.load_state_dict(optimizer.state_dict())
@@ -235,12 +264,14 @@ def test_a_torch_checkpoint_continues_to_the_bit_and_back() -> None:
             short.zero_grad()
             plain(batch(step)).backward()
             short.step()
-    middle = FakeModule(plain)
+    middle = compiled(plain)
     ours = AdamW(middle)
     ours.load_state_dict(short.state_dict())
     train(middle, ours, range(4, 8))
+    checkpoint = ours.state_dict()
+    plain = copy.deepcopy(plain)  # what a compiled module trains belongs to it
     last = torch.optim.AdamW(plain.parameters())
-    last.load_state_dict(ours.state_dict())
+    last.load_state_dict(checkpoint)
     for step in range(8, 12):
         last.zero_grad()
         plain(batch(step)).backward()
@@ -249,21 +280,21 @@ def test_a_torch_checkpoint_continues_to_the_bit_and_back() -> None:
 
 
 def test_loading_a_torch_checkpoint_takes_the_weights_as_masters() -> None:
-    model, plain = FakeModule(net(torch.bfloat16)), net()
+    model, plain = compiled(net(torch.bfloat16)), net()
     theirs = torch.optim.AdamW(plain.parameters(), **OPTIONS)
     plain(batch(0)).backward()
     theirs.step()
     ours = AdamW(model)
     ours.load_state_dict(theirs.state_dict())
-    before = model.model.wide.detach().float().clone()
+    before = model.wide.detach().float().clone()
     ours.param_groups[0]["lr"] = 0.0
     train(model, ours, range(1, 2), torch.bfloat16)
-    assert torch.equal(ours.state[model.model.wide]["master"], before)
+    assert torch.equal(ours.state[model.wide]["master"], before)
     assert ours.state_dict()["state"][0]["step"] == 2
 
 
 def test_the_layout_is_that_of_torch() -> None:
-    model, plain = FakeModule(net(torch.bfloat16), 4), net()
+    model, plain = compiled(net(torch.bfloat16), 4), net()
     ours, theirs = AdamW(model, **OPTIONS), torch.optim.AdamW(plain.named_parameters(), **OPTIONS)
     train(model, ours, range(5), torch.bfloat16)
     plain(batch(0)).backward()
@@ -281,38 +312,38 @@ def test_the_layout_is_that_of_torch() -> None:
 
 
 def test_a_checkpoint_has_the_masters_of_slices_that_were_never_active() -> None:
-    model = FakeModule(net(torch.bfloat16), 60)
+    model = compiled(net(torch.bfloat16), 60)
     optimizer = AdamW(model)
-    train(model, optimizer, range(1), torch.bfloat16)
+    fed(model, optimizer, range(1))
     (state,) = optimizer.state_dict()["state"].values()
     assert {step for _, _, step in state["slice_steps"]} == {0, 1}
-    assert torch.equal(state["master"].bfloat16(), model.model.wide)
+    assert torch.equal(state["master"].bfloat16(), model.wide)
 
 
 def test_loading_copies_the_given_tensors() -> None:
-    model = FakeModule(net(), 2)
+    model = compiled(net(), 2)
     optimizer = AdamW(model, **OPTIONS)
-    train(model, optimizer, range(4))
+    fed(model, optimizer, range(4))
     saved = copy.deepcopy(optimizer.state_dict())
     kept = copy.deepcopy(saved)
     resumed = AdamW(model)
     resumed.load_state_dict(saved)
-    train(model, resumed, range(4, 8))
+    fed(model, resumed, range(4, 8))
     for i, state in kept["state"].items():
         assert torch.equal(state["exp_avg"], saved["state"][i]["exp_avg"])
         assert state["slice_steps"] == saved["state"][i]["slice_steps"]
 
 
 def test_state_is_made_only_for_chunks_that_were_reached() -> None:
-    model = FakeModule(net(), 9)
+    model = compiled(net(), 9)
     optimizer = AdamW(model)
     assert not optimizer.state
-    train(model, optimizer, range(1))
+    fed(model, optimizer, range(1))
     assert 0 < len(optimizer.state) < 4
 
 
 def test_no_decay_patterns_make_a_second_group() -> None:
-    model, plain = FakeModule(net()), net()
+    model, plain = compiled(net()), net()
     optimizer = AdamW(model, **OPTIONS, no_decay=("*.bias", "norm.*"))
     kept = [(n, p) for n, p in plain.named_parameters() if n.endswith(".bias") or n.startswith("norm.")]
     rest = [(n, p) for n, p in plain.named_parameters() if n not in dict(kept)]
@@ -327,13 +358,13 @@ def test_no_decay_patterns_make_a_second_group() -> None:
         theirs.zero_grad()
         plain(batch(step)).backward()
         theirs.step()
-    assert_equal(model.model, plain)
+    assert_equal(model, plain)
 
 
 def test_zero_grad_drops_or_zeroes() -> None:
-    model = FakeModule(net(), 2)
+    model = compiled(net(), 2)
     optimizer = AdamW(model)
-    model.backward(model(batch(0)))
+    model(batch(0)).backward()
     kept = [s.grad for s in model.active_slices()]
     assert any(k is not None and k.any() for k in kept)
     optimizer.zero_grad(set_to_none=False)
@@ -344,37 +375,54 @@ def test_zero_grad_drops_or_zeroes() -> None:
 
 
 def test_without_gradients_nothing_happens() -> None:
-    model = FakeModule(net(), 3)
+    model = compiled(net(), 3)
     optimizer = AdamW(model)
     optimizer.step()
     assert model.schedule.chunk == 0
     assert not optimizer.state
 
 
+def test_a_chunk_without_gradient_counts_its_step_with_one_warning() -> None:
+    model = net()
+    for name, p in model.named_parameters():
+        p.requires_grad_(name == "head.bias")
+    model.unused = nn.Parameter(torch.ones(7))
+    module = compiled(model, 2)
+    assert [[s.name for s in c.slices] for c in module.plan.chunks] == [["unused"], ["head.bias"]]
+    optimizer = AdamW(module)
+    for step in range(4):
+        before = {n: p.detach().clone() for n, p in module.named_parameters()}
+        with pytest.warns(ChunkFTWarning, match="unused") if step == 0 else nullcontext():
+            train_step(module, optimizer, step, torch.float32)
+        changed = [n for n, p in module.named_parameters() if not torch.equal(p, before[n])]
+        assert changed == (["head.bias"] if step % 2 else [])
+    assert module.schedule.state_dict() == {"sweep": 2, "position": 0, "steps": 0, "chunks": 2}
+
+
 def test_before_there_is_a_plan_the_optimizer_can_be_made_and_saved() -> None:
-    optimizer = AdamW(FakeModule(net(), None))
+    optimizer = AdamW(chunkft_fx.compile(net(), "1GB", chunks="auto", backend="eager"))
     optimizer.zero_grad()
     optimizer.step()
     assert optimizer.state_dict()["state"] == {}
 
 
 def test_a_closure_is_evaluated_with_gradients_and_its_loss_returned() -> None:
-    model = FakeModule(net(), 2)
+    model = compiled(net(), 2)
     optimizer = AdamW(model)
-    before = model.model.wide.detach().clone()
+    before = model.wide.detach().clone()
 
     def closure() -> float:
         optimizer.zero_grad()
         loss = model(batch(0))
-        model.backward(loss)
+        loss.backward()
         return float(loss.detach())
 
     assert optimizer.step(closure) == net()(batch(0)).item()
-    assert not torch.equal(before, model.model.wide)
+    assert not torch.equal(before, model.wide)
 
 
 def test_hooks_of_torch_run() -> None:
-    model = FakeModule(net())
+    model = compiled(net())
     optimizer = AdamW(model)
     seen: list[str] = []
     optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
@@ -388,9 +436,9 @@ def test_hooks_of_torch_run() -> None:
 
 
 def test_a_norm_that_is_not_finite_is_reported_like_torch_does() -> None:
-    model = FakeModule(net(), 2)
+    model = compiled(net(), 2)
     optimizer = AdamW(model, max_grad_norm=1.0)
-    model.backward(model(batch(0)) * float("inf"))
+    (model(batch(0)) * float("inf")).backward()
     optimizer.step()
     assert optimizer.last_grad_norm is not None
     assert not optimizer.last_grad_norm.isfinite()
@@ -399,7 +447,7 @@ def test_a_norm_that_is_not_finite_is_reported_like_torch_does() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [net, lambda: list(net().parameters()), lambda: [{"params": []}], lambda: None]
-    + [lambda: torch.compile(net()), lambda: torch.compile(FakeModule(net()))],
+    + [lambda: torch.compile(net()), lambda: torch.compile(compiled(net()))],
 )
 def test_anything_but_a_compiled_module_is_refused(wrong: Callable[[], Any]) -> None:
     with pytest.raises(OptimizerMismatch, match=r"chunkft_fx\.compile"):
@@ -413,39 +461,57 @@ def test_anything_but_a_compiled_module_is_refused(wrong: Callable[[], Any]) -> 
 )
 def test_hyperparameters_out_of_range_are_refused_by_name(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=next(iter(options))):
-        AdamW(FakeModule(net()), **options)
+        AdamW(compiled(net()), **options)
 
 
 def test_a_frozen_model_is_refused() -> None:
+    model = net()
+    module = compiled(model, 2)
+    model.requires_grad_(False)
     with pytest.raises(NoTrainableParameters, match="requires_grad"):
-        AdamW(FakeModule(net().requires_grad_(False), None))
+        AdamW(module)
 
 
 @pytest.mark.parametrize("change", ["shape", "dtype", "parameter"])
-def test_slices_that_do_not_fit_are_refused_before_anything_changes(change: str) -> None:
-    model = FakeModule(net())
+@pytest.mark.parametrize("chunks", [1, 5])
+def test_slices_that_do_not_fit_are_refused_before_anything_changes(change: str, chunks: int) -> None:
+    model = compiled(net(), chunks)
     optimizer = AdamW(model)
-    model.backward(model(batch(0)))
-    last = [s for s in model.active_slices() if s.grad is not None][-1]
+    feed(model, 0)
+    last = next(s for s in model.active_slices() if s.slice.is_whole == (chunks == 1))
     assert last.grad is not None
-    if change == "shape":
-        last.grad = last.grad.reshape(1, *last.grad.shape)
-    if change == "dtype":
-        last.grad = last.grad.double()
     if change == "parameter":
         last.parameter = nn.Parameter(last.parameter.detach().clone())
-    with pytest.raises(OptimizerMismatch, match=last.name):
+        last.grad = torch.zeros(last.weight().shape)
+        refusal: Any = pytest.raises(OptimizerMismatch, match=last.name)
+    elif change == "shape" and chunks == 5:  # whoever sets a slice's gradient answers for its shape
+        last.grad = last.grad[:, :1]
+        refusal = pytest.raises(OptimizerMismatch, match=last.name)
+    else:  # torch itself refuses these
+        wrong = last.grad.double() if change == "dtype" else last.grad.reshape(1, *last.grad.shape)
+        with pytest.raises((RuntimeError, TypeError), match="grad"):
+            last.grad = wrong
+        return
+    with refusal:
         optimizer.step()
-    assert_equal(model.model, net())
+    assert_equal(model, net())
     assert not optimizer.state
+
+
+@functools.cache
+def trained(steps: int) -> AdamW:
+    """An optimizer of ``net()`` in two chunks after some steps in bfloat16; it keeps its module."""
+    model = compiled(net(torch.bfloat16), 2)
+    optimizer = AdamW(model)
+    for step in range(steps):
+        feed(model, step)
+        optimizer.step()
+    return optimizer
 
 
 def broken(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
     """A checkpoint of ``net()`` after three steps in bfloat16, with one thing changed."""
-    model = FakeModule(net(torch.bfloat16), 2)
-    optimizer = AdamW(model)
-    train(model, optimizer, range(3), torch.bfloat16)
-    state = copy.deepcopy(optimizer.state_dict())
+    state = copy.deepcopy(trained(3).state_dict())
     change(state)
     return state
 
@@ -485,9 +551,7 @@ def broken(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
 def test_a_checkpoint_that_does_not_fit_changes_nothing(
     change: Callable[[dict[str, Any]], object], message: str
 ) -> None:
-    model = FakeModule(net(torch.bfloat16), 2)
-    optimizer = AdamW(model)
-    train(model, optimizer, range(1), torch.bfloat16)
+    optimizer = trained(1)
     before = copy.deepcopy(optimizer.state_dict())
     with pytest.raises(CheckpointMismatch, match=message):
         optimizer.load_state_dict(broken(change))
@@ -503,11 +567,11 @@ def test_a_uniform_step_count_survives_another_cut_dimension() -> None:
         checkpoint["chunkft"]["parameters"][0][2] = 0
         checkpoint["state"][0]["slice_steps"] = [[0, 8, 2]]
 
-    optimizer = AdamW(FakeModule(net(torch.bfloat16), 2))
+    optimizer = AdamW(compiled(net(torch.bfloat16), 2))
     optimizer.load_state_dict(broken(along_rows))
     assert optimizer.state_dict()["state"][0]["slice_steps"] == [[0, 12, 2]]
 
 
 def test_masters_of_another_dtype_are_refused() -> None:
     with pytest.raises(CheckpointMismatch, match="own master"):
-        AdamW(FakeModule(net(), 2)).load_state_dict(broken(lambda c: None))
+        AdamW(compiled(net(), 2)).load_state_dict(broken(lambda c: None))

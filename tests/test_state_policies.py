@@ -22,17 +22,17 @@ from chunkft_fx.optim import AdamW
 from chunkft_fx.optim_host import HostStates, available_nbytes, pack, require_room
 from chunkft_fx.optim_state import front, stage_capacity_nbytes, state_dtypes
 from chunkft_fx.streaming import FreshStage
-from tests.fake_model import FakeModule, batch, dense_gradients, net, train_step
-from tests.test_optim import OPTIONS, Reference, assert_equal, masks, train
+from tests.small_net import batch, compiled, dense_gradients, net, train_step
+from tests.test_optim import OPTIONS, Reference, assert_equal, fed, masks, train
 
 BF16 = torch.bfloat16
 
 
 def test_the_second_moment_decays_in_bfloat16_too() -> None:
-    model = FakeModule(net(BF16))
+    model = compiled(net(BF16))
     optimizer = AdamW(model, lr=0.0, betas=(0.9, 0.999), state_dtype="bfloat16")
     train(model, optimizer, range(1), BF16)
-    state = optimizer.state[model.model.head.weight]
+    state = optimizer.state[model.head.weight]
     before = state["exp_avg_sq"].double()
     for _ in range(300):
         for s in model.active_slices():
@@ -49,60 +49,53 @@ def test_the_second_moment_decays_in_bfloat16_too() -> None:
 def test_bfloat16_moments_train_like_float32_ones(dtype: torch.dtype) -> None:
     losses = {}
     for state_dtype in ("float32", "bfloat16"):
-        model = FakeModule(net(dtype), 3)
+        model = compiled(net(dtype), 3)
         optimizer = AdamW(model, lr=0.01, state_dtype=state_dtype)
-        first = float(model(batch(0, dtype)).detach())
+        first = float(model._model(batch(0, dtype)).detach())
         for _ in range(60):
             train_step(model, optimizer, 0, dtype)
-        losses[state_dtype] = float(model(batch(0, dtype)).detach())
+        losses[state_dtype] = float(model._model(batch(0, dtype)).detach())
         assert losses[state_dtype] < first / 2
         for p, state in optimizer.state.items():
             assert state["exp_avg"].dtype == {"float32": torch.float32, "bfloat16": BF16}[state_dtype]
-            if dtype == BF16 and p is not model.model.unused:
+            if dtype == BF16 and p is not model.unused:
                 assert torch.equal(state["master"].to(dtype), p)
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.1)
 
 
 def test_float64_parameters_keep_float64_moments() -> None:
-    models = [FakeModule(net(torch.float64), 3) for _ in range(2)]
+    models = [compiled(net(torch.float64), 3) for _ in range(2)]
     for model, state_dtype in zip(models, ("float32", "bfloat16"), strict=True):
         train(model, AdamW(model, **OPTIONS, state_dtype=state_dtype), range(6), torch.float64)
-    assert_equal(models[0].model, models[1].model)
+    assert_equal(models[0], models[1])
 
 
-def resumed_after(at: int, options: dict[str, Any], chunks: int, interval: int) -> FakeModule:
-    """A module trained for 20 steps, of which the first ``at`` were saved and loaded."""
-    first = FakeModule(net(BF16), chunks, "random", interval)
-    optimizer = AdamW(first, **OPTIONS, **options)
-    train(first, optimizer, range(at), BF16)
-    saved = io.BytesIO()
-    torch.save({"model": first.model.state_dict(), "optimizer": optimizer.state_dict()}, saved)
-    loaded = torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
-    second = FakeModule(net(BF16, seed=9), chunks, "random", interval)
-    resumed = AdamW(second, **options)
-    resumed.load_state_dict(loaded["optimizer"])
-    second.model.load_state_dict(loaded["model"])
-    train(second, resumed, range(at, 20), BF16)
-    return second
-
-
-@pytest.mark.parametrize("at", [1, 4, 7])
-def test_resume_with_bfloat16_moments_equals_an_uninterrupted_run(at: int) -> None:
-    straight = FakeModule(net(BF16), 5, "random", 2)
-    train(straight, AdamW(straight, **OPTIONS, state_dtype="bfloat16"), range(20), BF16)
-    assert_equal(resumed_after(at, {"state_dtype": "bfloat16"}, 5, 2).model, straight.model)
-
-
-@pytest.mark.parametrize("at", [2, 8])
-def test_resume_with_reset_states_at_a_switch_equals_an_uninterrupted_run(at: int) -> None:
-    straight = FakeModule(net(BF16), 5, "random", 2)
-    train(straight, AdamW(straight, **OPTIONS, states="reset"), range(20), BF16)
-    assert_equal(resumed_after(at, {"states": "reset"}, 5, 2).model, straight.model)
+@pytest.mark.parametrize(
+    ("options", "moments"), [({"state_dtype": "bfloat16"}, (1, 4, 7)), ({"states": "reset"}, (2, 8))]
+)
+def test_resume_equals_an_uninterrupted_run(options: dict[str, Any], moments: tuple[int, ...]) -> None:
+    """Saved after so many of 20 steps; states that are not kept resume at a switch to another chunk alone."""
+    straight = compiled(net(BF16), 5, "random", 2)
+    optimizer = AdamW(straight, **OPTIONS, **options)
+    saved = {}
+    for step in range(20):
+        if step in moments:
+            saved[step] = io.BytesIO()
+            torch.save({"model": straight.state_dict(), "optimizer": optimizer.state_dict()}, saved[step])
+        train_step(straight, optimizer, step, BF16)
+    second = compiled(net(BF16, seed=9), 5, "random", 2)
+    for at, file in saved.items():
+        loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+        resumed = AdamW(second, **options)
+        resumed.load_state_dict(loaded["optimizer"])
+        second.load_state_dict(loaded["model"])
+        train(second, resumed, range(at, 20), BF16)
+        assert_equal(second, straight)
 
 
 @pytest.mark.parametrize(("order", "interval"), [("ascending", 1), ("descending", 3), ("random", 2)])
 def test_reset_states_equal_a_reference_that_forgets(order: str, interval: int) -> None:
-    model, plain = FakeModule(net(torch.float64), 5, order, interval), net(torch.float64)
+    model, plain = compiled(net(torch.float64), 5, order, interval), net(torch.float64)
     optimizer, reference = AdamW(model, **OPTIONS, states="reset"), Reference(plain)
     previous = model.schedule.chunk
     for step in range(3 * 5 * interval):
@@ -114,12 +107,12 @@ def test_reset_states_equal_a_reference_that_forgets(order: str, interval: int) 
         active = masks(model)
         train_step(model, optimizer, step, torch.float64)
         reference.step(dense_gradients(plain, plain(batch(step, torch.float64))), active)
-        for p, q in zip(model.model.parameters(), plain.parameters(), strict=True):
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
 
 
 def test_reset_masters_hold_what_bfloat16_weights_cannot() -> None:
-    model, masters = FakeModule(net(BF16), 1), net(BF16).float()
+    model, masters = compiled(net(BF16), 1), net(BF16).float()
     optimizer, reference = AdamW(model, lr=1e-4, states="reset"), torch.optim.AdamW(masters.parameters(), lr=1e-4)
     for _ in range(20):
         for s, p in zip(model.active_slices(), masters.parameters(), strict=True):
@@ -129,7 +122,7 @@ def test_reset_masters_hold_what_bfloat16_weights_cannot() -> None:
         reference.step()
     for (name, p), q in zip(model.named_parameters(), masters.named_parameters(), strict=True):
         assert torch.equal(p, q[1].to(BF16)), name
-    assert not torch.equal(model.model.wide, net(BF16).wide)
+    assert not torch.equal(model.wide, net(BF16).wide)
 
 
 def test_reset_states_take_no_host_memory_and_one_chunk_of_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,9 +130,9 @@ def test_reset_states_take_no_host_memory_and_one_chunk_of_the_stage(monkeypatch
         raise AssertionError("host memory was asked for")
 
     monkeypatch.setattr(HostStates, "zeros", refuse)
-    model = FakeModule(net(BF16), 5)
+    model = compiled(net(BF16), 5)
     optimizer = AdamW(model, states="reset", host_budget=1)
-    train(model, optimizer, range(11), BF16)
+    fed(model, optimizer, range(11))
     assert all(state.keys() == {"slice_steps"} for state in optimizer.state.values())
     assert len(optimizer.state) == len({s.name for s in model.active_slices()})
     assert isinstance(optimizer._stage, FreshStage)
@@ -147,22 +140,22 @@ def test_reset_states_take_no_host_memory_and_one_chunk_of_the_stage(monkeypatch
 
 
 def test_a_checkpoint_of_reset_states_is_the_schedule_alone() -> None:
-    model = FakeModule(net(BF16), 5)
+    model = compiled(net(BF16), 5)
     optimizer = AdamW(model, states="reset")
-    train(model, optimizer, range(8), BF16)
+    fed(model, optimizer, range(8))
     saved = optimizer.state_dict()
     assert saved["state"] == {}
     assert saved["chunkft"]["position"] == model.schedule.state_dict()
-    keeps = FakeModule(net(BF16), 5)
+    keeps = compiled(net(BF16), 5)
     AdamW(keeps).load_state_dict(saved)
     assert keeps.schedule.state_dict() == model.schedule.state_dict()
 
 
 def test_kept_states_are_not_loaded_where_none_are_kept() -> None:
-    first = FakeModule(net(BF16), 5)
+    first = compiled(net(BF16), 5)
     optimizer = AdamW(first)
-    train(first, optimizer, range(8), BF16)
-    second = FakeModule(net(BF16), 5)
+    fed(first, optimizer, range(8))
+    second = compiled(net(BF16), 5)
     resets = AdamW(second, states="reset")
     resets.load_state_dict(optimizer.state_dict())
     assert second.schedule.state_dict() == first.schedule.state_dict()
@@ -172,26 +165,26 @@ def test_kept_states_are_not_loaded_where_none_are_kept() -> None:
 def test_moments_are_widened_but_never_rounded_by_loading() -> None:
     states = {}
     for state_dtype in ("float32", "bfloat16"):
-        model = FakeModule(net(BF16), 2)
+        model = compiled(net(BF16), 2)
         optimizer = AdamW(model, state_dtype=state_dtype)
-        train(model, optimizer, range(4), BF16)
+        fed(model, optimizer, range(4))
         states[state_dtype] = copy.deepcopy(optimizer.state_dict())
-    wide = AdamW(FakeModule(net(BF16), 2))
+    wide = AdamW(compiled(net(BF16), 2))
     wide.load_state_dict(states["bfloat16"])
     for i, state in states["bfloat16"]["state"].items():
         loaded = wide.state_dict()["state"][i]
         assert loaded["exp_avg_sq"].dtype == torch.float32
         assert torch.equal(loaded["exp_avg_sq"], state["exp_avg_sq"].float())
     with pytest.raises(CheckpointMismatch, match="state_dtype"):
-        AdamW(FakeModule(net(BF16), 2), state_dtype="bfloat16").load_state_dict(states["float32"])
+        AdamW(compiled(net(BF16), 2), state_dtype="bfloat16").load_state_dict(states["float32"])
 
 
 @pytest.mark.parametrize("states", ["keep", "reset"])
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
 def test_a_step_makes_backwards_through_the_old_weights_stale(states: str, state_dtype: str) -> None:
-    model = FakeModule(net(BF16), 2)
+    model = compiled(net(BF16), 2)
     optimizer = AdamW(model, states=states, state_dtype=state_dtype)
-    model.backward(model(batch(0, BF16)))
+    model(batch(0, BF16)).backward()
     updated = [s.parameter for s in model.active_slices() if s.grad is not None]
     before = [p._version for p in updated]
     optimizer.step()
@@ -208,7 +201,7 @@ def test_a_step_makes_backwards_through_the_old_weights_stale(states: str, state
 )
 def test_unknown_policies_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        AdamW(FakeModule(net()), **options)
+        AdamW(compiled(net()), **options)
 
 
 def needed_nbytes(dtype: torch.dtype, moments: torch.dtype) -> int:
@@ -220,28 +213,28 @@ def needed_nbytes(dtype: torch.dtype, moments: torch.dtype) -> int:
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
 def test_the_host_budget_is_exact(dtype: torch.dtype, state_dtype: str) -> None:
     needed = needed_nbytes(dtype, {"float32": torch.float32, "bfloat16": BF16}[state_dtype])
-    AdamW(FakeModule(net(dtype)), state_dtype=state_dtype, host_budget=needed)
+    AdamW(compiled(net(dtype)), state_dtype=state_dtype, host_budget=needed)
     with pytest.raises(HostMemoryExceeded) as caught:
-        AdamW(FakeModule(net(dtype)), state_dtype=state_dtype, host_budget=needed - 1)
+        AdamW(compiled(net(dtype)), state_dtype=state_dtype, host_budget=needed - 1)
     assert (caught.value.needed_bytes, caught.value.limit_bytes) == (needed, needed - 1)
     message = str(caught.value)
     assert str(needed) in message
     assert 'states="reset"' in message
     assert "host_budget" in message
     assert ('state_dtype="bfloat16"' in message) == (state_dtype == "float32")
-    AdamW(FakeModule(net(dtype)), states="reset", state_dtype=state_dtype, host_budget=needed - 1)
+    AdamW(compiled(net(dtype)), states="reset", state_dtype=state_dtype, host_budget=needed - 1)
 
 
 def test_without_a_host_budget_available_memory_is_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     needed = needed_nbytes(BF16, torch.float32)
     monkeypatch.setattr(optim_host, "available_nbytes", lambda: needed - 1)
     with pytest.raises(HostMemoryExceeded, match="available physical memory"):
-        AdamW(FakeModule(net(BF16)))
-    AdamW(FakeModule(net(BF16)), state_dtype="bfloat16")
-    AdamW(FakeModule(net(BF16)), states="reset")
-    AdamW(FakeModule(net(BF16)), host_budget=needed)  # the user knows better
+        AdamW(compiled(net(BF16)))
+    AdamW(compiled(net(BF16)), state_dtype="bfloat16")
+    AdamW(compiled(net(BF16)), states="reset")
+    AdamW(compiled(net(BF16)), host_budget=needed)  # the user knows better
     monkeypatch.setattr(optim_host, "available_nbytes", lambda: needed)
-    AdamW(FakeModule(net(BF16)))
+    AdamW(compiled(net(BF16)))
 
 
 @pytest.mark.parametrize(("missing", "pinned", "is_enough"), [(0, True, True), (1, True, False), (0, False, False)])
@@ -335,7 +328,7 @@ def test_pinned_states_take_the_bytes_that_were_promised(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float64])
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
 def test_the_stage_takes_what_the_planner_is_told(dtype: torch.dtype, state_dtype: str) -> None:
-    model = FakeModule(net(dtype), 5)
+    model = compiled(net(dtype), 5)
     parameters = dict(model.named_parameters())
     moments = {"float32": torch.float32, "bfloat16": BF16}[state_dtype]
     for chunk in model.plan.chunks:
