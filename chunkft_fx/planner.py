@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from chunkft_fx.blocks import block_paths, region_of_parameters
 from chunkft_fx.budget import format_bytes
 from chunkft_fx.cuts import ParameterSpec, cut
-from chunkft_fx.errors import BudgetInfeasible, NoTrainableParameters
+from chunkft_fx.errors import BudgetInfeasible, NoTrainableParameters, UninitializedParameters
 from chunkft_fx.fixed_memory import state_nbytes
 from chunkft_fx.plan import Considered, Plan
 from chunkft_fx.plan_choice import Fit, Predicts
@@ -37,6 +38,12 @@ class Options:
 
 def parameter_specs(model: nn.Module) -> tuple[ParameterSpec, ...]:
     """The trainable parameters as the planner sees them, in ``named_parameters`` order (tied ones once)."""
+    lazy = next((n for n, p in model.named_parameters() if isinstance(p, UninitializedParameter)), None)
+    if lazy is not None:
+        raise UninitializedParameters(
+            f"parameter {lazy} has no shape yet, because it belongs to a lazy module that was never called; "
+            "call the plain model once on a batch (under torch.no_grad()) before chunkft_fx.compile"
+        )
     trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if not trainable:
         raise NoTrainableParameters(
