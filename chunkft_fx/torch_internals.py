@@ -186,7 +186,8 @@ def hint(size: int | torch.SymInt) -> int:
     if size.node.hint is not None:
         return int(size.node.hint)
     ranges, expression = size.node.shape_env, size.node.expr
-    values = getattr(ranges, "backed_var_to_val", None) or ranges.var_to_val
+    # torch 2.13 calls it so, and warns of the older name
+    values = ranges.backed_var_to_val if hasattr(ranges, "backed_var_to_val") else ranges.var_to_val
     known = {s: values[s] if s in values else _largest(ranges.var_to_range.get(s)) for s in expression.free_symbols}
     return int(expression.subs(known))
 
