@@ -14,18 +14,28 @@ from typing import Any
 import torch._inductor.config as inductor_config
 from torch import Tensor, fx
 from torch._functorch._aot_autograd.descriptors import (
+    BackwardTokenAOTInput,
+    ForwardTokenAOTInput,
+    ForwardTokenAOTOutput,
     GradAOTOutput,
     InputMutationAOTOutput,
     PlainAOTInput,
     PlainAOTOutput,
+    SubclassGetAttrAOTInput,
+    SubclassSizeAOTInput,
+    SubclassStrideAOTInput,
     TangentAOTInput,
 )
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from chunkft_fx.errors import UnsupportedGraph
+from chunkft_fx.dense_gradients import with_dense_gradients
+from chunkft_fx.effects import new_token, with_tokens
+from chunkft_fx.errors import ChunkFTError, UnsupportedGraph
+from chunkft_fx.sub_graphs import attribute, close_all
 from chunkft_fx.torch_internals import forget_wishes, is_random
+from chunkft_fx.user_code import where
 
 
 @dataclass
@@ -38,6 +48,7 @@ class Capture:
     are what the caller gets, in order (a node name or a plain constant); ``mutations`` pairs a
     primal with the node that holds its new value (running statistics of batch norm). ``gradients``
     maps a primal to the node of its gradient, ``tangents`` a tangent to the index of its output.
+    ``effects`` names values that nobody reads and that must be computed all the same (see `effects`).
     """
 
     graph: fx.Graph
@@ -50,6 +61,7 @@ class Capture:
     gradients: dict[str, str]
     tangents: dict[str, int]
     is_random: bool = field(default=False)
+    effects: tuple[str, ...] = ()
 
 
 class OutputName(str):
@@ -63,6 +75,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], names: Mapping[in
     that Inductor expects; ``"eager"`` keeps ATen operators whole. Random operators stay ATen's own in
     both, so that a seed gives the same dropout masks as the plain model.
     """
+    with_dense_gradients(gm)
     decompositions: dict[Any, Any] = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(inductor_config.patch(fallback_random=True))
@@ -80,6 +93,9 @@ def _describe(
     graph = module.graph
     forget_wishes(graph)
     constants = _lift_constants(module, fake_mode)
+    token, *effects = with_tokens(graph) or (None,)
+    if token is not None:
+        constants[token] = new_token()
     parameters: dict[str, str] = {}
     tangents: dict[str, int] = {}
     by_index: dict[int, str] = {}
@@ -94,10 +110,23 @@ def _describe(
                 parameters[node.name] = name
         elif isinstance(description, TangentAOTInput) and isinstance(description.output, PlainAOTOutput):
             tangents[node.name] = description.output.idx
+        elif isinstance(description, ForwardTokenAOTInput):
+            constants[node.name] = new_token()
+        elif isinstance(description, BackwardTokenAOTInput):
+            user = next(iter(node.users))
+            raise UnsupportedGraph(
+                f"{user.args[1]} has side effects in the backward pass{where(user)}, which could not be kept in order; "
+                "move them to the forward pass, or register the operator without effects"
+            )
         elif isinstance(description, TangentAOTInput) and isinstance(description.output, InputMutationAOTOutput):
             raise UnsupportedGraph(
                 "forward changes an input in place in a way that gradients flow through; "
                 "return the changed value instead of writing into the input"
+            )
+        elif isinstance(description, (SubclassGetAttrAOTInput, SubclassSizeAOTInput, SubclassStrideAOTInput)):
+            raise UnsupportedGraph(
+                f"an input or a parameter of the model is made of several tensors ({description!r}), such as a nested "
+                "or a distributed tensor, which is not supported; pass its parts as plain tensors"
             )
         else:
             raise UnsupportedGraph(f"graph input {node.name} is of a kind that is not supported: {description!r}")
@@ -115,6 +144,8 @@ def _describe(
                 gradients[by_index[description.grad_of.idx]] = value.name
         elif isinstance(description, InputMutationAOTOutput) and isinstance(description.mutated_input, PlainAOTInput):
             mutations.append((by_index[description.mutated_input.idx], value.name))
+        elif isinstance(description, ForwardTokenAOTOutput):
+            effects.append(value.name)
         elif value is not None:
             raise UnsupportedGraph(
                 f"an output of the model is of a kind that is not supported: {description!r}; "
@@ -137,22 +168,27 @@ def _describe(
         gradients=gradients,
         tangents=tangents,
         is_random=any(is_random(node) for node in graph.nodes),
+        effects=tuple(effects),
     )
 
 
 def _lift_constants(module: fx.GraphModule, fake_mode: FakeTensorMode) -> dict[str, Any]:
-    """Turn tensors that the trace baked in (``get_attr``) into placeholders, so that regions can share them."""
+    """Turn tensors that the trace baked in (``get_attr``) into placeholders, so that regions can share them.
+
+    Operators that take graphs are closed over them first (`sub_graphs`).
+    """
     graph = module.graph
+    close_all(module)
     constants: dict[str, Any] = {}
     by_target: dict[str, fx.Node] = {}
     first = next(iter(graph.nodes))
     for node in graph.find_nodes(op="get_attr"):
-        value = module
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
+        value = attribute(module, node)
         if not isinstance(value, Tensor):
+            user = next(iter(node.users))
             raise UnsupportedGraph(
-                f"the model uses a higher-order operator ({node.target}), which is not supported yet"
+                f"the model uses {user.target} in a way that is not supported: it takes {type(value).__name__} "
+                f"{node.target}{where(user)}; write this part of the model without it"
             )
         if str(node.target) not in by_target:
             with graph.inserting_before(first):

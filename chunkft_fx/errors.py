@@ -46,6 +46,10 @@ class NoTrainableParameters(ChunkFTError):
     """No parameter of the model has ``requires_grad=True``."""
 
 
+class UninitializedParameters(ChunkFTError, ValueError):
+    """A parameter has no shape yet, because its lazy module has not been called."""
+
+
 class AlreadyCompiled(ChunkFTError, TypeError):
     """The model was already compiled, by this library or by ``torch.compile``."""
 

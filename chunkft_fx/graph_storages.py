@@ -6,9 +6,11 @@ import operator
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from chunkft_fx.passes.rewrite import tensor_nbytes
 from chunkft_fx.torch_internals import hint, returns_view, tree_leaves
 
 # A storage of a graph's fake values; views of each other share it.
@@ -44,19 +46,25 @@ class Storages:
         if node.target is operator.getitem:
             index: Any = node.args[1]
             yield self.keys[node.all_input_nodes[0]][index]
-        elif _is_view(node):
-            (key,) = self.of(node.all_input_nodes[0])
+        elif (key := self._viewed(node)) is not None:
             yield from (key for _ in leaves)
         else:
             yield from (self._key(leaf, known) if isinstance(leaf, Tensor) else None for leaf in leaves)
 
+    def _viewed(self, node: fx.Node) -> Key | None:
+        """The storage that a node's results are views of; None if they are not (also the conjugate of a number)."""
+        if not returns_view(node.target) or not node.all_input_nodes:
+            return None
+        keys = self.of(node.all_input_nodes[0])
+        return next(iter(keys)) if len(keys) == 1 else None
+
     def _key(self, value: Tensor, known: dict[int, Key]) -> Key:
-        """The storage of a fake tensor; symbolic sizes count with their traced value."""
+        """The storage of a fake tensor; symbolic sizes count with their traced value, sparse tensors as if dense."""
+        if value.layout is not torch.strided:
+            key = known.setdefault(-id(value), len(known))
+            self.nbytes[key] = tensor_nbytes(value)
+            return key
         storage = value.untyped_storage()
         key = known.setdefault(int(StorageWeakRef(storage).cdata), len(known))
         self.nbytes[key] = hint(storage.nbytes())
         return key
-
-
-def _is_view(node: fx.Node) -> bool:
-    return returns_view(node.target)

@@ -20,8 +20,10 @@ from chunkft_fx.graph_storages import Key, Storages
 from chunkft_fx.head_memory import head_workspace
 from chunkft_fx.kernel_list import Kernel, Store, kernels
 from chunkft_fx.kernels import weight_gradient
+from chunkft_fx.passes.rewrite import tensor_nbytes
 from chunkft_fx.specialize import Variant
-from chunkft_fx.torch_internals import hint
+from chunkft_fx.sub_graphs import Closed
+from chunkft_fx.torch_internals import hint, tree_leaves
 
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
 
@@ -99,6 +101,8 @@ def _inside(kernel: Kernel) -> int:
     node = kernel.stores[0].node
     if node.target is _FLASH_BACKWARD:
         return _flash_workspace(node)
+    if isinstance(node.target, Closed):
+        return _closed_workspace(node, node.target)
     return head_workspace(node) + weight_gradient.workspace(node)
 
 
@@ -126,6 +130,15 @@ def _flash_workspace(node: fx.Node) -> int:
     sums = rows * 4 * (_round_up(width, 32 if width <= 128 else 64) + 1)
     spread = 2 * batch * heads * hint(key.shape[2]) * width * key.element_size()
     return sums + (spread if hint(key.shape[1]) != heads else 0)
+
+
+def _closed_workspace(node: fx.Node, operator: Closed) -> int:
+    """Of an operator that runs graphs: the most that one of them allocates, and a second copy of what comes of it.
+
+    Loops hold the values of one round while they make those of the next, or rows before they are stacked.
+    """
+    peaks = [allocated_peak(graph.graph) for graph in operator.graphs.values()]
+    return max(peaks) + sum(tensor_nbytes(value) for value in tree_leaves(node.meta["val"]))
 
 
 def _round_up(size: int, multiple: int) -> int:

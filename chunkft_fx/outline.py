@@ -26,7 +26,8 @@ from chunkft_fx.blocks import label_of, module_path
 from chunkft_fx.capture import Capture, OutputName
 from chunkft_fx.head import is_head
 from chunkft_fx.region import RegionGraph
-from chunkft_fx.torch_internals import graph_module, symbols
+from chunkft_fx.sub_graphs import renamed
+from chunkft_fx.torch_internals import graph_module, hint, symbols
 
 aten = torch.ops.aten
 
@@ -186,6 +187,7 @@ def _build(
         if node in assignment and node in alive:
             members[assignment[node]].append(node)
     outside = {str(o) for o in capture.outputs if isinstance(o, OutputName)} | {name for _, name in capture.mutations}
+    outside |= set(capture.effects)
     symbol_nodes = {
         str(n.meta["val"]): n
         for n in capture.graph.find_nodes(op="placeholder")
@@ -235,7 +237,7 @@ def _alive(capture: Capture, contributions: dict[int, list[tuple[fx.Node, str]]]
     by_name = {node.name: node for node in capture.graph.nodes}
     pending = [node for parts in contributions.values() for node, _ in parts]
     pending += [by_name[str(o)] for o in capture.outputs if isinstance(o, OutputName)]
-    pending += [by_name[name] for _, name in capture.mutations]
+    pending += [by_name[name] for _, name in capture.mutations] + [by_name[name] for name in capture.effects]
     alive: set[fx.Node] = set()
     while pending:
         node = pending.pop()
@@ -277,16 +279,27 @@ def _extract(
 
 
 def structural_key(region: RegionGraph) -> str:
-    """A hash of operators, arguments, shapes, dtypes, strides, devices, tags and outputs; names do not count."""
+    """A hash of operators, arguments, shapes, dtypes, strides, devices, tags and outputs; names do not count.
+
+    Nor do the names of sizes that depend on data: each block that selects by a mask makes one of its own.
+    """
     numbers: dict[fx.Node, int] = {}
+    sizes: dict[str, str] = {}
     digest = hashlib.sha256(str(region.num_forward_outputs).encode())
     for i, node in enumerate(region.graph.nodes):
         numbers[node] = i
         args = fx.map_arg((node.args, node.kwargs), _numbering(numbers))
         kind = (node.meta.get("kind"), node.meta.get("partitioner_tag"), node.meta.get("is_parameter"))
-        digest.update(repr((node.op, str(node.target) if node.op == "call_function" else "", args, kind)).encode())
-        digest.update(describe(node.meta.get("val")).encode())
+        called = str(node.target) if node.op == "call_function" else ""
+        text = f"{(node.op, called, args, kind)!r}{describe(node.meta.get('val'))}{_bounds(node.meta.get('val'))}"
+        digest.update(renamed(text, sizes).encode())
     return digest.hexdigest()[:16]
+
+
+def _bounds(value: Any) -> list[int]:
+    """What symbolic sizes count as where memory is predicted."""
+    sizes = value.shape if isinstance(value, Tensor) else (value,)
+    return [hint(s) for s in sizes if isinstance(s, torch.SymInt)]
 
 
 def _numbering(numbers: dict[fx.Node, int]) -> Callable[[fx.Node], Any]:

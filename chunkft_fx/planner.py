@@ -9,11 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from chunkft_fx.blocks import block_paths, region_of_parameters
 from chunkft_fx.budget import format_bytes
 from chunkft_fx.cuts import ParameterSpec, cut
-from chunkft_fx.errors import BudgetInfeasible, NoTrainableParameters, UnsupportedParameter
+from chunkft_fx.errors import (
+    BudgetInfeasible,
+    NoTrainableParameters,
+    UninitializedParameters,
+    UnsupportedParameter,
+)
 from chunkft_fx.fixed_memory import state_nbytes
 from chunkft_fx.plan import Considered, Plan
 from chunkft_fx.plan_choice import Fit, Predicts
@@ -36,7 +42,14 @@ class Options:
 
 
 def refuse_untrainable(model: nn.Module) -> None:
-    """Raise `NoTrainableParameters`, or `UnsupportedParameter` for one that AdamW's update is not defined for."""
+    """Raise for a model that cannot be trained: `NoTrainableParameters`; `UninitializedParameters` for lazy ones;
+    `UnsupportedParameter` for one that AdamW's update is not defined for."""
+    lazy = next((n for n, p in model.named_parameters() if isinstance(p, UninitializedParameter)), None)
+    if lazy is not None:
+        raise UninitializedParameters(
+            f"parameter {lazy} has no shape yet, because it belongs to a lazy module that was never called; "
+            "call the plain model once on a batch (under torch.no_grad()) before chunkft_fx.compile"
+        )
     trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if not trainable:
         raise NoTrainableParameters(

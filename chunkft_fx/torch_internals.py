@@ -42,10 +42,19 @@ def wrapping_ddp() -> nn.Module | None:
 def is_sharded(model: nn.Module) -> bool:
     """True for a model that FSDP shards, in either of its forms, or with parameters that are DTensors."""
     names = {base.__name__ for module in model.modules() for base in type(module).__mro__}
-    spread = {t.__name__ for p in model.parameters() for t in type(p).__mro__} | {
-        type(p.data).__name__ for p in model.parameters()
-    }
-    return bool(names & {"FSDPModule", "FullyShardedDataParallel"}) or bool(spread & {"DTensor", "FlatParameter"})
+    kinds = {type(t).__name__ for p in model.parameters() for t in (p, p.data)}
+    return bool(names & {"FSDPModule", "FullyShardedDataParallel"}) or bool(kinds & {"DTensor", "FlatParameter"})
+
+
+def is_higher_order(target: Any) -> bool:
+    """True for an operator that takes graphs as operands, such as ``torch.cond``."""
+    return isinstance(target, torch._ops.HigherOrderOperator)
+
+
+def below_autograd(target: Callable[..., Any], *args: Any) -> Any:
+    """Call an operator without its part for autograd, which for higher-order operators traces anew at each call."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return target(*args)
 
 
 def is_operator(target: Any) -> bool:
@@ -76,6 +85,9 @@ def version(tensor: Tensor) -> int:
 
 def is_random(node: fx.Node) -> bool:
     """True for an operator that draws from torch's random generators (attention does so only with dropout)."""
+    graphs = getattr(node.target, "graphs", {})
+    if any(is_random(inner) for module in graphs.values() for inner in module.graph.nodes):
+        return True
     if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
     for position, argument in enumerate(node.target._schema.arguments):
@@ -158,9 +170,9 @@ def forget_wishes(graph: fx.Graph) -> None:
 
 
 def _must_save(node: fx.Node) -> bool:
-    """True for what cannot be computed again (draws), or must not be because it is dear (``meta["save"]``)."""
+    """True for what cannot be computed again (draws, effects), or must not be because it is dear (``meta["save"]``)."""
     source = node.all_input_nodes[0] if node.target is operator.getitem else node
-    return is_random(source) or bool(node.meta.get("save"))
+    return is_random(source) or bool(node.meta.get("save")) or source.target is torch.ops.higher_order.with_effects
 
 
 def compile_graph(module: fx.GraphModule, fake_mode: FakeTensorMode, is_backward: bool) -> Compiled:
@@ -199,12 +211,35 @@ def fake_mode_of(values: Iterable[Any]) -> Iterator[None]:
             stack.enter_context(mode)
         if mode is not None and mode.shape_env is not None:
             stack.enter_context(mode.shape_env.suppress_guards())
+            # an operator whose result's size depends on data makes a new symbol, which nobody asks about
+            stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
         yield
 
 
+# What a size counts as that depends on data and that torch knows no bound of.
+UNBOUNDED = 8192
+
+
 def hint(size: int | torch.SymInt) -> int:
-    """A size as a plain number: a symbolic one stands for the value it was traced with."""
-    return size if isinstance(size, int) else int(size.node.hint)
+    """A size as a plain number: a symbolic one stands for the value it was traced with.
+
+    A size that depends on data has no such value; it stands for the largest that it can have (all elements of a mask
+    are set), and where torch knows no bound for `UNBOUNDED`.
+    """
+    if isinstance(size, int):
+        return size
+    if size.node.hint is not None:
+        return int(size.node.hint)
+    ranges, expression = size.node.shape_env, size.node.expr
+    # torch 2.13 calls it so, and warns of the older name
+    values = ranges.backed_var_to_val if hasattr(ranges, "backed_var_to_val") else ranges.var_to_val
+    known = {s: values[s] if s in values else _largest(ranges.var_to_range.get(s)) for s in expression.free_symbols}
+    return int(expression.subs(known))
+
+
+def _largest(interval: Any) -> int:
+    upper = None if interval is None else interval.upper
+    return int(upper) if upper is not None and upper.is_Integer and upper < torch.iinfo(torch.int64).max else UNBOUNDED
 
 
 def set_allocator(settings: str) -> None:

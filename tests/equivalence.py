@@ -28,7 +28,9 @@ def dense_gradients(model: nn.Module, batch: dict[str, Any], seed: int = 5) -> t
     loss = loss_of(plain(**batch))
     loss.backward()
     gradients = {
-        n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in plain.named_parameters() if p.requires_grad
+        n: torch.zeros_like(p) if p.grad is None else p.grad.to_dense()
+        for n, p in plain.named_parameters()
+        if p.requires_grad
     }
     return loss.detach(), gradients
 
