@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from chunkft_fx.aliases import separate_outputs
 from chunkft_fx.blocks import block_paths, locate, warn_if_unseen
 from chunkft_fx.budget import format_bytes, parse_bytes
 from chunkft_fx.capture import capture
@@ -262,6 +263,7 @@ class CompiledModule(nn.Module):
     def _new_session(self, gm: fx.GraphModule, inputs: Sequence[Any], is_training: bool) -> Session:
         if is_training and not self._options.return_logits:
             chunk_head(gm)
+        separate_outputs(gm)
         names = {id(p): name for name, p in self._model.named_parameters()}
         captured = capture(gm, inputs, names, self._backend)
         modules = list(self._model.named_modules())
