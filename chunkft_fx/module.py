@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from chunkft_fx import ownership
 from chunkft_fx import position as positions
+from chunkft_fx.aliases import separate_outputs
 from chunkft_fx.blocks import block_paths, locate, warn_if_unseen
 from chunkft_fx.budget import format_bytes
 from chunkft_fx.capture import capture
@@ -417,6 +418,7 @@ class CompiledModule(nn.Module):
         return tuple(v for session in self._sessions for v in session.specializer.variants)
 
     def _new_session(self, gm: fx.GraphModule, inputs: Sequence[Any], is_training: bool) -> Session:
+        separate_outputs(gm)
         if is_training and not self._options.return_logits:
             chunk_head(gm)
         names = {id(p): name for name, p in self._watch.parameters.items()}

@@ -155,7 +155,7 @@ def _no_random_replay() -> Iterator[None]:
         partitioners.has_recomputable_rng_ops = before
 
 
-def _never(module: fx.GraphModule) -> bool:
+def _never(fx_g: fx.GraphModule) -> bool:
     return False
 
 
