@@ -32,7 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from chunkft_fx.dense_gradients import with_dense_gradients
 from chunkft_fx.effects import new_token, with_tokens
-from chunkft_fx.errors import ChunkFTError, UnsupportedGraph
+from chunkft_fx.errors import UnsupportedGraph
 from chunkft_fx.sub_graphs import attribute, close_all
 from chunkft_fx.torch_internals import forget_wishes, is_random
 from chunkft_fx.user_code import where

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from chunkft_fx import ownership
 from chunkft_fx import position as positions
@@ -18,88 +17,59 @@ from chunkft_fx.aliases import separate_outputs
 from chunkft_fx.blocks import block_paths, locate, warn_if_unseen
 from chunkft_fx.budget import format_bytes
 from chunkft_fx.capture import capture
-from chunkft_fx.distribution import refuse_ranks, refuse_sharded
-from chunkft_fx.errors import ChunkFTWarning, ModelChanged, NotPlanned
+from chunkft_fx.distribution import refuse_sharded
+from chunkft_fx.errors import NotPlanned
 from chunkft_fx.executable import Executable
+from chunkft_fx.following import Following, ModelOptimizer
 from chunkft_fx.gradient_gate import GradientGate
 from chunkft_fx.head_rewrite import chunk_head
 from chunkft_fx.host_memory import HostMemory
 from chunkft_fx.memory_limit import avoid_fragmentation, limit, take_workspaces
-from chunkft_fx.model_watch import ModelChanges, ModelWatch
-from chunkft_fx.moves import Move, gradients_aside
+from chunkft_fx.model_watch import ModelWatch
 from chunkft_fx.outline import Template, outline
 from chunkft_fx.plan import Plan
 from chunkft_fx.planner import Options, first_plan, plan_for_batch
 from chunkft_fx.predictor import Predictor
 from chunkft_fx.program import Program
-from chunkft_fx.residency import Residency, compute_device
+from chunkft_fx.residency import Residency
 from chunkft_fx.routing import through_compiled
 from chunkft_fx.session import Session
 from chunkft_fx.slices import ActiveSlice, Arrivals, ChunkSchedule
 from chunkft_fx.specialize import Variant
 from chunkft_fx.step_memory import Moment, step_timeline, storages_nbytes
-from chunkft_fx.streaming import StageOwner
 from chunkft_fx.tracing import trace
 
 
-class ModelOptimizer(StageOwner, Protocol):
-    """What a compiled module asks of its optimizer."""
-
-    @property
-    def has_begun(self) -> bool: ...
-
-    def follow(self, parameters: Mapping[str, nn.Parameter]) -> None: ...
-
-
-class CompiledModule(nn.Module):
+class CompiledModule(Following):
     """A model whose backward fills only the active chunk's slices; everything else is the wrapped model's.
 
-    Parameters, buffers, submodules and their names are those of the wrapped model, in whose place this module can be
-    used: ``isinstance`` takes it for one, attributes that it does not have itself are looked up and set there. It
-    follows changes of the model where it can (`check`), and refuses the others by name. Calls from several threads
-    come one after another.
+    It can be used in the model's place (`stand_in`), follows changes of the model where it can and refuses the others
+    by name (`following`). Calls from several threads come one after another.
     """
 
-    # Kept in the instance dictionary: nn.Module would register the wrapped model as a child.
-    _model: nn.Module
-    _options: Options
     _backend: str
-    _plan: Plan | None
     _sessions: list[Session]
-    _slices: tuple[ActiveSlice, ...] | None
     _schedule: ChunkSchedule | None
-    _position: dict[str, Any] | None
-    _residency: Residency
     _calls: dict[bool, Callable[..., Any]]
-    _watch: ModelWatch
-    _gate: GradientGate
-    _optimizer: weakref.ref[ModelOptimizer] | None
-    lock: threading.RLock
     arrivals: Arrivals
 
     def __init__(
         self, model: nn.Module, options: Options, backend: str, plan: Plan | None, device: torch.device
     ) -> None:
-        super().__init__()
-        own = self.__dict__
-        own["_model"], own["_options"], own["_backend"] = model, options, backend
-        own["_slices"], own["_optimizer"], own["lock"], own["arrivals"] = None, None, threading.RLock(), Arrivals()
-        own["_advanced"], own["_is_due"], own["_position"], own["_sweep"] = False, False, None, 0
-        own["_watch"], own["_gate"] = ModelWatch(model), GradientGate(self)
-        ownership.claim(self._watch.parameters.values(), self)
-        self._take_up(plan, device)
         ours = weakref.ref(self)
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
             module = ours()
             assert module is not None, "a bound forward keeps its module alive"
             return module._run(args, kwargs)
 
-        own["forward"] = functools.wraps(model.forward)(forward)  # shows the model's own signature
-        # The registries are shared, not copied: names, state_dict and .to() are the wrapped model's own.
-        own["_parameters"], own["_buffers"], own["_modules"] = model._parameters, model._buffers, model._modules
-        own["_non_persistent_buffers_set"] = model._non_persistent_buffers_set
-        own["training"] = model.training
+        super().__init__(model, run)
+        own = self.__dict__
+        own["_options"], own["_backend"], own["_plan"] = options, backend, None
+        own["_slices"], own["_optimizer"], own["lock"], own["arrivals"] = None, None, threading.RLock(), Arrivals()
+        own["_advanced"], own["_is_due"], own["_position"], own["_sweep"] = False, False, None, 0
+        own["_watch"], own["_gate"] = ModelWatch(model), GradientGate(self)
+        self._take_up(plan, device)
         weakref.finalize(self, self._gate.close)
 
     def _take_up(self, plan: Plan | None, device: torch.device) -> None:
@@ -125,160 +95,15 @@ class CompiledModule(nn.Module):
             with self._residency.presented():
                 return self._calls[self._model.training and torch.is_grad_enabled()](*args, **kwargs)
 
-    def check(self) -> None:
-        """Follow what changed in the model since it was looked at last, or refuse it, before anything else changes.
-
-        Before the first optimizer step every change is followed: the model is captured and planned anew. Later,
-        parameters may be replaced by others of the same shape and dtype, whose states go on, and what was frozen or
-        unfrozen counts from the next sweep on. Raises `ModelChanged` for anything else, `DistributedNotSupported`,
-        and as `chunkft_fx.compile` does.
-        """
-        with self.lock:
-            refuse_ranks()
-            changes = self._watch.changes()
-            if changes is not None and not self.has_begun:
-                self._begin_anew(self._residency.device)
-            elif changes is not None:
-                self._follow(changes)
-            if self._is_due and self.schedule.is_at_start:
-                self.__dict__["_sweep"] = self.schedule.sweep
-                self._begin_anew(self._residency.device)
-
-    def _follow(self, changes: ModelChanges) -> None:
-        """Go on with a model that changed in the middle of a run."""
-        if changes.is_another_model:
-            raise ModelChanged(
-                f"the model is not the one that was planned and trained so far: {changes}; undo the change, or call "
-                "chunkft_fx.compile on the plain model and make a new optimizer (before the first optimizer step such "
-                "changes are followed)"
-            )
-        parameters, optimizer = dict(self._model.named_parameters()), self.optimizer
-        if changes.replaced:
-            ownership.claim(parameters.values(), self)
-            if optimizer is not None:
-                optimizer.follow(parameters)
-            self._drop_gradients()
-            self.__dict__["_slices"] = None
-            self._residency.rebind(parameters)
-        self._watch.look()
-        self._gate.guard(parameters)
-        if changes.frozen or changes.unfrozen:
-            self.__dict__["_is_due"] = True
-            if not self.schedule.is_at_start:
-                warnings.warn(
-                    f"in the middle of a sweep over the chunks, {changes}; what is trained now is cut into chunks anew "
-                    "when the next sweep begins",
-                    ChunkFTWarning,
-                    stacklevel=4,
-                )
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether an optimizer step was counted, or states were loaded, since this module was made."""
-        optimizer = self.optimizer
-        return self._advanced or (optimizer is not None and optimizer.has_begun)
-
-    @property
-    def optimizer(self) -> ModelOptimizer | None:
-        """The optimizer of this module: the latest that was made for it, if it is alive."""
-        return None if self._optimizer is None else self._optimizer()
-
-    def _begin_anew(self, device: torch.device) -> None:
-        """Capture and plan the model as it is now; an optimizer keeps the states of parameters that are still there."""
-        plan = first_plan(self._model, self._options)
-        parameters, optimizer = dict(self._model.named_parameters()), self.optimizer
-        if optimizer is not None:
-            optimizer.follow(parameters)
-        if self._plan is not None:
-            self.__dict__["_position"] = None  # it counted over other cuts
-        self._take_up(plan, device)
-        self.__dict__["_is_due"] = False
-
-    def _drop_gradients(self) -> None:
-        for s in self._slices or ():
-            s.parameter.grad = None
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledModule:
-        """What ``to``, ``cuda``, ``half`` and their like do to all tensors.
-
-        Weights stay where the plan has them: on the way to the device that the model runs on only buffers and what
-        was elsewhere by the user's own doing move. Raises `ModelChanged` for another dtype or another GPU once training
-        has begun; before, the model is planned for what it became.
-        """
-        with self.lock:
-            self.check()
-            move = Move.of(self._model, fn)
-            device = self._residency.device
-            if self.has_begun and move.retypes:
-                raise ModelChanged(
-                    "the parameters of a model in training cannot be given another dtype: optimizer states belong to "
-                    "the one they have; convert the model before the first optimizer step"
-                )
-            if self.has_begun and move.device not in (device, torch.device("cpu"), None):
-                raise ModelChanged(
-                    f"a model that trains on {device} cannot be moved to {move.device}; compile the plain model there"
-                )
-            placed = (
-                set(self._watch.parameters) if self._plan is None or not self._plan.batch else self._residency.streamed
-            )
-            stay = {id(self._watch.parameters[n]) for n in placed} if move.device == device else set()
-            with gradients_aside(self._watch.parameters.values()):
-                super()._apply(lambda t: move.retyped(t) if id(t) in stay else fn(t), recurse)
-            if not self.has_begun and (move.retypes or move.device not in (device, None)):
-                self._begin_anew(device if move.device is None else compute_device(self._model, move.device))
-            return self
-
     def __getattr__(self, name: str) -> Any:
-        model = self.__dict__.get("_model")
-        if model is None:
-            raise AttributeError(name)
-        value = getattr(model, name)
+        value = super().__getattr__(name)
         if name != "generate":
             return value
-        return through_compiled(value, model, self.forward, self._residency, self.lock)
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        """The wrapped model's class, for ``isinstance`` and for code that reads the signature of a model's class."""
-        return type(self._model)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """What this module does not have itself is set on the wrapped model, as it is looked up there."""
-        if name in self.__dict__ or hasattr(CompiledModule, name):
-            super().__setattr__(name, value)
-        else:
-            setattr(self._model, name, value)
-
-    def __delattr__(self, name: str) -> None:
-        if name in self.__dict__:
-            super().__delattr__(name)
-        else:
-            delattr(self._model, name)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *dir(self._model)})
+        return through_compiled(value, self._model, self.forward, self._residency, self.lock)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Copies and pickles carry the wrapped model and the options; the copy is traced and planned anew."""
         return _rebuild, (self._model, self._options, self._backend, self._residency.device)
-
-    def train(self, mode: bool = True) -> CompiledModule:
-        """Set training mode here and in the wrapped model."""
-        self._model.train(mode)
-        self.__dict__["training"] = mode
-        return self
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients, or fill them with zeros in place."""
-        self._model.zero_grad(set_to_none)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The wrapped model's ``state_dict``: same keys, shapes and values as the plain model's."""
-        return self._model.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load into the wrapped model."""
-        return self._model.load_state_dict(*args, **kwargs)
 
     @property
     def plan(self) -> Plan:
@@ -418,9 +243,9 @@ class CompiledModule(nn.Module):
         return tuple(v for session in self._sessions for v in session.specializer.variants)
 
     def _new_session(self, gm: fx.GraphModule, inputs: Sequence[Any], is_training: bool) -> Session:
-        separate_outputs(gm)
         if is_training and not self._options.return_logits:
             chunk_head(gm)
+        separate_outputs(gm)
         names = {id(p): name for name, p in self._watch.parameters.items()}
         captured = capture(gm, inputs, names, self._backend)
         modules = list(self._model.named_modules())
