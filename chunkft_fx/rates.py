@@ -35,6 +35,8 @@ _BUFFER_NBYTES = {"cuda": 256 * 2**20, "cpu": 64 * 2**20}
 # Seconds spent on each measurement: long enough on a GPU for its clocks to settle under load.
 _SECONDS = {"cuda": 0.5, "cpu": 0.05}
 _LAUNCHES = 200
+# On a device that is nearly full, by how much smaller each try is. At a sixteenth a product still fills a large GPU.
+_SMALLER = (1, 4, 16)
 
 _measured: dict[tuple[Path, str], Rates] = {}
 
@@ -142,25 +144,45 @@ def calibrate(device: torch.device | str) -> Rates:
     """Measure a device; takes some ten seconds on CUDA, about one on the CPU.
 
     Needs up to 600 MiB of device memory while it runs (given back to the system at the end) and 512 MiB of pinned
-    host memory. Raises `ValueError` for a device that is neither CUDA nor the CPU.
+    host memory; on a device that is nearly full it measures with less. Raises `ValueError` for a device that is neither
+    CUDA nor the CPU.
     """
     device = torch.device(device)
     if device.type not in _BUFFER_NBYTES:
         raise ValueError(f"no rates can be measured on {device}: only CUDA devices and the CPU are supported")
-    start = time.perf_counter()
-    with torch.no_grad(), _current(device):
-        links = _links(device)
-        measured = Rates(
-            matmul_flops_per_s={str(d).removeprefix("torch."): _matmul(device, d) for d in _MATRIX_SIDE[device.type]},
-            memory_nbytes_per_s=_memory(device),
-            launch_us=_launch(device),
-            # twice, seconds apart, since others may use the link for a while, which only makes it look slower
-            **{name: max(rate, links[name]) for name, rate in _links(device).items()},
-        )
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    log.info("measured %s in %.1f s: %s", device, time.perf_counter() - start, measured)
-    return measured
+    for smaller in _SMALLER:
+        start = time.perf_counter()
+        try:
+            with torch.no_grad(), _current(device):
+                measured = _measure(device, smaller)
+        except torch.OutOfMemoryError as error:
+            log.info("%s has no room to be measured at 1/%d of the full size", device, smaller)
+            if smaller == _SMALLER[-1]:
+                error.add_note(
+                    "The first plan on a machine measures how fast its GPU is, which takes up to 600 MiB beside the "
+                    "model: free some of the GPU's memory"
+                )
+                raise
+        else:
+            log.info("measured %s in %.1f s: %s", device, time.perf_counter() - start, measured)
+            return measured
+        finally:
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    raise AssertionError("the last size either measures or raises")
+
+
+def _measure(device: torch.device, smaller: int) -> Rates:
+    """The rates by matrices and buffers of 1/``smaller`` of the full bytes."""
+    links = _links(device, smaller)
+    dtypes = _MATRIX_SIDE[device.type]
+    return Rates(
+        matmul_flops_per_s={str(d).removeprefix("torch."): _matmul(device, d, smaller) for d in dtypes},
+        memory_nbytes_per_s=_memory(device, smaller),
+        launch_us=_launch(device),
+        # twice, seconds apart, since others may use the link for a while, which only makes it look slower
+        **{name: max(rate, links[name]) for name, rate in _links(device, smaller).items()},
+    )
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -192,8 +214,8 @@ def elapsed_seconds(run: Callable[[], Any], device: torch.device) -> float:
     return first.elapsed_time(last) / 1e3
 
 
-def _matmul(device: torch.device, dtype: torch.dtype) -> float:
-    side = _MATRIX_SIDE[device.type][dtype]
+def _matmul(device: torch.device, dtype: torch.dtype, smaller: int = 1) -> float:
+    side = _MATRIX_SIDE[device.type][dtype] // math.isqrt(smaller)
     # Random values, because a GPU clocks higher on constants; from a generator of their own, so that no draw of the
     # program around is taken.
     generator = torch.Generator(device).manual_seed(0)
@@ -202,15 +224,15 @@ def _matmul(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / _seconds(lambda: torch.mm(a, b, out=out), device)
 
 
-def _memory(device: torch.device) -> float:
-    source = torch.ones(_BUFFER_NBYTES[device.type], dtype=torch.uint8, device=device)
+def _memory(device: torch.device, smaller: int = 1) -> float:
+    source = torch.ones(_BUFFER_NBYTES[device.type] // smaller, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / _seconds(lambda: target.copy_(source), device)
 
 
-def _links(device: torch.device) -> dict[str, float]:
+def _links(device: torch.device, smaller: int = 1) -> dict[str, float]:
     """Rates between host and device; on the CPU those of plain copies, which is what streams lower to there."""
-    nbytes = _BUFFER_NBYTES[device.type]
+    nbytes = _BUFFER_NBYTES[device.type] // smaller
     is_cuda = device.type == "cuda"
     there, back = (torch.ones(nbytes, dtype=torch.uint8, pin_memory=is_cuda) for _ in range(2))
     into, out = (torch.ones(nbytes, dtype=torch.uint8, device=device) for _ in range(2))

@@ -56,6 +56,8 @@ class Machine:
         """Called when instructions failed halfway, before their values are dropped."""
         if self.saved is not None:
             self.saved.abandon()
+        if self.ring is not None:
+            self.ring.abandon()
 
     def _carry(self, call: StreamNode, arguments: list[Any]) -> Sequence[Any]:
         assert self.saved is not None

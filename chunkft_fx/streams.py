@@ -66,6 +66,9 @@ class Ring:
         """The streams that fetches run on."""
         return []
 
+    def abandon(self) -> None:
+        """End all fetches under way: the program that began them failed; whoever gets the buffers next comes behind."""
+
     def _copy(self, host: Sequence[Tensor], copies: Sequence[Tensor], buffer: int) -> None:
         for source, copy in zip(host, copies, strict=True):
             copy.copy_(source)
@@ -87,6 +90,9 @@ class CudaRing(Ring):
 
     def streams(self) -> list[torch.cuda.Stream]:
         return [self._copies]
+
+    def abandon(self) -> None:
+        torch.cuda.current_stream(self.device).wait_stream(self._copies)
 
     def _copy(self, host: Sequence[Tensor], copies: Sequence[Tensor], buffer: int) -> None:
         self._copies.wait_stream(torch.cuda.current_stream(self.device))

@@ -23,7 +23,9 @@ def batch_for(model: nn.Module, task: str, size: int = 2, tokens: int = TOKENS) 
     text = torch.randint(*ORDINARY, (size, tokens), generator=generator)
     batch: dict[str, Any] = {}
     main = str(getattr(model, "main_input_name", "input_ids"))
-    if ("input_ids" in names and main != "pixel_values" and main != "input_features" and main != "input_values") or ("input_ids" in names and task == "image_text_to_text"):
+    if ("input_ids" in names and main != "pixel_values" and main != "input_features" and main != "input_values") or (
+        "input_ids" in names and task == "image_text_to_text"
+    ):
         batch["input_ids"] = text
     if "attention_mask" in names and "input_ids" in batch:
         mask = torch.ones_like(text)

@@ -57,7 +57,7 @@ def test_an_unknown_device_is_refused() -> None:
 def test_a_link_that_others_used_for_a_while_is_not_taken_for_a_slow_one(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("host_to_device_nbytes_per_s", "device_to_host_nbytes_per_s", "both_ways_nbytes_per_s")
     seen = [dict(zip(names, rates, strict=True)) for rates in ((1e9, 5e9, 3e9), (4e9, 2e9, 3.5e9))]
-    monkeypatch.setattr(module, "_links", lambda _: seen.pop())
+    monkeypatch.setattr(module, "_links", lambda _device, _smaller: seen.pop())
     found = calibrate("cpu")
     assert [getattr(found, name) for name in names] == [4e9, 5e9, 3.5e9]
 

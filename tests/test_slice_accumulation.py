@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from chunkft_fx.errors import SliceGradientError
 from chunkft_fx.module import CompiledModule
@@ -29,7 +29,7 @@ class Tied(nn.Module):
 
     def forward(self, ids: Tensor | None = None, embeds: Tensor | None = None) -> Tensor:
         x = self.embed(ids) if embeds is None else embeds
-        return F.linear(self.norm(x + torch.tanh(self.layer(x))), self.embed.weight).float().square().mean()
+        return functional.linear(self.norm(x + torch.tanh(self.layer(x))), self.embed.weight).float().square().mean()
 
 
 def models(dtype: torch.dtype = torch.float32, chunks: int = 3) -> tuple[CompiledModule, Tied]:

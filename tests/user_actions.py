@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 import chunkft_fx
 from chunkft_fx import errors
@@ -48,7 +48,7 @@ class SmallModel(nn.Module):
         for layer in self.layers:
             x = x + torch.tanh(layer(x))
         logits = self.head(x) * self.factor
-        return logits if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return logits if labels is None else cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 @dataclass
@@ -442,7 +442,7 @@ def _followed_or_refused(run: Run, change: Callable[[nn.Module], None]) -> None:
 
 ACTIONS: list[Callable[[Run], None]] = [
     train, train, train, train_clipped, train_scaled, accumulate, two_losses, retain, outside_lookup, outside_penalty,
-    with_image, evaluate, evaluate_with_gradients, skip, raise_in_forward, raise_in_backward, raise_in_step, freeze, unfreeze,
-    assign, load, change_in_place, save_and_load, activate, longer, shorter, more_rows, set_attribute, move, hook, unhook,
-    refuse_double_backward, refuse_foreign_optimizer, refuse_plain_model, resize, grow, shrink, cast,
+    with_image, evaluate, evaluate_with_gradients, skip, raise_in_forward, raise_in_backward, raise_in_step, freeze,
+    unfreeze, assign, load, change_in_place, save_and_load, activate, longer, shorter, more_rows, set_attribute, move,
+    hook, unhook, refuse_double_backward, refuse_foreign_optimizer, refuse_plain_model, resize, grow, shrink, cast,
 ]  # fmt: skip
