@@ -4,7 +4,7 @@ A `SliceGradient` has the parameter's shape and owns the memory of the slice alo
 computed. Torch's own tools (clipping, scalers, ``zero_grad``, hooks) see it as any gradient. What makes sense for the
 slice alone works on it: norms, sums, scaling, zeroing, finite checks, casts, sums with other gradients. Everything else
 raises `SliceGradientError`. An operation on a slice gradient and a tensor of the parameter's shape reads the slice of
-that tensor.
+that tensor. What a parameter keeps of the gradient of its whole is a plain tensor, and so is what is computed from one.
 
 A gradient on its way from backward to its parameter is *new*: it may share memory with others, and be narrower than its
 dtype says. Autograd takes it with ``detach``, which makes of a new one the tensor that the parameter keeps; where the
@@ -126,7 +126,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _like(first, first.part.clone())
     if operator is aten.new_empty_strided and tuple(args[1]) == tuple(first.shape):
         return _like(first, torch.empty_like(first.part, dtype=kwargs.get("dtype")))
-    if not _makes_sense(operator, args, kwargs, first):
+    if not first.slice.is_whole and not _makes_sense(operator, args, kwargs, first):
         raise SliceGradientError(
             f"{func} was called on the gradient of {_where(first)}: of this parameter only the active slice has a "
             "gradient. Norms, sums, scaling, zeroing, finite checks and casts work on it as on any gradient; for other "
@@ -139,7 +139,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return cut_from(a, first.slice) if isinstance(a, Tensor) and a.ndim else a
 
     result = func(*tree_map(own, args), **tree_map(own, kwargs))
-    if operator in _IN_PLACE:
+    if operator in _IN_PLACE or (isinstance(args[0], SliceGradient) and result is args[0]._held):
         return args[0]
     return result if operator in _REDUCTIONS else _like(first, result)
 
@@ -172,8 +172,9 @@ def _makes_sense(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], f
     return True
 
 
-def _like(gradient: SliceGradient, values: Tensor) -> SliceGradient:
-    return SliceGradient(values, gradient.slice, gradient.shape)
+def _like(gradient: SliceGradient, values: Any) -> Any:
+    """Values in the place of a gradient's, plain where nothing of the parameter lies outside."""
+    return values if gradient.slice.is_whole else SliceGradient(values, gradient.slice, gradient.shape)
 
 
 def _part(a: Any) -> Any:

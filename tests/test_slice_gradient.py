@@ -333,3 +333,14 @@ def test_a_new_gradient_changed_in_place_stays_changed() -> None:
     kept = new.detach()
     assert isinstance(kept, SliceGradient)
     assert kept.part.tolist() == new.part.tolist() == [[0.25] * 3] * 2
+
+
+@pytest.mark.parametrize("name", ["mean", "sum_along", "view", "index", "exp", "plus_number", "product_left", "where"])
+def test_of_a_whole_parameter_everything_can_be_computed(name: str) -> None:
+    _, dense, other = example()
+    new = SliceGradient(dense.bfloat16(), Slice("w", 0, 0, 5, 5), (5, 3), torch.float32, is_new=True)
+    result = REFUSED[name](new, other)
+    assert type(result) is Tensor
+    torch.testing.assert_close(result, REFUSED[name](dense.bfloat16().float(), other))
+    assert new.fill_(2.0) is new
+    assert torch.equal(new.detach(), torch.full((5, 3), 2.0))
