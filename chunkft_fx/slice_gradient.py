@@ -38,9 +38,9 @@ _REDUCTIONS = {aten.linalg_vector_norm, aten.norm, aten.sum, aten.all, aten.any,
     aten.count_nonzero
 }
 # Of many gradients at once, in place or to a number each.
-_OF_LISTS = {aten._foreach_norm, aten._foreach_mul_, aten._foreach_zero_} | {
-    aten._amp_foreach_non_finite_check_and_unscale_
-}
+_OF_LISTS = {aten._foreach_norm, aten._foreach_mul_, aten._foreach_zero_, aten._foreach_clamp_min_} | {
+    aten._foreach_clamp_max_, aten._amp_foreach_non_finite_check_and_unscale_
+}  # fmt: skip
 _SUMS = {aten.add, aten.sub, aten.add_, aten.sub_}
 # Operators in which a gradient may come behind a whole tensor; one changed in place then changes in the slice alone.
 _TURNED = {aten.add, aten.mul, aten.add_, aten.sub_}
@@ -114,9 +114,9 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     operator = func.overloadpacket
     gradients = [a for a in tree_leaves((args, kwargs)) if isinstance(a, SliceGradient)]
     first = gradients[0]
-    if operator in _OF_LISTS:
+    if operator in _OF_LISTS and _makes_sense_of_each(operator, args[1:]):
         return func(*tree_map(_part, args), **tree_map(_part, kwargs))
-    if any(g.slice != first.slice or g.shape != first.shape for g in gradients):
+    if operator not in _OF_LISTS and any(g.slice != first.slice or g.shape != first.shape for g in gradients):
         raise SliceGradientError(
             f"{func} was called on gradients of different slices: {', '.join(_where(g) for g in gradients)}"
         )
@@ -126,7 +126,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _like(first, first.part.clone())
     if operator is aten.new_empty_strided and tuple(args[1]) == tuple(first.shape):
         return _like(first, torch.empty_like(first.part, dtype=kwargs.get("dtype")))
-    if not first.slice.is_whole and not _makes_sense(operator, args, kwargs, first):
+    if operator in _OF_LISTS or (not first.slice.is_whole and not _makes_sense(operator, args, kwargs, first)):
         raise SliceGradientError(
             f"{func} was called on the gradient of {_where(first)}: of this parameter only the active slice has a "
             "gradient. Norms, sums, scaling, zeroing, finite checks and casts work on it as on any gradient; for other "
@@ -169,6 +169,18 @@ def _makes_sense(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], f
             return False
         is_of_all = all(a is None or a == [] or not isinstance(a, list | tuple) for a in args[1:])
         return is_of_all and kwargs.get("dim") is None
+    return True
+
+
+def _makes_sense_of_each(operator: Any, options: tuple[Any, ...]) -> bool:
+    """Whether an operator on a list of gradients, with these options, does what its caller means."""
+    tensors = [a for a in tree_leaves(options) if isinstance(a, Tensor)]
+    if any(isinstance(t, SliceGradient) or t.ndim for t in tensors):
+        return False
+    if operator is aten._foreach_clamp_min_:
+        return all(bound <= 0 for bound in tree_leaves(options[0]))
+    if operator is aten._foreach_clamp_max_:
+        return all(bound >= 0 for bound in tree_leaves(options[0]))
     return True
 
 
