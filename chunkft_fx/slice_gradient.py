@@ -4,7 +4,7 @@ A `SliceGradient` has the parameter's shape and owns the memory of the slice alo
 computed. Torch's own tools (clipping, scalers, ``zero_grad``, hooks) see it as any gradient. What makes sense for the
 slice alone works on it: norms, sums, scaling, zeroing, finite checks, casts, sums with other gradients. Everything else
 raises `SliceGradientError`. An operation on a slice gradient and a tensor of the parameter's shape reads the slice of
-that tensor.
+that tensor. What a parameter keeps of the gradient of its whole is a plain tensor, and so is what is computed from one.
 
 A gradient on its way from backward to its parameter is *new*: it may share memory with others, and be narrower than its
 dtype says. Autograd takes it with ``detach``, which makes of a new one the tensor that the parameter keeps; where the
@@ -38,9 +38,9 @@ _REDUCTIONS = {aten.linalg_vector_norm, aten.norm, aten.sum, aten.all, aten.any,
     aten.count_nonzero
 }
 # Of many gradients at once, in place or to a number each.
-_OF_LISTS = {aten._foreach_norm, aten._foreach_mul_, aten._foreach_zero_} | {
-    aten._amp_foreach_non_finite_check_and_unscale_
-}
+_OF_LISTS = {aten._foreach_norm, aten._foreach_mul_, aten._foreach_zero_, aten._foreach_clamp_min_} | {
+    aten._foreach_clamp_max_, aten._amp_foreach_non_finite_check_and_unscale_
+}  # fmt: skip
 _SUMS = {aten.add, aten.sub, aten.add_, aten.sub_}
 # Operators in which a gradient may come behind a whole tensor; one changed in place then changes in the slice alone.
 _TURNED = {aten.add, aten.mul, aten.add_, aten.sub_}
@@ -114,9 +114,9 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     operator = func.overloadpacket
     gradients = [a for a in tree_leaves((args, kwargs)) if isinstance(a, SliceGradient)]
     first = gradients[0]
-    if operator in _OF_LISTS:
+    if operator in _OF_LISTS and _makes_sense_of_each(operator, args[1:]):
         return func(*tree_map(_part, args), **tree_map(_part, kwargs))
-    if any(g.slice != first.slice or g.shape != first.shape for g in gradients):
+    if operator not in _OF_LISTS and any(g.slice != first.slice or g.shape != first.shape for g in gradients):
         raise SliceGradientError(
             f"{func} was called on gradients of different slices: {', '.join(_where(g) for g in gradients)}"
         )
@@ -126,7 +126,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _like(first, first.part.clone())
     if operator is aten.new_empty_strided and tuple(args[1]) == tuple(first.shape):
         return _like(first, torch.empty_like(first.part, dtype=kwargs.get("dtype")))
-    if not _makes_sense(operator, args, kwargs, first):
+    if operator in _OF_LISTS or (not first.slice.is_whole and not _makes_sense(operator, args, kwargs, first)):
         raise SliceGradientError(
             f"{func} was called on the gradient of {_where(first)}: of this parameter only the active slice has a "
             "gradient. Norms, sums, scaling, zeroing, finite checks and casts work on it as on any gradient; for other "
@@ -139,7 +139,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return cut_from(a, first.slice) if isinstance(a, Tensor) and a.ndim else a
 
     result = func(*tree_map(own, args), **tree_map(own, kwargs))
-    if operator in _IN_PLACE:
+    if operator in _IN_PLACE or (isinstance(args[0], SliceGradient) and result is args[0]._held):
         return args[0]
     return result if operator in _REDUCTIONS else _like(first, result)
 
@@ -172,8 +172,21 @@ def _makes_sense(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], f
     return True
 
 
-def _like(gradient: SliceGradient, values: Tensor) -> SliceGradient:
-    return SliceGradient(values, gradient.slice, gradient.shape)
+def _makes_sense_of_each(operator: Any, options: tuple[Any, ...]) -> bool:
+    """Whether an operator on a list of gradients, with these options, does what its caller means."""
+    tensors = [a for a in tree_leaves(options) if isinstance(a, Tensor)]
+    if any(isinstance(t, SliceGradient) or t.ndim for t in tensors):
+        return False
+    if operator is aten._foreach_clamp_min_:
+        return all(bound <= 0 for bound in tree_leaves(options[0]))
+    if operator is aten._foreach_clamp_max_:
+        return all(bound >= 0 for bound in tree_leaves(options[0]))
+    return True
+
+
+def _like(gradient: SliceGradient, values: Any) -> Any:
+    """Values in the place of a gradient's, plain where nothing of the parameter lies outside."""
+    return values if gradient.slice.is_whole else SliceGradient(values, gradient.slice, gradient.shape)
 
 
 def _part(a: Any) -> Any:

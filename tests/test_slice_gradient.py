@@ -148,6 +148,10 @@ REFUSED: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "ones_like": lambda g, o: torch.ones_like(g),
     "new_zeros": lambda g, o: g.new_zeros(3),
     "list_plus": lambda g, o: torch._foreach_add_([g], 1.0),
+    "list_by_list": lambda g, o: torch._foreach_mul_([g], [o]),
+    "list_by_gradients": lambda g, o: torch._foreach_mul_([o], [g]),
+    "list_clamp_above_0": lambda g, o: torch._foreach_clamp_min_([g], 0.5),
+    "list_clamp_below_0": lambda g, o: torch._foreach_clamp_max_([g], [-0.5]),
 }
 
 
@@ -237,6 +241,9 @@ def test_lists_hold_gradients_of_any_slices(first: Case, second: Case) -> None:
     torch.testing.assert_close(torch._foreach_norm(ours), torch._foreach_norm(dense))
     for gradients in (ours, dense):
         torch._foreach_mul_(gradients, torch.tensor(0.5))
+        torch._foreach_mul_(gradients, [3.0, -1.0])
+        torch._foreach_clamp_min_(gradients, -1.5)
+        torch._foreach_clamp_max_(gradients, [0.25, 0.0])
     for g, d, c in zip(ours, dense, (first, second), strict=True):
         assert_is_slice_of(g, d, c[0])
     if first[2] in (torch.float32, torch.float64):
@@ -333,3 +340,14 @@ def test_a_new_gradient_changed_in_place_stays_changed() -> None:
     kept = new.detach()
     assert isinstance(kept, SliceGradient)
     assert kept.part.tolist() == new.part.tolist() == [[0.25] * 3] * 2
+
+
+@pytest.mark.parametrize("name", ["mean", "sum_along", "view", "index", "exp", "plus_number", "product_left", "where"])
+def test_of_a_whole_parameter_everything_can_be_computed(name: str) -> None:
+    _, dense, other = example()
+    new = SliceGradient(dense.bfloat16(), Slice("w", 0, 0, 5, 5), (5, 3), torch.float32, is_new=True)
+    result = REFUSED[name](new, other)
+    assert type(result) is Tensor
+    torch.testing.assert_close(result, REFUSED[name](dense.bfloat16().float(), other))
+    assert new.fill_(2.0) is new
+    assert torch.equal(new.detach(), torch.full((5, 3), 2.0))

@@ -8,23 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+import chunkft_fx
 from chunkft_fx import streaming
+from chunkft_fx.errors import ModelChanged
 from chunkft_fx.optim import AdamW
 from chunkft_fx.optim_host import HostStates
-from chunkft_fx.optim_state import master_dtype
 from chunkft_fx.streaming import CudaStage
 from chunkft_fx.torch_internals import release_idle_pinned
-from tests.fake_model import FakeModule, net
+from tests.small_net import compiled, feed, net
 
 pytestmark = pytest.mark.gpu
-
-
-def feed(module: FakeModule, step: int) -> None:
-    """The same random gradients on every device, so that only the update differs."""
-    generator = torch.Generator().manual_seed(step)
-    for s in module.active_slices():
-        gradient = torch.randn(s.weight().shape, generator=generator, dtype=torch.float64)
-        s.grad = gradient.to(module.compute_device, master_dtype(s.parameter))
 
 
 def assert_close(cpu: AdamW, gpu: AdamW, state_dtype: str) -> None:
@@ -47,7 +40,7 @@ def assert_close(cpu: AdamW, gpu: AdamW, state_dtype: str) -> None:
 def test_streamed_states_equal_those_of_the_cpu(
     dtype: torch.dtype, state_dtype: str, chunks: int, interval: int
 ) -> None:
-    first, second = (FakeModule(net(dtype), chunks, "random", interval) for _ in range(2))
+    first, second = (compiled(net(dtype), chunks, "random", interval) for _ in range(2))
     second.cuda()
     cpu, gpu = (
         AdamW(m, lr=0.02, weight_decay=0.1, max_grad_norm=1.0, state_dtype=state_dtype) for m in (first, second)
@@ -66,7 +59,7 @@ def test_streamed_states_equal_those_of_the_cpu(
 
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
 def test_resume_on_the_gpu_equals_an_uninterrupted_run(state_dtype: str) -> None:
-    straight, broken = (FakeModule(net(torch.bfloat16), 5).cuda() for _ in range(2))
+    straight, broken = (compiled(net(torch.bfloat16), 5).cuda() for _ in range(2))
     whole, first = (AdamW(m, state_dtype=state_dtype) for m in (straight, broken))
     for step in range(14):
         feed(straight, step)
@@ -84,23 +77,26 @@ def test_resume_on_the_gpu_equals_an_uninterrupted_run(state_dtype: str) -> None
 
 
 @pytest.mark.parametrize("states", ["keep", "reset"])
-def test_moving_the_model_takes_the_states_along(states: str) -> None:
-    stays, moves = FakeModule(net(torch.bfloat16), 3), FakeModule(net(torch.bfloat16), 3)
+def test_a_model_moves_before_its_first_step_and_not_after(states: str) -> None:
+    stays, moves = compiled(net(torch.bfloat16), 3), compiled(net(torch.bfloat16), 3)
     cpu, moved = (AdamW(m, states=states) for m in (stays, moves))
+    moves.to("cuda")
     for step in range(9):
-        if step in (2, 6):
-            moves.to("cuda" if step == 2 else "cpu")
         for module, optimizer in ((stays, cpu), (moves, moved)):
             feed(module, step)
             optimizer.step()
     for p, q in zip(stays.parameters(), moves.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-2)
+        assert q.is_cuda
+        torch.testing.assert_close(p, q.cpu(), rtol=1e-2, atol=1e-2)
+    with pytest.raises(ModelChanged, match="cannot be moved to cuda"):
+        stays.to("cuda")
+    assert not any(p.is_cuda for p in stays.parameters())
 
 
 @pytest.mark.parametrize("states", ["keep", "reset"])
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
 def test_device_memory_is_that_of_one_chunk(states: str, state_dtype: str) -> None:
-    module = FakeModule(net(), 5).cuda()
+    module = compiled(net(), 5).cuda()
     before = torch.cuda.memory_allocated()
     optimizer = AdamW(module, states=states, state_dtype=state_dtype)
     for step in range(10):
@@ -112,7 +108,7 @@ def test_device_memory_is_that_of_one_chunk(states: str, state_dtype: str) -> No
 
 
 def test_reset_states_equal_those_of_the_cpu() -> None:
-    first, second = (FakeModule(net(torch.bfloat16), 4, "random", 3) for _ in range(2))
+    first, second = (compiled(net(torch.bfloat16), 4, "random", 3) for _ in range(2))
     second.cuda()
     cpu, gpu = (AdamW(m, lr=0.02, states="reset") for m in (first, second))
     for step in range(24):
@@ -123,20 +119,14 @@ def test_reset_states_equal_those_of_the_cpu() -> None:
         torch.testing.assert_close(p, q.cpu(), rtol=1e-2, atol=1e-2)
 
 
-class StreamedModule(FakeModule):
-    """Computes on CUDA while its weights stay in pinned host memory."""
-
-    @property
-    def compute_device(self) -> torch.device:
-        return torch.device("cuda", torch.cuda.current_device())
-
-
 @pytest.mark.parametrize("pinned", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_weights_in_host_memory_are_up_to_date_after_a_step(dtype: torch.dtype, pinned: bool) -> None:
-    first, second = FakeModule(net(dtype), 3), StreamedModule(net(dtype), 3)
-    for p in second.parameters():
+    model = net(dtype)
+    for p in model.parameters():
         p.data = p.data.pin_memory() if pinned else p.data
+    first = compiled(net(dtype), 3)
+    second = chunkft_fx.compile(model, "1GB", chunks=3, backend="eager", device="cuda")
     cpu, gpu = AdamW(first, lr=0.02, max_grad_norm=1.0), AdamW(second, lr=0.02, max_grad_norm=1.0)
     for step in range(9):
         for module, optimizer in ((first, cpu), (second, gpu)):
@@ -149,7 +139,7 @@ def test_weights_in_host_memory_are_up_to_date_after_a_step(dtype: torch.dtype, 
 
 
 def test_a_step_makes_backwards_through_the_old_weights_stale() -> None:
-    module = FakeModule(net(torch.bfloat16), 2).cuda()
+    module = compiled(net(torch.bfloat16), 2).cuda()
     optimizer = AdamW(module)
     feed(module, 0)
     updated = [s.parameter for s in module.active_slices()]
@@ -162,7 +152,7 @@ def test_pinned_memory_of_a_dropped_optimizer_can_be_given_back() -> None:
     def pinned_nbytes() -> int:
         return int(torch.cuda.host_memory_stats()["allocated_bytes.current"])
 
-    module = FakeModule(net(torch.bfloat16), 2).cuda()
+    module = compiled(net(torch.bfloat16), 2).cuda()
     optimizer = AdamW(module)
     for step in range(3):
         feed(module, step)
