@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests.family_configs import IMAGE
 
 TOKENS = 16
-ORDINARY = (8, 100)
+ORDINARY = (8, 88)
 
 
 def batch_for(model: nn.Module, task: str, size: int = 2, tokens: int = TOKENS) -> dict[str, Any]:
@@ -23,9 +23,7 @@ def batch_for(model: nn.Module, task: str, size: int = 2, tokens: int = TOKENS) 
     text = torch.randint(*ORDINARY, (size, tokens), generator=generator)
     batch: dict[str, Any] = {}
     main = str(getattr(model, "main_input_name", "input_ids"))
-    if ("input_ids" in names and main != "pixel_values" and main != "input_features" and main != "input_values") or (
-        "input_ids" in names and task == "image_text_to_text"
-    ):
+    if "input_ids" in names and (main.startswith("input_id") or task == "image_text_to_text"):
         batch["input_ids"] = text
     if "attention_mask" in names and "input_ids" in batch:
         mask = torch.ones_like(text)
@@ -36,7 +34,9 @@ def batch_for(model: nn.Module, task: str, size: int = 2, tokens: int = TOKENS) 
     if "bbox" in names:
         corner = torch.randint(0, 50, (size, tokens, 2), generator=generator)
         batch["bbox"] = torch.cat([corner, corner + 7], -1)
-    if "pixel_values" in names:
+    if "pixel_values" in names and "image_grid_thw" in names:
+        batch |= _patches(config, size, generator)
+    elif "pixel_values" in names:
         batch["pixel_values"] = _pixels(config, size, generator)
     if "input_features" in names:
         batch["input_features"] = _features(config, size, generator)
@@ -65,6 +65,44 @@ def _pixels(config: Any, size: int, generator: torch.Generator) -> Tensor:
     return torch.randn(size, int(channels), int(height), int(width), generator=generator)
 
 
+def _patches(config: Any, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Images of 4 by 4 patches, each patch a row."""
+    side, frames = _find(config, "patch_size"), _find(config, "temporal_patch_size") or 1
+    features = int(_find(config, "in_channels", "num_channels") or 3) * int(frames) * int(side) ** 2
+    return {
+        "pixel_values": torch.randn(16 * size, features, generator=generator),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * size),
+    }
+
+
+def with_image_tokens(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with as many image tokens in its text as the model says that it has image features.
+
+    Models tell the number in the error that they raise for another one.
+    """
+    token = _find(model.config, "image_token_id", "image_token_index")
+    if "input_ids" not in batch or "pixel_values" not in batch or token is None:
+        return batch
+    try:
+        model(**batch)
+    except Exception as error:
+        told = re.search(r"features:? (\d+)", str(error))
+        if told is None:
+            raise
+        each = int(told[1]) // len(batch["input_ids"])
+        return batch | _with_image(model, batch, torch.full((len(batch["input_ids"]), each), int(token)))
+    return batch
+
+
+def _with_image(model: nn.Module, batch: dict[str, Any], image: Tensor) -> dict[str, Tensor]:
+    """Text, mask and labels with image tokens before them."""
+    fill = {"input_ids": image, "attention_mask": torch.ones_like(image), "labels": torch.full_like(image, -100)}
+    longer = {n: torch.cat([first, batch[n]], 1) for n, first in fill.items() if n in batch}
+    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+        longer["mm_token_type_ids"] = (longer["input_ids"] == image[0, 0]).long()
+    return longer
+
+
 def _features(config: Any, size: int, generator: torch.Generator) -> Tensor:
     bins = _find(config, "num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "input_dim") or 80
     frames = 2 * (_find(config, "max_source_positions") or 32)
@@ -85,7 +123,7 @@ def _labels(
     if re.search("classification", task):
         return torch.randint(0, int(config.num_labels), (size,), generator=generator)
     if task == "ctc":
-        return torch.randint(*ORDINARY, (size, 3), generator=generator)
+        return torch.randint(ORDINARY[0], min(ORDINARY[1], int(config.vocab_size)), (size, 3), generator=generator)
     labels = torch.randint(*ORDINARY, (size, tokens), generator=generator)
     labels[0, :2] = -100
     return labels

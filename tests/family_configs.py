@@ -15,11 +15,11 @@ from typing import Any
 WIDTH = 64
 HEADS = 4
 HEAD_DIM = WIDTH // HEADS
-VOCABULARY = 160
+VOCABULARY = 128
 IMAGE = 32
 POSITIONS = 128
 LAYERS = 2
-_FIRST_SPECIAL = VOCABULARY - 40
+_FIRST_SPECIAL = VOCABULARY - 38
 
 # What the first pattern that is found in a name makes of a number. Larger defaults shrink to it, smaller ones stay.
 _RULES: tuple[tuple[str, int], ...] = (
@@ -28,33 +28,30 @@ _RULES: tuple[tuple[str, int], ...] = (
     (r"per_layer_input$|laurel_rank|lora_rank|_rank$|low_rank|lowrank|time_step_rank", 16),
     (r"(first_k_dense_replace|num_dense_layers|mtp_layers|nextn_predict_layers|kv_shared_layers)", 1),
     (r"layers?$|^depth$|_depth$|num_blocks$|^n_layer$|num_res_blocks", LAYERS),
+    (r"qk_rope_head_dim|index_head_dim|rotary_dim", HEAD_DIM // 2),
+    (r"head_dim|head_size|d_head$|d_kv|dim_head|kv_channels|query_pre_attn_scalar", HEAD_DIM),
+    (r"mamba_d_ssm", 2 * WIDTH),
     (r"mamba_n_heads|mamba_num_heads|n_mamba_heads|linear_num_value_heads|linear_num_heads", 2 * HEADS),
     (r"linear_num_key_heads|heads?$|^num_heads|^n_head", HEADS),
-    (r"qk_rope_head_dim|index_head_dim|rotary_dim", HEAD_DIM // 2),
-    (
-        r"head_dim|head_size|_d_head|^d_head|d_kv|dim_head|kv_channels|attention_head_dim|query_pre_attn_scalar",
-        HEAD_DIM,
-    ),
     (r"shared_experts?$|num_shared", 1),
     (r"experts_per_tok|top_?k$|^moe_k$|topk_group|num_experts_per|n_activated", 2),
     (r"n_group$|num_expert_group|n_groups|num_groups|expert_capacity|conv_pos_embedding_groups", 2),
     (r"experts$|^num_local_experts|n_routed_experts", 4),
     (r"index_topk|index_block_size|mamba_chunk_size|^chunk_size$|context_size", 8),
+    (r"^window_size$|mm_tokens_per_image", 4),
     (r"window|attention_chunk|local_attention|^block_size$", 8),
     (r"_period$", 2),
+    (r"_offset$", 1),
     (
         r"max_.*position|n_positions|max_seq|^n_ctx|max_length|positions$|max_source|max_target|pos_emb_(height|width)",
         128,
     ),
-    (r"image_size|^resolution$|input_size$", IMAGE),
+    (r"image_size|^resolution$|^input_size$", IMAGE),
     (r"patch_size|encoder_stride", 8),
     (r"mel_bins|input_feat_per_channel|feature_projection_input_dim|input_dim$", 16),
     (r"state_size|d_state", 8),
-    (r"codevector|query_tokens|latent_query|n_latents|num_image_tokens|_seq_length|prompt_length", 16),
-    (
-        r"hidden_size|hidden_dim|d_model|n_embd|embed_dim|emb_dim|embedding_(size|dim)|^dim$|_dim$|width|projection",
-        WIDTH,
-    ),
+    (r"codevector|num_latents|query_tokens|latent_query|n_latents|num_image_tokens|_seq_length|prompt_length", 16),
+    (r"hidden_size|d_model|d_latents|_input_size$|n_embd|embedding_(size|dim)|^dim$|_dim$|width|projection", WIDTH),
     (
         r"intermediate|ffn|d_ff|dff|inner|dim_ff|mlp_dim|channels|num_filters|features|out_dim|_size_mlp|output_size",
         WIDTH,
@@ -88,12 +85,22 @@ def tiny_arguments(config: Any, adjust: Mapping[str, Any]) -> dict[str, Any]:
             isinstance(value, int) and not isinstance(value, bool) and not (defaults[name] is None and not _token(name))
         ):
             chosen[name] = _number(name, value, given, layers)
-    chosen |= _switches(given)
+    chosen |= _absent(given) | _switches(given)
     return chosen | {k: v for k, v in adjust.items() if k in given}
 
 
 def _nested(config: Any, adjust: Mapping[str, Any]) -> Any:
     return type(config)(**tiny_arguments(config, adjust))
+
+
+def _absent(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes that some models need although their configuration leaves them open."""
+    sizes = {
+        "head_dim": HEAD_DIM, "num_key_value_heads": HEADS, "vocab_size": VOCABULARY,
+        "num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1,
+        "pad_token_id": special_token("pad_token_id"),
+    }  # fmt: skip
+    return {name: size for name, size in sizes.items() if name in given and given[name] is None}
 
 
 def _switches(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,6 +130,10 @@ def _number(name: str, value: int, given: Mapping[str, Any], layers: Sequence[in
         return len(layers)
     if re.search(r"(^|_)(key_value|kv)_heads$", name):
         return _kv_heads(name, value, given)
+    if name == "head_dim" and given.get("qk_rope_head_dim") == value:
+        return HEAD_DIM // 2
+    if name == "num_heads" and "expand" in given:
+        return 2 * HEADS
     if name == "patch_size" and value <= 8:
         return value
     if name == "embed_dim" and (heads := _list_of_heads(given)):
@@ -147,7 +158,10 @@ def _list_of_heads(given: Mapping[str, Any]) -> Sequence[int] | None:
 
 def _image(given: Mapping[str, Any]) -> int:
     """Networks that halve the image in each stage need a larger one."""
-    return 2 * IMAGE if any(isinstance(given.get(n), (list, tuple)) for n in ("depths", "hidden_sizes")) else IMAGE
+    staged = any(
+        isinstance(v, (list, tuple)) and re.search(r"depths|sizes$|dims$|channels$", n) for n, v in given.items()
+    )
+    return 2 * IMAGE if staged else IMAGE
 
 
 def _kept_layers(given: Mapping[str, Any]) -> list[int] | None:
@@ -172,17 +186,21 @@ def _list(name: str, value: Sequence[Any], given: Mapping[str, Any], layers: Seq
     count = next((given[n] for n in ("num_hidden_layers", "n_layer", "num_layers") if n in given), None)
     if layers is not None and len(value) == count:
         return [value[i] for i in layers]
-    if re.search(r"_(indexes|idxs|indices|layers)$|feature_layers?$", name):
-        return [0] if len(value) else []
+    if len(value) == 1 and isinstance(value[0], list) and len(value[0]) == 2 and isinstance(value[0][1], int):
+        return [[value[0][0], 1]]  # a pattern of layers and how often it comes
     if not value or not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
         return None
+    if re.search(r"_(indexes|idxs|indices|layers)$|feature_layers?$", name):
+        return [0]
     if name == "depths" or name.endswith("depths"):
         return [min(v, 1) for v in value]
     if name in ("image_size", "patch_size", "input_size"):
         return [_number(name, v, given, layers) for v in value]
     if re.search(r"sizes$|channels$|dims?$", name) and min(value) >= 16:
-        factor = max(1, min(value) // 16)
-        return [v // factor for v in value]
+        factors = [
+            f for f in (64, 32, 16, 8, 4, 2) if f <= min(value) // 16 and all(v % (f * HEADS) == 0 for v in value)
+        ]
+        return [v // factors[0] for v in value] if factors else None
     return None
 
 

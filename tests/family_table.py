@@ -27,9 +27,9 @@ def _section(records: Sequence[dict[str, Any]]) -> str:
     lines = [
         "## transformers families",
         "",
-        "Each family in the registry of transformers, with a tiny configuration made by rules from its own one and random",
-        "weights in float32: gradients of three chunks, a batch of another shape, dropout under a seed and evaluation,",
-        "against the plain model. Made by `python -m tests.sweep_families`, written here by its `--table`.",
+        "Each family in the registry of transformers, with a tiny configuration made by rules from its own one and",
+        "random weights in float32: gradients of three chunks, a batch of another shape, dropout under a seed and",
+        "evaluation, against the plain model. Made by `python -m tests.sweep_families`, written here by its `--table`.",
         "",
         f"{len({r['family'] for r in built})} families were built and compared, in {len(built)} tasks.",
         "",

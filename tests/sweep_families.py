@@ -26,7 +26,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 
 from tests import family_table
-from tests.family_check import FAULTS, Result, as_record, check
+from tests.family_check import FAULTS, PARTS, Result, as_record, check
 
 TASKS = {
     "causal_lm": "CAUSAL_LM",
@@ -39,7 +39,7 @@ TASKS = {
     "speech_seq2seq": "SPEECH_SEQ_2_SEQ",
     "image_text_to_text": "IMAGE_TEXT_TO_TEXT",
 }
-SECONDS = 240
+SECONDS = 180  # of processor time
 MEMORY_BYTES = 6 << 30
 
 
@@ -50,21 +50,25 @@ def registry(task: str) -> dict[str, str]:
     return {family: name if isinstance(name, str) else name[0] for family, name in listed.items()}
 
 
-def entries(tasks: Sequence[str], families: Sequence[str] | None, shard: tuple[int, int]) -> Iterator[tuple[str, str]]:
-    """The (task, family) pairs of one shard of the registry."""
+def entries(
+    tasks: Sequence[str], families: Sequence[str] | None, shard: tuple[int, int], once: bool = False
+) -> Iterator[tuple[str, str]]:
+    """The (task, family) pairs of one shard of the registry; with ``once`` each family in its first task only."""
     chosen = [(t, f) for t in tasks for f in registry(t) if not families or f in families]
+    if once:
+        chosen = [(t, f) for f, t in {f: t for t, f in reversed(chosen)}.items()][::-1]
     index, count = shard
     yield from chosen[index::count]
 
 
-def isolated(task: str, family: str) -> dict[str, Any]:
+def isolated(task: str, family: str, parts: tuple[str, ...] = PARTS) -> dict[str, Any]:
     """The result of one family as plain data, from a process of its own."""
     name = registry(task)[family]
     reading, writing = os.pipe()
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
-        _run_child(task, family, name, reading, writing)
+        _run_child(task, family, name, parts, reading, writing)
     os.close(writing)
     with os.fdopen(reading) as pipe:
         text = pipe.read()
@@ -76,16 +80,15 @@ def isolated(task: str, family: str) -> dict[str, Any]:
     return as_record(Result(task, family, name, "other exception", "process", f"its process ended with {cause}"))
 
 
-def _run_child(task: str, family: str, name: str, reading: int, writing: int) -> None:
+def _run_child(task: str, family: str, name: str, parts: tuple[str, ...], reading: int, writing: int) -> None:
     """Check one family and never return."""
     os.close(reading)
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
-    signal.alarm(SECONDS)
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     warnings.simplefilter("ignore")
     transformers = importlib.import_module("transformers")
-    auto = importlib.import_module("transformers.models.auto.configuration_auto")
     try:
-        record = as_record(check(task, family, getattr(transformers, name), auto.CONFIG_MAPPING[family]))
+        record = as_record(check(task, family, getattr(transformers, name), parts))
         with os.fdopen(writing, "w") as pipe:
             pipe.write(json.dumps(record))
     finally:
@@ -106,6 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tasks", default=",".join(TASKS), help="comma-separated, of: " + ", ".join(TASKS))
     parser.add_argument("--shard", default="0/1", help="i/n runs every n-th family from the i-th on")
     parser.add_argument("--results", type=Path, default=Path("families.jsonl"), help="JSON lines, appended to")
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated, of: " + ", ".join(PARTS))
+    parser.add_argument("--once", action="store_true", help="each family in the first of the tasks that list it only")
     parser.add_argument("--again", default="", help="comma-separated outcomes whose families run again")
     parser.add_argument("--table", action="store_true", help="write the results so far into docs/coverage.md")
     given = parser.parse_args(arguments)
@@ -114,20 +119,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         family_table.write(list(known(given.results).values()), Path("docs/coverage.md"))
         return 0
     index, count = (int(part) for part in given.shard.split("/"))
-    importlib.import_module("transformers")
+    importlib.import_module("transformers.models.llama.modeling_llama")  # what all families import, once
     before = known(given.results)
     again = given.again.split(",")
     counts: Counter[str] = Counter()
-    for task, family in entries(given.tasks.split(","), given.families, (index, count)):
+    for task, family in entries(given.tasks.split(","), given.families, (index, count), given.once):
         if (task, family) in before and before[task, family]["outcome"] not in again:
             counts[before[task, family]["outcome"]] += 1
             continue
-        record = isolated(task, family)
+        record = isolated(task, family, tuple(given.parts.split(",")))
         counts[record["outcome"]] += 1
         with given.results.open("a") as file:
             file.write(json.dumps(record) + "\n")
         told = (f"{task}/{family}", record["outcome"], record["where"], record["detail"], f"{record['seconds']}s")
         sys.stdout.write("  ".join(told) + "\n")
+        sys.stdout.flush()
     sys.stdout.write(", ".join(f"{n} {outcome}" for outcome, n in counts.most_common()) + "\n")
     return int(any(counts[f] for f in FAULTS))
 
