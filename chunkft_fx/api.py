@@ -39,8 +39,9 @@ def compile(
     by default where its first parameter is; its weights can be anywhere: those that the budget cannot
     hold stay in host memory and are fetched for each use.
     The model is traced at its first call; it must trace with ``torch.compile(fullgraph=True)``.
-    In training, logits that only feed a cross-entropy are never held whole: the model returns ``None`` in
-    their place, unless ``return_logits``. In evaluation and under ``no_grad`` it returns them.
+    In training, logits that only feed a cross-entropy are never held whole: the model returns `MissingLogits` in
+    their place, which raises `LogitsNotKept` when it is read, unless ``return_logits``. In evaluation and under
+    ``no_grad`` it returns them.
 
     Raises `BudgetParseError`, `ChunkCountError`, `OptionError`, `NoTrainableParameters`, `AlreadyCompiled`;
     a call with a new kind of batch can raise `UnsupportedGraph` or `BudgetInfeasible`.

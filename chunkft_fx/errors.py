@@ -54,6 +54,13 @@ class AlreadyCompiled(ChunkFTError, TypeError):
     """The model was already compiled, by this library or by ``torch.compile``."""
 
 
+class LogitsNotKept(ChunkFTError, AttributeError, TypeError):
+    """Logits were read that training did not keep; ``return_logits=True`` keeps them.
+
+    An `AttributeError`, so that ``hasattr`` finds nothing where nothing is, and a `TypeError`, as ``None`` would give.
+    """
+
+
 class NotPlanned(ChunkFTError):
     """The plan depends on the batch shape and no training batch has been seen yet."""
 

@@ -6,7 +6,7 @@ through casts, ``contiguous``, slices of the token dimensions (as in the shift b
 keep the classes apart. Those commute with a projection, so they are applied to its input instead. Anything else
 is left as it is, with the reason logged: dense logits are always right.
 
-Where the model returns the logits, it returns ``None`` in their place.
+Where the model returns the logits, its graph returns ``None`` in their place, and the session `MissingLogits`.
 
 Before::
 

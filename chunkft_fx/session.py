@@ -24,6 +24,7 @@ from chunkft_fx.executable import Executable, assemble, exchanged
 from chunkft_fx.fixed_memory import state_nbytes
 from chunkft_fx.kernel_choice import chooser
 from chunkft_fx.memory_limit import explained
+from chunkft_fx.missing_logits import MissingLogits
 from chunkft_fx.outline import Outline
 from chunkft_fx.passes.insert_streams import InsertStreams
 from chunkft_fx.passes.schedule_states import ScheduleStates
@@ -109,6 +110,8 @@ class Session:
             # an output that is an input is the caller's own object, as in the plain model
             if isinstance(o, OutputName) and str(o) in self.capture.primals:
                 outputs[i] = arguments[self.capture.primals.index(str(o))]
+            elif o is None:  # the rewrite of the head took it out (`head_rewrite`)
+                outputs[i] = MissingLogits()
         return tuple(outputs)
 
     def executable(

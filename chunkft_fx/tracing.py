@@ -7,6 +7,7 @@ models of a class would share one, with its limit, long after they are gone.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import itertools
 import logging
@@ -17,7 +18,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo import pgo
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+from torch._dynamo.guards import CheckFunctionManager
 
 from chunkft_fx.errors import ChunkFTError, UnsupportedGraph
 
@@ -30,7 +33,8 @@ _numbers = itertools.count()
 
 def trace(model: nn.Module, backend: Backend) -> Callable[..., Any]:
     """``torch.compile(model, fullgraph=True)`` with our backend; its failures become `UnsupportedGraph`."""
-    compiled = torch.compile(_of_its_own(model), backend=backend, fullgraph=True)
+    function = _of_its_own(model)
+    compiled = torch.compile(function, backend=backend, fullgraph=True)
     settings = _settings()
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -48,26 +52,50 @@ def trace(model: nn.Module, backend: Backend) -> Callable[..., Any]:
                 f"so that torch.compile(fullgraph=True) can trace it.\n{error}"
             ) from error
 
-    weakref.finalize(call, _forget, backend)
+    weakref.finalize(call, _forget, backend, function.__code__)
     return call
 
 
-def _of_its_own(model: nn.Module) -> Callable[..., Any]:
-    """A function that calls the model, and shares its code object with no other."""
+def _of_its_own(model: nn.Module) -> types.FunctionType:
+    """A function that calls the model, and shares its code object and its globals with no other.
+
+    Dynamo puts what it compiled among the globals of the traced function.
+    """
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
 
     # Dynamo remembers which sizes changed by file, line and name
     code = forward.__code__.replace(co_name=f"forward_{next(_numbers)}")
-    return types.FunctionType(code, forward.__globals__, code.co_name, None, forward.__closure__)
+    own = {"__name__": __name__, "__builtins__": builtins}
+    return types.FunctionType(code, own, code.co_name, None, forward.__closure__)
 
 
-def _forget(backend: Backend) -> None:
-    """Take a backend out of the list of all that Dynamo ever used, which it keeps to the end of the process."""
+def _forget(backend: Backend, code: types.CodeType) -> None:
+    """Let go of a model that is gone: by itself Dynamo keeps what it compiled, and all backends, as long as it runs."""
+    _drop_watchers(code)
+    torch._dynamo.eval_frame.remove_from_cache(code)
+    sizes: dict[Any, Any] = pgo._CODE_STATE or {}
+    for place in [p for p in sizes if (p.filename, p.name) == (code.co_filename, code.co_name)]:
+        sizes.pop(place, None)
     known = torch._dynamo.eval_frame.cached_backends
     for key in [k for k, b in known.items() if b is backend or getattr(b, "compiler_fn", None) is backend]:
         known.pop(key, None)
+
+
+def _drop_watchers(code: types.CodeType) -> None:
+    """Take away the finalizers that would invalidate what was compiled for a code object.
+
+    Dynamo puts one on every class and function that guards know by identity. Those live as long as the process, and
+    each finalizer holds all guards of a compilation.
+    """
+    guards = [e.guard_manager for e in torch._dynamo.eval_frame._debug_get_cache_entry_list(code)]
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        found = finalizer.peek()
+        invalidate = getattr(found[1], "func", None) if found else None
+        watcher = getattr(invalidate, "__self__", None)
+        if isinstance(watcher, CheckFunctionManager) and any(watcher.guard_manager is g for g in guards):
+            finalizer.detach()
 
 
 def _settings() -> dict[str, Any]:

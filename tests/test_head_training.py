@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import chunkft_fx
 from chunkft_fx import head
+from chunkft_fx.missing_logits import MissingLogits
 from chunkft_fx.module import CompiledModule
 from chunkft_fx.plan import Plan
 from chunkft_fx.tools.inspect import dense_gradients
@@ -46,25 +47,25 @@ def test_logits_are_there_except_in_training(family: str) -> None:
     inputs = batch(2, 12, 0)
     expected = model(**inputs)
     result = compiled(**inputs)
-    assert result.logits is None
+    assert isinstance(result.logits, MissingLogits)
     torch.testing.assert_close(result.loss, expected.loss)
     with torch.no_grad():
         torch.testing.assert_close(compiled(**inputs).logits, expected.logits)
     compiled.eval()
     torch.testing.assert_close(compiled(**inputs).logits, model.eval()(**inputs).logits)
     compiled.train()
-    assert compiled(**inputs).logits is None
+    assert isinstance(compiled(**inputs).logits, MissingLogits)
 
 
 def test_a_model_that_never_asks_for_its_mode_returns_logits_in_evaluation() -> None:
     """Nothing in such a model tells training from evaluation, so nothing guards what was captured for one."""
     _, batch, compiled = compiled_tiny("mlp")
     inputs = batch(4, 0, 0)
-    assert compiled(**inputs)[1] is None
+    assert isinstance(compiled(**inputs)[1], MissingLogits)
     compiled.eval()
     assert isinstance(compiled(**inputs)[1], Tensor)
     compiled.train()
-    assert compiled(**inputs)[1] is None
+    assert isinstance(compiled(**inputs)[1], MissingLogits)
 
 
 def test_logits_are_returned_if_asked_for() -> None:
