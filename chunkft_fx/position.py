@@ -1,8 +1,8 @@
 """Where in the sweep a run is, as checkpoints have it: three counts, and what gives them their meaning.
 
 ``{"sweep", "position", "steps", "chunks"}`` count; ``{"order", "seed", "interval", "cuts"}`` name what they were
-counted over, ``cuts`` being `cuts_digest` of the plan's chunks. The same counts over other cuts, or in another order, would
-train some slices twice in a sweep and others not at all, so they are refused. Counts mean the same with another
+counted over, ``cuts`` being `cuts_digest` of the plan's chunks. The same counts over other cuts, or in another order,
+would train some slices twice in a sweep and others not at all, so they are refused. Counts mean the same with another
 seed unless the order is random, and at the start of a chunk's interval with another interval.
 """
 
