@@ -90,6 +90,22 @@ class DataError(ChunkFTError, ValueError):
     """Training data is missing, empty or not readable as text."""
 
 
+class ModelUnusable(ChunkFTError):
+    """Files of a model are missing, damaged, or not all there."""
+
+
+class TrainingDiverged(ChunkFTError, ArithmeticError):
+    """A loss or a weight is not a finite number."""
+
+
+class SaveFailed(ChunkFTError, OSError):
+    """A checkpoint or a model could not be written; what was saved before is as it was."""
+
+
+class FolderInUse(ChunkFTError, RuntimeError):
+    """Another process is writing to the folder."""
+
+
 class VerificationError(ChunkFTError):
     """A graph pass broke an invariant: a defect of this library, never of the user's model."""
 

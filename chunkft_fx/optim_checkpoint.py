@@ -112,6 +112,8 @@ def read(
         for key, i in indices.items()
         if key in state_dict["state"]
     }
+    if entry is not None:
+        _require_masters([(*named[i], saved) for i, saved in states.items()])
     if entry is None:
         return Checkpoint(options, states, None, 0)
     return Checkpoint(options, states, entry["position"], int(entry.get("updates", 0)))
@@ -178,6 +180,16 @@ def _state(name: str, parameter: Tensor, dim: int, saved: Mapping[str, Any], mom
                 "dtype, and an optimizer of the state_dtype, that was trained"
             )
     return SavedState(tensors, _counts(name, parameter, dim, saved))
+
+
+def _require_masters(states: Sequence[tuple[str, Tensor, SavedState]]) -> None:
+    """Where this library trained in low precision it saved a master: without one, the weights were the masters."""
+    for name, parameter, saved in states:
+        if "master" not in saved.tensors and master_dtype(parameter) != parameter.dtype:
+            raise CheckpointMismatch(
+                f"the state of {name!r} has no master weight, but the parameter is {parameter.dtype}: it was trained "
+                "in a wider dtype; load into a model of that dtype"
+            )
 
 
 def _counts(name: str, parameter: Tensor, dim: int, saved: Mapping[str, Any]) -> Counts:

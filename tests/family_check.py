@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import chunkft_fx
-from chunkft_fx.api import CompiledModule
 from chunkft_fx.errors import ChunkFTError
+from chunkft_fx.module import CompiledModule
 from tests.equivalence import relative_error
 from tests.family_batches import batch_for, loss_of, with_image_tokens
 from tests.family_configs import has_dropout, tiny_config, without_dropout

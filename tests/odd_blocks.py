@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import chunkft_fx
-from chunkft_fx.api import CompiledModule
+from chunkft_fx.module import CompiledModule
 from tests.equivalence import assert_same_gradients, smallest_budget
 
 WIDTH = 6

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import chunkft_fx
-from chunkft_fx.api import CompiledModule
+from chunkft_fx.module import CompiledModule
 from chunkft_fx.torch_internals import tree_leaves
 from tests.forced_streaming import streaming
 

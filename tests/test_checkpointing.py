@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import chunkft_fx
-from chunkft_fx.api import CompiledModule
+from chunkft_fx.module import CompiledModule
 from tests.equivalence import assert_same_gradients, smallest_budget
 
 IDS = torch.randint(0, 30, (2, 16), generator=torch.Generator().manual_seed(0))

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import chunkft_fx
-from chunkft_fx.api import CompiledModule
 from chunkft_fx.cuts import ParameterSpec, cut
 from chunkft_fx.errors import CheckpointMismatch, ChunkFTWarning
+from chunkft_fx.module import CompiledModule
 from chunkft_fx.position import cuts_digest
 from chunkft_fx.slices import ChunkSchedule
 from chunkft_fx.tools.zoo import tiny

@@ -3,37 +3,76 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from chunkft_fx.budget import format_bytes
-from chunkft_fx.errors import ChunkFTError
+from chunkft_fx.errors import BudgetParseError, ChunkCountError, ChunkFTError, ChunkFTWarning, OptionError
+from chunkft_fx.tools import signals
 from chunkft_fx.tools.loop import StepInfo
 
 # Where there is no terminal to draw a bar on, this many lines report a run.
 LINES = 10
 # What the programs need beyond the library, the extra "demo".
 NEEDED = ("transformers", "gguf", "accelerate")
+# Errors about what was typed.
+USAGE = (OptionError, BudgetParseError, ChunkCountError)
 
 
 def run(program: Callable[[], Any]) -> None:
-    """Run a typer app; a user's mistake or a missing extra ends in one message and exit code 2, without traceback."""
+    """Run a typer app. What goes wrong ends in one line on stderr, without traceback.
+
+    The exit code is 2 for an option that cannot be, 1 for anything else that is no defect of this library, and
+    128 + signal for a program that was told to stop.
+    """
+    code = 1
     try:
-        program()
-    except ChunkFTError as error:
-        print(f"error: {error}", file=sys.stderr)
+        with signals.at_once(), _warnings_as_lines():
+            program()
+            return
+    except signals.Stopped as stopped:
+        _say(str(stopped))
+        code = 128 + stopped.number
     except ModuleNotFoundError as error:
         if error.name not in NEEDED:
             raise
-        print(f'error: {error.name} is not installed; run: pip install "chunkft-fx[demo]"', file=sys.stderr)
-    else:
-        return
-    sys.exit(2)
+        _say(f'error: {error.name} is not installed; run: pip install "chunkft-fx[demo]"')
+    except ChunkFTError as error:
+        _say(f"error: {error}")
+        code = 2 if isinstance(error, USAGE) else 1
+    except OSError as error:
+        _say(f"error: {error}")
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        _say(f"error: out of memory: {error}")
+    sys.exit(code)
+
+
+def _say(message: str) -> None:
+    print(" ".join(message.split()), file=sys.stderr)
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Write warnings of this library like its errors; others as Python does."""
+    usual = warnings.formatwarning
+
+    def line(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
+        if issubclass(category, ChunkFTWarning):
+            return f"warning: {' '.join(str(message).split())}\n"
+        return usual(message, category, *where, **more)
+
+    warnings.formatwarning = line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def run_command(command: Callable[..., None]) -> None:

@@ -22,8 +22,10 @@ from chunkft_fx.errors import OptionError
 from chunkft_fx.module import CompiledModule
 from chunkft_fx.tools.console import progress, quiet, run_command
 from chunkft_fx.tools.data import pack
+from chunkft_fx.tools.folder import claimed, save_model
 from chunkft_fx.tools.load import load_model, load_tokenizer, pick_device, pick_dtype
-from chunkft_fx.tools.loop import TrainOptions, evaluate, train
+from chunkft_fx.tools.loop import evaluate, train
+from chunkft_fx.tools.options import TrainOptions, check_compile_options, chunk_count
 
 # Every tenth topic is held out; their first sequences are enough to see the loss fall.
 HELD_OUT_EVERY = 10
@@ -48,36 +50,50 @@ def command(
     """Fine-tune all parameters of a 135M model under a budget that dense AdamW does not fit in."""
     begin = time.perf_counter()
     quiet()
+    count = chunk_count(chunks)
     where = pick_device(device)
     kind = fastest_dtype(where) if dtype == "auto" else pick_dtype(dtype, where)
-    plain, tokenizer = load_model(gguf_path(), kind, where), load_tokenizer(gguf_path())
-    training, held_out = split_topics(tokenizer)
     batch, usual_steps = PACE[kind]
     steps = usual_steps if steps is None else steps
-    count = int(chunks) if chunks.isdecimal() else chunks
+    options = TrainOptions(steps, batch, lr=lr, warmup=steps // 10, weight_decay=0.0)
     if backend == "auto":
         # a CPU has little to gain from compiled graphs in a run of minutes, and compilers cost time
         backend = "inductor" if where.type == "cuda" else "eager"
-    model = chunkft_fx.compile(plain, budget, chunks=count, backend=backend)
+    check_compile_options(budget, "ascending", 1, backend)
+    with claimed(out, gguf_path()):
+        _fine_tune(out, budget, count, backend, options, kind, where)
+    print(f"whole run          {time.perf_counter() - begin:.0f} s")
+
+
+def _fine_tune(
+    out: Path,
+    budget: str,
+    chunks: int | str,
+    backend: str,
+    options: TrainOptions,
+    kind: torch.dtype,
+    where: torch.device,
+) -> None:
+    plain, tokenizer = load_model(gguf_path(), kind, where), load_tokenizer(gguf_path())
+    training, held_out = split_topics(tokenizer)
+    batch, steps = options.batch_size, options.steps
+    model = chunkft_fx.compile(plain, budget, chunks=chunks, backend=backend)
     numel = sum(p.numel() for p in model.parameters())
     print(f"SmolLM2-135M-Instruct: {numel:,} parameters, {kind} on {where}, budget {budget}")
     print(f"{len(training)} sequences of {SEQUENCE} tokens to train on, {len(held_out)} held out")
     prompt = prompt_of_held_out_topic()
     before, sample = evaluate(model, held_out, batch), generate(model, tokenizer, prompt)
-    options = TrainOptions(steps, batch, lr=lr, warmup=steps // 10, weight_decay=0.0)
     with progress("training", steps) as on_step:
         report = train(model, training, options, on_step=on_step)
     after = evaluate(model, held_out, batch)
     print(model.plan)
     print(f"\n--- sample before\n{prompt}{sample}\n--- sample after\n{prompt}{generate(model, tokenizer, prompt)}\n---")
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    save_model(out, model, tokenizer)
     print(f"held-out loss      {before:.3f} before, {after:.3f} after {steps} steps of {report.seconds / steps:.2f} s")
     state = device_state_nbytes(model)
     print(f"state on device    {format_bytes(state)} (weights, and gradients and AdamW states of the active chunk)")
     print(f"dense AdamW needs  {format_bytes(numel * DENSE_BYTES)}")
     print(f"saved in           {out.resolve()}")
-    print(f"whole run          {time.perf_counter() - begin:.0f} s")
 
 
 def device_state_nbytes(model: CompiledModule) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import json
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -21,7 +20,8 @@ from chunkft_fx.passes import Eliminate, PruneTangents, default_pipeline
 from chunkft_fx.region import DenseGradient, Pass, RegionGraph, SliceDemand
 from chunkft_fx.specialize import Variant
 from chunkft_fx.tools.console import quiet, run_command
-from chunkft_fx.tools.load import pick_device, pick_dtype, source
+from chunkft_fx.tools.load import check_config, pick_device, pick_dtype, reasons, source
+from chunkft_fx.tools.options import at_least, check_compile_options, chunk_count, json_object
 
 # Smaller weight gradients (norms, biases) cost nothing worth reporting when they stay dense.
 REPORTED_NUMEL = 4096
@@ -47,9 +47,10 @@ def command(
 ) -> None:
     """Print the plan and program of MODEL for one chunk, or what --template or --coverage ask for."""
     quiet()
+    count = chunk_count(chunks)
+    check_compile_options(budget, "ascending", 1, backend)
     where = pick_device(device)
     plain, inputs = build(model, config, pick_dtype(dtype, where), where, batch_size, seq_len)
-    count = int(chunks) if chunks.isdecimal() else chunks
     compiled = chunkft_fx.compile(plain, budget, chunks=count, backend=backend)
     if coverage:
         raise typer.Exit(1 if print_coverage(compiled, inputs) else 0)
@@ -69,6 +70,8 @@ def build(
     """The model to look at, in training mode, and inputs that give it a loss."""
     from chunkft_fx.tools import zoo
 
+    at_least("batch_size", batch_size, 1)
+    at_least("seq_len", seq_len, 1)
     if model.startswith("tiny:"):
         name = model.removeprefix("tiny:")
         if name not in zoo.FAMILIES:
@@ -77,7 +80,9 @@ def build(
             raise OptionError(f"--config changes the config of a folder or hub name; {model!r} has none")
         tiny, batch = zoo.tiny(name, dtype)
         return tiny.to(device), {k: v.to(device) for k, v in batch(batch_size, seq_len, 0).items()}
-    plain = _from_transformers(model, config, dtype).to(device).train()
+    plain = _from_transformers(model, config, dtype)
+    check_config(model, plain.config, seq_len)
+    plain = plain.to(device).train()
     ids = torch.randint(0, plain.config.vocab_size, (batch_size, seq_len), generator=torch.Generator().manual_seed(0))
     return plain, {"input_ids": ids.to(device), "labels": ids.to(device)}
 
@@ -87,16 +92,14 @@ def _from_transformers(model: str, config: str, dtype: torch.dtype) -> Any:
     import transformers
 
     place, options = source(model)
-    try:
-        changes = json.loads(config or "{}")
+    changes = json_object(config or "{}")
+    with reasons(model):
         settings = transformers.AutoConfig.from_pretrained(place, **options, **changes)
         kind = getattr(transformers, (settings.architectures or ["AutoModelForCausalLM"])[0])
         if not config:
             return kind.from_pretrained(place, dtype=dtype, **options)
         make = getattr(kind, "from_config", kind)
         return make(settings).to(dtype)
-    except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
-        raise OptionError(f"model {model!r} with config {config!r} could not be built: {error}") from error
 
 
 def forward(compiled: CompiledModule, inputs: Inputs, chunk: int) -> None:

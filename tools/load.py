@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from chunkft_fx.errors import OptionError
+from chunkft_fx.errors import ChunkFTError, ChunkFTWarning, ModelUnusable, OptionError
+from chunkft_fx.tools.data import check_vocabulary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -27,6 +29,8 @@ def pick_device(device: str) -> torch.device:
         raise OptionError(f"device {device!r} is not supported; use auto, cpu or cuda")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise OptionError(f"device {device!r} was asked for, but this torch finds no CUDA device; use cpu")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise OptionError(f"device {device!r} does not exist; there are {torch.cuda.device_count()}, from cuda:0")
     return chosen
 
 
@@ -52,21 +56,58 @@ def source(model: str) -> tuple[str, dict[str, str]]:
 
 
 def load_tokenizer(model: str) -> Any:
-    """The tokenizer of a model; raises `OptionError` with the reason of transformers when it cannot be loaded."""
+    """The tokenizer of a model; raises `ModelUnusable` with the reason of transformers when it cannot be loaded."""
     import transformers
 
     place, options = source(model)
-    with _reasons(model):
+    with reasons(model):
         return transformers.AutoTokenizer.from_pretrained(place, **options)
 
 
-def load_model(model: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A causal language model in training mode, GGUF weights dequantised; raises `OptionError` as above."""
+def load_config(model: str) -> Any:
+    """The config of a model without its weights, or None for a GGUF file, which would have to be read for it."""
     import transformers
 
     place, options = source(model)
-    with _reasons(model):
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options)
+    if options:
+        return None
+    with reasons(model):
+        return transformers.AutoConfig.from_pretrained(place)
+
+
+def check_config(model: str, config: Any, seq_len: int, sequences: Tensor | None = None, tokenizer: Any = None) -> None:
+    """Raise `OptionError` for a length that a model of this config has no positions for.
+
+    And `DataError` for ``sequences`` (``i64[count, seq_len]``) with tokens that it has no embeddings for.
+    """
+    try:
+        text = config.get_text_config()
+    except ValueError:  # it has several
+        text = config
+    positions = getattr(text, "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < seq_len:
+        raise OptionError(
+            f"seq-len is {seq_len}, but model {model!r} has positions for {positions} tokens (max_position_embeddings "
+            "in its config); lower --seq-len"
+        )
+    if sequences is not None:
+        check_vocabulary(sequences, tokenizer, text.vocab_size)
+
+
+def load_model(model: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A causal language model in training mode, GGUF weights dequantised.
+
+    Raises `ModelUnusable` when it cannot be loaded, with the reason, or when weights are missing or of another
+    shape, which transformers would otherwise fill with random values.
+    """
+    import transformers
+
+    place, options = source(model)
+    with reasons(model):
+        loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype, output_loading_info=True, **options
+        )
+    _check_report(model, loaded, report)
     if getattr(loaded, "hf_quantizer", None) is not None:
         # GGUF weights are plain tensors by now, but transformers would still refuse to save the model
         loaded.hf_quantizer.remove_quantization_config(loaded)
@@ -74,9 +115,36 @@ def load_model(model: str, dtype: torch.dtype, device: torch.device) -> nn.Modul
     return trained
 
 
+def _check_report(model: str, loaded: Any, report: Mapping[str, Collection[Any]]) -> None:
+    for key, what in (("missing_keys", "has no"), ("mismatched_keys", "has another shape of")):
+        names = sorted(entry if isinstance(entry, str) else entry[0] for entry in report[key])
+        if names:
+            raise ModelUnusable(
+                f"model {model!r} {what} {_some(names)}, so that a {type(loaded).__name__} would train from random "
+                "values; give a folder with all weights of this kind of model"
+            )
+    if report["error_msgs"]:
+        raise ModelUnusable(f"model {model!r} could not be loaded: {_some(sorted(map(str, report['error_msgs'])))}")
+    unused = sorted(report["unexpected_keys"])
+    if unused:
+        warnings.warn(
+            f"a {type(loaded).__name__} has no place for {_some(unused)} of model {model!r}: not trained, not saved",
+            ChunkFTWarning,
+            stacklevel=2,
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + rest
+
+
 @contextmanager
-def _reasons(model: str) -> Iterator[None]:
+def reasons(model: str) -> Iterator[None]:
+    """Raise `ModelUnusable` for whatever goes wrong while files of a model are read."""
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
-        raise OptionError(f"model {model!r} could not be loaded: {error}") from error
+    except (ChunkFTError, ModuleNotFoundError, MemoryError):
+        raise
+    except Exception as error:  # a broken file fails in as many ways as there are formats and libraries
+        raise ModelUnusable(f"model {model!r} could not be loaded: {type(error).__name__}: {error}") from error

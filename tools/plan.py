@@ -15,6 +15,7 @@ from chunkft_fx.step_memory import Moment
 from chunkft_fx.tools.console import quiet
 from chunkft_fx.tools.inspect import build, forward
 from chunkft_fx.tools.load import pick_device, pick_dtype
+from chunkft_fx.tools.options import check_compile_options, chunk_count
 
 
 def command(
@@ -34,9 +35,10 @@ def command(
 ) -> None:
     """Plan the training of MODEL within a budget. One forward runs, on random tokens: that is how a plan is made."""
     quiet()
+    count = chunk_count(chunks)
+    check_compile_options(budget, "ascending", 1, backend)
     where = pick_device(device)
     plain, inputs = build(model, config, pick_dtype(dtype, where), torch.device("cpu"), batch_size, seq_len)
-    count = int(chunks) if chunks.isdecimal() else chunks
     compiled = chunkft_fx.compile(plain, budget, chunks=count, backend=backend, device=where)
     forward(compiled, {name: t.to(where) for name, t in inputs.items()}, chunk)
     if as_json:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from torch import Tensor
 
 import chunkft_fx
 from chunkft_fx.budget import format_bytes
-from chunkft_fx.errors import OptionError
+from chunkft_fx.tools import signals
+from chunkft_fx.tools.checkpoint import require_checkpoint
 from chunkft_fx.tools.console import progress, quiet, run_command
-from chunkft_fx.tools.data import pack, read_documents
-from chunkft_fx.tools.load import load_model, load_tokenizer, pick_device, pick_dtype
-from chunkft_fx.tools.loop import TrainOptions, train
+from chunkft_fx.tools.data import Batches, pack, read_documents
+from chunkft_fx.tools.folder import claimed, save_model
+from chunkft_fx.tools.load import check_config, load_config, load_model, load_tokenizer, pick_device, pick_dtype
+from chunkft_fx.tools.loop import check_schedule, train
+from chunkft_fx.tools.options import TrainOptions, at_least, check_compile_options, chunk_count, json_object
 
 
 def command(
@@ -49,38 +52,46 @@ def command(
     quiet()
     where = pick_device(device)
     options = TrainOptions(
-        steps, batch_size, accumulate, lr, schedule, _object(schedule_options), warmup, weight_decay,
+        steps, batch_size, accumulate, lr, schedule, json_object(schedule_options), warmup, weight_decay,
         max_grad_norm or None, seed, save_every,
     )  # fmt: skip
-    kind = pick_dtype(dtype, where)
-    # the model comes last: it takes the longest, and a mistake in the text should not wait for it
-    tokenizer = load_tokenizer(model)
-    sequences = pack(read_documents(data, tokenizer, field), tokenizer, seq_len)
-    plain = load_model(model, kind, where)
-    count = int(chunks) if chunks.isdecimal() else chunks
-    compiled = chunkft_fx.compile(
-        plain, budget, chunks=count, order=order, interval=interval, backend=backend, seed=seed
-    )
-    print(f"{sequences.numel():,} tokens in {len(sequences):,} sequences; training on {where}")
-    with progress("training", steps) as on_step:
-        report = train(compiled, sequences, options, on_step=on_step, out=out, resume=resume)
-    print(compiled.plan)
-    compiled.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    kind, count = pick_dtype(dtype, where), chunk_count(chunks)
+    check_compile_options(budget, order, interval, backend)
+    at_least("seq_len", seq_len, 2)  # a token is learnt from those before it
+    check_schedule(options)
+    if resume is not None:
+        require_checkpoint(resume)
+    with claimed(out, model):
+        # the model comes last: it takes the longest, and a mistake in the text should not wait for it
+        tokenizer, sequences = _prepare(model, data, field, seq_len, options)
+        plain = load_model(model, kind, where)
+        check_config(model, plain.config, seq_len, sequences, tokenizer)
+        compiled = chunkft_fx.compile(
+            plain, budget, chunks=count, order=order, interval=interval, backend=backend, seed=seed
+        )
+        print(f"{sequences.numel():,} tokens in {len(sequences):,} sequences; training on {where}")
+        with signals.between_steps() as stop:
+            with progress("training", steps) as on_step:
+                report = train(compiled, sequences, options, on_step=on_step, out=out, resume=resume, stop=stop)
+            if report.losses:
+                print(compiled.plan)
+            save_model(out, compiled, tokenizer)
     print(
         f"{report.tokens:,} tokens in {report.seconds:.0f} s, peak {format_bytes(report.peak_nbytes)}; saved in {out}"
     )
 
 
-def _object(text: str) -> dict[str, Any]:
-    """A JSON object given on the command line."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise OptionError(f"{text!r} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise OptionError(f'{text!r} is not a JSON object such as {{"num_cycles": 2}}')
-    return value
+def _prepare(model: str, data: Path, field: str, seq_len: int, options: TrainOptions) -> tuple[Any, Tensor]:
+    """The tokenizer and the sequences, with all that can be found wrong before the weights are read."""
+    config = load_config(model)
+    if config is not None:
+        check_config(model, config, seq_len)
+    tokenizer = load_tokenizer(model)
+    sequences = pack(read_documents(data, tokenizer, field), tokenizer, seq_len)
+    Batches(sequences, options.batch_size, options.seed)
+    if config is not None:
+        check_config(model, config, seq_len, sequences, tokenizer)
+    return tokenizer, sequences
 
 
 if __name__ == "__main__":
