@@ -6,7 +6,7 @@ import copy
 import gc
 import random
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -111,6 +111,13 @@ class Asked:
     def __init__(self) -> None:
         self.stage = streaming.Stage(torch.device("cpu"))
         self.notes: list[str] = []
+
+    @property
+    def has_begun(self) -> bool:
+        return False
+
+    def follow(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.notes.append("follow")
 
     def take_stage(self) -> None:
         self.notes.append("stage")

@@ -29,7 +29,8 @@ OPTIONS = TrainOptions(2, 2, lr=1e-3, save_every=1)
 
 def compiled(dtype: torch.dtype = torch.float32, **options: Any) -> CompiledModule:
     model, _ = tiny("llama", dtype)
-    return chunkft_fx.compile(model, "1GB", **({"chunks": 3, "backend": "eager"} | options))
+    given: dict[str, Any] = {"chunks": 3, "backend": "eager"} | options
+    return chunkft_fx.compile(model, "1GB", **given)
 
 
 def sequences(text: str = TEXT) -> Tensor:

@@ -19,7 +19,6 @@ from torch.nn.functional import cross_entropy
 
 import chunkft_fx
 from chunkft_fx import errors
-from chunkft_fx.module import CompiledModule
 from tests.reference_loop import Reference
 
 VOCABULARY, WIDTH = 11, 6
@@ -35,6 +34,7 @@ class SmallModel(nn.Module):
         self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)) for _ in range(2))
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
         self.head.weight = self.embed.weight
+        self.calls: Tensor
         self.register_buffer("calls", torch.zeros(()))
         self.factor = 1.0
 
@@ -55,7 +55,7 @@ class SmallModel(nn.Module):
 class Run:
     """A compiled module beside the reference, and what the actions so far have left behind."""
 
-    compiled: CompiledModule
+    compiled: Any  # a CompiledModule that has what its model has
     optimizer: chunkft_fx.AdamW
     reference: Reference
     shape: tuple[int, int] = (2, 3)
@@ -70,7 +70,7 @@ class Run:
         draw = [torch.randint(0, VOCABULARY, self.shape, generator=generator) for _ in range(2)]
         return {"ids": draw[0], "labels": draw[1]}
 
-    def both(self, action: Callable[[nn.Module], Any]) -> None:
+    def both(self, action: Callable[[Any], Any]) -> None:
         """Do the same to the compiled module and to the plain one."""
         action(self.compiled)
         action(self.reference.model)
@@ -96,9 +96,11 @@ class Run:
         assert list(plain) == list(mine)
         for name, value in plain.items():
             tolerance = 1e-9 if value.dtype == torch.float64 else 2e-4
-            torch.testing.assert_close(
-                mine[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-            )
+            torch.testing.assert_close(mine[name], value, rtol=tolerance, atol=tolerance, msg=_naming(name))
+
+
+def _naming(name: str) -> Callable[[str], str]:
+    return lambda message: f"{name}: {message}"
 
 
 def new_run(chunks: int, order: str, interval: int, dtype: torch.dtype = torch.float64) -> Run:
@@ -148,15 +150,19 @@ def train_scaled(run: Run) -> None:
 def accumulate(run: Run) -> None:
     for _ in range(2):
         batch = run.batch()
-        run.both(lambda m, b=batch: (m(**b) / 2).backward())
+        run.both(_halved(batch))
     run.finish()
+
+
+def _halved(batch: dict[str, Tensor]) -> Callable[[Any], None]:
+    return lambda m: (m(**batch) / 2).backward()
 
 
 def two_losses(run: Run) -> None:
     """Two forwards before their backward passes, the second loss through another path of the caller's."""
     first, second = run.batch(), run.batch()
 
-    def losses(m: nn.Module) -> None:
+    def losses(m: Any) -> None:
         a, b = m(**first), m(ids=second["ids"]).square().mean()
         (a * b).backward()
 
@@ -167,7 +173,7 @@ def two_losses(run: Run) -> None:
 def retain(run: Run) -> None:
     batch = run.batch()
 
-    def twice(m: nn.Module) -> None:
+    def twice(m: Any) -> None:
         loss = m(**batch)
         loss.backward(retain_graph=True)
         loss.backward()
@@ -200,7 +206,7 @@ def evaluate(run: Run) -> None:
     batch = run.batch()
     values: list[Tensor] = []
 
-    def value(m: nn.Module) -> None:
+    def value(m: Any) -> None:
         m.eval()
         with torch.no_grad():
             values.append(m(**batch))
@@ -213,7 +219,7 @@ def evaluate(run: Run) -> None:
 def evaluate_with_gradients(run: Run) -> None:
     batch = run.batch()
 
-    def value(m: nn.Module) -> None:
+    def value(m: Any) -> None:
         m.eval()
         m(**batch)
         m.train()
@@ -242,7 +248,8 @@ def raise_in_forward(run: Run) -> None:
         with pytest.raises(Exception):  # noqa: B017, PT011 - torch's own error of the plain model
             m(**wrong)
     # how far a forward comes that fails is torch's matter, and with it what it has written
-    run.reference.model.calls.copy_(run.compiled.calls)
+    model: Any = run.reference.model
+    model.calls.copy_(run.compiled.calls)
 
 
 def raise_in_backward(run: Run) -> None:
@@ -254,7 +261,7 @@ def raise_in_backward(run: Run) -> None:
     def fail(gradient: Tensor) -> None:
         raise Failure
 
-    def failing(m: nn.Module) -> None:
+    def failing(m: Any) -> None:
         dtype = m.get_parameter("embed.weight").dtype
         embeds = torch.ones(*run.shape, WIDTH, dtype=dtype, requires_grad=True)
         embeds.register_hook(fail)
@@ -290,7 +297,8 @@ def unfreeze(run: Run) -> None:
 def assign(run: Run) -> None:
     """New tensors in the place of all parameters; their values count, and the states go on."""
     run.both(lambda m: m.load_state_dict({k: v.clone() * 0.9 for k, v in m.state_dict().items()}, assign=True))
-    for m in (run.compiled._model, run.reference.model):
+    models: list[Any] = [run.compiled._model, run.reference.model]
+    for m in models:
         m.head.weight = m.embed.weight  # assigned apart, tied again by the user
 
 
@@ -337,7 +345,8 @@ def move(run: Run) -> None:
 
 def hook(run: Run) -> None:
     """A hook that halves a gradient, and one after accumulation: called as in the plain model."""
-    for m in (run.compiled, run.reference.model):
+    models: list[Any] = [run.compiled, run.reference.model]
+    for m in models:
         weight = m.layers[-1][1].weight
         if weight.requires_grad:
             run.handles.append(weight.register_hook(lambda g: g * 0.5))
@@ -383,7 +392,7 @@ def refuse_plain_model(run: Run) -> None:
 def resize(run: Run) -> None:
     """Another vocabulary: followed before the first step, refused later."""
 
-    def larger(m: nn.Module) -> None:
+    def larger(m: Any) -> None:
         old = m.get_parameter("embed.weight")
         m.embed = nn.Embedding(len(old) + 1, WIDTH, dtype=old.dtype)
         with torch.no_grad():
@@ -394,7 +403,7 @@ def resize(run: Run) -> None:
 
 
 def grow(run: Run) -> None:
-    def more(m: nn.Module) -> None:
+    def more(m: Any) -> None:
         block = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)).to(m.get_parameter("embed.weight").dtype)
         with torch.no_grad():
             block[1].weight.fill_(0.1)
@@ -405,7 +414,7 @@ def grow(run: Run) -> None:
 
 
 def shrink(run: Run) -> None:
-    def fewer(m: nn.Module) -> None:
+    def fewer(m: Any) -> None:
         del m.layers[-1]
 
     if len(run.compiled.layers) > 1:
@@ -423,7 +432,7 @@ def cast(run: Run) -> None:
     run.reference.forget()
 
 
-def _followed_or_refused(run: Run, change: Callable[[nn.Module], None]) -> None:
+def _followed_or_refused(run: Run, change: Callable[[Any], None]) -> None:
     if not run.compiled.has_begun:
         run.both(change)
         run.handles.clear()
