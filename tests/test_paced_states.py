@@ -6,7 +6,7 @@ import copy
 import gc
 import random
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -108,12 +108,17 @@ def test_an_optimizer_that_is_gone_is_not_missed() -> None:
 class Asked:
     """An optimizer that notes when it is asked to take its memory."""
 
+    has_begun = False
+
     def __init__(self) -> None:
         self.stage = streaming.Stage(torch.device("cpu"))
         self.notes: list[str] = []
 
     def take_stage(self) -> None:
         self.notes.append("stage")
+
+    def follow(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        raise AssertionError("the model did not change")
 
 
 def test_the_stage_is_taken_between_plan_and_first_step(
