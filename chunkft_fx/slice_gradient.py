@@ -6,8 +6,8 @@ slice alone works on it: norms, sums, scaling, zeroing, finite checks, casts, su
 raises `SliceGradientError`. An operation on a slice gradient and a tensor of the parameter's shape reads the slice of
 that tensor. What a parameter keeps of the gradient of its whole is a plain tensor, and so is what is computed from one.
 
-A gradient on its way to a parameter that has one already is *new*: it may share memory with others, and be narrower than
-its dtype says, since it is added as it is. Should the parameter keep it after all (a hook took the other away),
+A gradient on its way to a parameter that has one already is *new*: it may share memory with others, and be narrower
+than its dtype says, since it is added as it is. Should the parameter keep it after all (a hook took the other away),
 autograd takes it with ``detach``, which makes of a new one a copy in its dtype.
 """
 

@@ -1,4 +1,4 @@
-"""Slice gradients on CUDA, also of weights in host memory: torch's tools, outside uses, moves, threads, failed steps."""
+"""Slice gradients on CUDA, also of weights in host memory: torch's tools, outside uses, moves, threads, failures."""
 
 from __future__ import annotations
 
