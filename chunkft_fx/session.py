@@ -238,13 +238,13 @@ class Session:
             )
         totals = run_backward(step, tangents, self._machine())
         self.owner.came_through()
-        of_slices = {self.capture.parameters[p]: totals.pop(p) for p in list(totals) if p in self.capture.parameters}
+        active = {s.name: s for s in step.owner}
+        handed: dict[str, Tensor] = {}
+        for p in [p for p in totals if p in self.capture.parameters]:
+            name = self.capture.parameters[p]
+            handed[name] = active[name].handed(totals.pop(p))
         given = [totals.get(self.capture.primals[i]) for i in self._inputs]
-        totals.clear()
-        for s in step.owner:
-            gradient = of_slices.pop(s.name, None)
-            given.append(None if gradient is None else s.handed(gradient))
-        return given
+        return given + [handed.get(s.name) for s in step.owner]
 
     def planned(self, chunk: Chunk, saving: Saving, known: dict[Hashable, Executable] | None = None) -> Executable:
         """What would run for a chunk under a saving policy if all weights were resident.

@@ -6,9 +6,9 @@ slice alone works on it: norms, sums, scaling, zeroing, finite checks, casts, su
 raises `SliceGradientError`. An operation on a slice gradient and a tensor of the parameter's shape reads the slice of
 that tensor. What a parameter keeps of the gradient of its whole is a plain tensor, and so is what is computed from one.
 
-A gradient on its way from backward to its parameter is *new*: it may share memory with others, and be narrower than its
-dtype says. Autograd takes it with ``detach``, which makes of a new one the tensor that the parameter keeps; where the
-parameter has a gradient already it is added to that as it is. So gradients are copied and widened one at a time.
+A gradient on its way to a parameter that has one already is *new*: it may share memory with others, and be narrower
+than its dtype says, since it is added as it is. Should the parameter keep it after all (a hook took the other away),
+autograd takes it with ``detach``, which makes of a new one a copy in its dtype.
 """
 
 from __future__ import annotations

@@ -64,10 +64,14 @@ class ActiveSlice:
         """A gradient of the slice (its shape, any floating dtype) as autograd is to give it to the parameter.
 
         One that is wider than the parameter was made for this slice alone (a sum of contributions, or
-        `passes.lower_triton`'s operator), and the parameter keeps it as it is.
+        `passes.lower_triton`'s operator), and the parameter keeps it as it is. Of another one a parameter without
+        gradient keeps a copy, which is made here: whoever hands gradients over one by one, letting go of each, holds
+        one twice at a time, whatever order autograd takes. One that has a gradient adds it up as it is.
         """
         wide = torch.promote_types(self.parameter.dtype, torch.float32)
         is_own = gradient.dtype == wide != self.parameter.dtype
+        if not is_own and self.parameter.grad is None:
+            gradient, is_own = gradient.to(wide, copy=True), True
         if is_own and self.slice.is_whole:
             return gradient
         return SliceGradient(gradient, self.slice, self.parameter.shape, wide, is_new=not is_own)

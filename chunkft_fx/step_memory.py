@@ -220,7 +220,7 @@ class _Replay:
     def make_sums(self) -> None:
         """Each parameter's gradient is copied into the tensor that later backwards add to, and then let go.
 
-        One that is wider than its parameter becomes that tensor itself (`slices.ActiveSlice.accumulate`).
+        One that is wider than its parameter becomes that tensor itself (`slices.ActiveSlice.handed`).
         """
         graph = self.executable.program.graph
         others = {n.target for n in graph.find_nodes(op="placeholder") if n.meta.get("parameter") is None}

@@ -108,6 +108,8 @@ def test_an_optimizer_that_is_gone_is_not_missed() -> None:
 class Asked:
     """An optimizer that notes when it is asked to take its memory."""
 
+    has_begun = False
+
     def __init__(self) -> None:
         self.stage = streaming.Stage(torch.device("cpu"))
         self.notes: list[str] = []
@@ -121,6 +123,9 @@ class Asked:
 
     def take_stage(self) -> None:
         self.notes.append("stage")
+
+    def follow(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        raise AssertionError("the model did not change")
 
 
 def test_the_stage_is_taken_between_plan_and_first_step(

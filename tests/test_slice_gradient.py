@@ -227,7 +227,8 @@ def test_what_makes_one_number_makes_that_of_the_dense_gradient(case: Case) -> N
 @given(cases())
 def test_a_whole_tensor_takes_its_slice(case: Case) -> None:
     gradient, dense, other = pair(case)
-    for f in (lambda t, g: t.add_(g, alpha=2), lambda t, g: t.sub_(g)):
+    into: list[Callable[[Tensor, Tensor], Tensor]] = [lambda t, g: t.add_(g, alpha=2), lambda t, g: t.sub_(g)]
+    for f in into:
         sums = [f(other.clone(), g) for g in (gradient, dense)]
         torch.testing.assert_close(*sums)
         assert type(sums[0]) is Tensor
@@ -252,7 +253,9 @@ def test_lists_hold_gradients_of_any_slices(first: Case, second: Case) -> None:
         assert not found
         for g, d, c in zip(ours, dense, (first, second), strict=True):
             assert_is_slice_of(g, d * 4, c[0])
-        ours[1].part.flatten()[0] = float("inf")
+        last = ours[1]
+        assert isinstance(last, SliceGradient)
+        last.part.flatten()[0] = float("inf")
         torch._amp_foreach_non_finite_check_and_unscale_(ours, found, torch.tensor(1.0))
         assert found
     torch._foreach_zero_(ours)

@@ -80,6 +80,16 @@ def test_predicted_peak_of_a_step_equals_the_tracker(family: str, chunks: int, m
     )
 
 
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_the_peak_is_that_of_the_tracker_where_gradients_are_widened(chunks: int) -> None:
+    """Each bfloat16 gradient is let go when its float32 copy is made, and where one is there it is added as it is."""
+    model, batch = tiny("mlp", dtype=torch.bfloat16)
+    compiled = chunkft_fx.compile(model, "8GB", chunks=chunks, backend="eager")
+    for chunk in range(chunks):
+        compiled.activate(chunk)
+        compare(compiled, batch(2, 12, 0))
+
+
 def _step(family: str, **options: Any) -> tuple[CompiledModule, Session]:
     model, batch = tiny(family, **options)
     compiled = chunkft_fx.compile(model, "8GB", chunks=2, backend="eager")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from pathlib import Path
+from threading import RLock
 from types import SimpleNamespace
 from typing import Any
 
@@ -79,8 +80,7 @@ def test_an_encoder_decoder_on_cuda_says_why_it_cannot_generate(family: str) -> 
     model, batch = tiny(family)
     ids = batch(2, 4, 1)["input_ids"]
     away: Any = SimpleNamespace(away=lambda: {"a.weight"}, device=torch.device("cuda"))
-    lock = contextlib.nullcontext()
-    generate = through_compiled(model.generate, model, model.forward, away, lock)  # type: ignore[arg-type]
+    generate = through_compiled(model.generate, model, model.forward, away, RLock())  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="raise the budget") if family == "t5" else contextlib.nullcontext():
         generate(ids, max_new_tokens=1)
     assert "forward" not in vars(model)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
 
@@ -132,7 +133,6 @@ def test_every_zero_grad_drops_or_zeroes() -> None:
 
 
 def test_trainer_logs_and_clips_the_norm_of_the_dense_gradient_of_the_active_slices(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
     model, tiny_batch = tiny("llama")
     plain = copy.deepcopy(model)
     data = tiny_batch(8, 12, 0)
