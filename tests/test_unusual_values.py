@@ -180,7 +180,9 @@ class Reused(Blocks):
         super().__init__(make)
         self.layers.append(self.layers[0])
         self.last.weight = self.first.weight
-        self.layers[1].a.bias = self.first.bias
+        second = self.layers[1]
+        assert isinstance(second, Block)
+        second.a.bias = self.first.bias
 
 
 WEIGHTS: list[tuple[Make, type[Blocks]]] = [
