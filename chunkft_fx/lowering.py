@@ -12,9 +12,10 @@ from torch import fx
 
 from chunkft_fx.specialize import Variant
 from chunkft_fx.sub_graphs import opened
-from chunkft_fx.torch_internals import compile_graph
+from chunkft_fx.torch_internals import compile_graph, graph_module
 
 log = logging.getLogger("chunkft_fx.lowering")
+aten = torch.ops.aten
 
 Run = Callable[[list[Any]], Sequence[Any]]
 
@@ -41,14 +42,24 @@ def lower(variant: Variant, backend: str, fake_mode: Any, is_backward: bool) -> 
 
 
 def _eager(module: fx.GraphModule) -> Run:
-    # Some kernels lay their results out otherwise than their fakes (batch norm's backward on a transposed input), and
-    # a view of what was traced then is none: reshape copies in that case, and is the same view in all others.
-    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
-        node.target = torch.ops.aten.reshape.default
-    module.recompile()
+    runnable = graph_module(module, _viewing_any_strides(module.graph))
 
     def run(inputs: list[Any]) -> Sequence[Any]:
-        results: Sequence[Any] = module(*inputs)
+        results: Sequence[Any] = runnable(*inputs)
         return results
 
     return run
+
+
+def _viewing_any_strides(original: fx.Graph) -> fx.Graph:
+    """A copy of a graph whose views copy where the memory order asks for it.
+
+    Some operators lay results out otherwise than torch's tracing says, such as the backward of softplus and elu
+    on a transposed gradient. A view that was traced on the one order may not exist in the other.
+    """
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(original, {}))
+    for target in (aten.view.default, aten._unsafe_view.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            node.target = aten.reshape.default
+    return graph
