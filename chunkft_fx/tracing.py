@@ -61,7 +61,7 @@ def trace(model: nn.Module, backend: Backend) -> Callable[..., Any]:
                 f"so that torch.compile(fullgraph=True) can trace it.\n{error}"
             ) from error
 
-    weakref.finalize(call, _forget, backend, function.__code__)
+    weakref.finalize(call, _forget, backend, function.__code__).atexit = False
     return call
 
 
