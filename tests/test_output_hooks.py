@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import chunkft_fx
-from chunkft_fx.api import CompiledModule
+from chunkft_fx import CompiledModule
 from chunkft_fx.errors import UnsupportedGraph
 from tests.equivalence import assert_same_gradients
 
