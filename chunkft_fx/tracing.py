@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._dynamo import pgo
-from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException, Unsupported
 from torch._dynamo.guards import CheckFunctionManager
 
 from chunkft_fx.errors import ChunkFTError, UnsupportedGraph
+from chunkft_fx.output_hooks import install_output_hooks
 
 Backend = Callable[[fx.GraphModule, list[Any]], Any]
 
@@ -37,10 +38,18 @@ def trace(model: nn.Module, backend: Backend) -> Callable[..., Any]:
     compiled = torch.compile(function, backend=backend, fullgraph=True)
     settings = _settings()
 
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _quiet_metrics(), torch._dynamo.config.patch(settings):
+            try:
+                return compiled(*args, **kwargs)
+            except Unsupported:
+                if not install_output_hooks(model):
+                    raise
+            return compiled(*args, **kwargs)
+
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
-            with _quiet_metrics(), torch._dynamo.config.patch(settings):
-                return compiled(*args, **kwargs)
+            return run(*args, **kwargs)
         except BackendCompilerFailed as error:
             inner = error.inner_exception
             if isinstance(inner, ChunkFTError):
@@ -52,7 +61,7 @@ def trace(model: nn.Module, backend: Backend) -> Callable[..., Any]:
                 f"so that torch.compile(fullgraph=True) can trace it.\n{error}"
             ) from error
 
-    weakref.finalize(call, _forget, backend, function.__code__)
+    weakref.finalize(call, _forget, backend, function.__code__).atexit = False
     return call
 
 
