@@ -37,7 +37,13 @@ def test_a_sequence_in_the_middle_of_a_document_begins_like_a_document() -> None
     tokenizer = with_first()
     rows = [tokenizer.convert_ids_to_tokens(row) for row in pack(["abcde", "f"], tokenizer, 4).tolist()]
     assert rows == [[BOS, "a", "b", "c"], [BOS, "d", "e", EOS]]  # what is left fills no sequence
-    assert pack(["abc"], character_tokenizer(), 2).shape == (2, 2)
+
+
+@pytest.mark.parametrize("length", [-1, 0, 1])
+def test_sequences_that_teach_nothing_are_refused(length: int) -> None:
+    for tokenizer in (with_first(), character_tokenizer()):
+        with pytest.raises(DataError, match="teach nothing"):
+            pack(["abc"], tokenizer, length)
 
 
 def test_an_end_that_the_tokenizer_adds_is_not_doubled() -> None:

@@ -114,6 +114,10 @@ def pack(documents: Sequence[str], tokenizer: Any, length: int) -> Tensor:
     that were trained that way go wrong without it. The remainder that fills no sequence is dropped. Raises
     `DataError` when not even one is filled.
     """
+    if length < 2:
+        raise DataError(
+            f"sequences of {length} token(s) teach nothing: each is learnt from those before; raise --seq-len"
+        )
     tokens = [_tokens(document, tokenizer) for document in documents]
     begin = tokenizer.bos_token_id
     first = [begin] if begin is not None and all(ids[:1] == [begin] for ids in tokens) else []
