@@ -114,13 +114,6 @@ class Asked:
         self.stage = streaming.Stage(torch.device("cpu"))
         self.notes: list[str] = []
 
-    @property
-    def has_begun(self) -> bool:
-        return False
-
-    def follow(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.notes.append("follow")
-
     def take_stage(self) -> None:
         self.notes.append("stage")
 

@@ -27,10 +27,9 @@ TEXT = "the quick brown fox jumps over the lazy dog. "
 OPTIONS = TrainOptions(2, 2, lr=1e-3, save_every=1)
 
 
-def compiled(dtype: torch.dtype = torch.float32, **options: Any) -> CompiledModule:
+def compiled(dtype: torch.dtype = torch.float32, chunks: int | str = 3, order: str = "ascending") -> CompiledModule:
     model, _ = tiny("llama", dtype)
-    given: dict[str, Any] = {"chunks": 3, "backend": "eager"} | options
-    return chunkft_fx.compile(model, "1GB", **given)
+    return chunkft_fx.compile(model, "1GB", chunks=chunks, order=order, backend="eager")
 
 
 def sequences(text: str = TEXT) -> Tensor:

@@ -33,6 +33,19 @@ def test_each_document_begins_as_its_tokenizer_begins_one() -> None:
     assert tokens(["ab", "c"], character_tokenizer(), 5) == ["a", "b", EOS, "c", EOS]
 
 
+def test_a_sequence_in_the_middle_of_a_document_begins_like_a_document() -> None:
+    tokenizer = with_first()
+    rows = [tokenizer.convert_ids_to_tokens(row) for row in pack(["abcde", "f"], tokenizer, 4).tolist()]
+    assert rows == [[BOS, "a", "b", "c"], [BOS, "d", "e", EOS]]  # what is left fills no sequence
+
+
+@pytest.mark.parametrize("length", [-1, 0, 1])
+def test_sequences_that_teach_nothing_are_refused(length: int) -> None:
+    for tokenizer in (with_first(), character_tokenizer()):
+        with pytest.raises(DataError, match="teach nothing"):
+            pack(["abc"], tokenizer, length)
+
+
 def test_an_end_that_the_tokenizer_adds_is_not_doubled() -> None:
     assert tokens(["ab", "c"], with_first(f"{BOS} $A {EOS}"), 7) == [BOS, "a", "b", EOS, BOS, "c", EOS]
     assert tokens(["ab", "c"], with_first(f"$A {EOS}"), 5) == ["a", "b", EOS, "c", EOS]

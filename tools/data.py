@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -107,18 +108,32 @@ def _encodable(where: str, text: str) -> str:
 def pack(documents: Sequence[str], tokenizer: Any, length: int) -> Tensor:
     """All documents as one token stream, cut into ``i64[sequences, length]``.
 
-    Each document gets the special tokens that the tokenizer itself adds (a first one for many models, which go
-    wrong without), and an end-of-text token behind it; neither is doubled where the text already has it. Rendered
-    chats have what their template wrote, and the end. The remainder that fills no sequence is dropped. Raises
+    Each document gets the special tokens that the tokenizer itself adds, and an end-of-text token behind it; neither is
+    doubled where the text already has it. `Rendered` chats have what their template wrote, and the end. Where all
+    documents begin with the tokenizer's first token, each sequence does, also one in the middle of a document: models
+    that were trained that way go wrong without it. The remainder that fills no sequence is dropped. Raises
     `DataError` when not even one is filled.
     """
-    stream: list[int] = []
-    for document in documents:
-        stream += _tokens(document, tokenizer)
-    count = len(stream) // length
-    if count == 0:
+    if length < 2:
+        raise DataError(
+            f"sequences of {length} token(s) teach nothing: each is learnt from those before; raise --seq-len"
+        )
+    tokens = [_tokens(document, tokenizer) for document in documents]
+    begin = tokenizer.bos_token_id
+    first = [begin] if begin is not None and all(ids[:1] == [begin] for ids in tokens) else []
+    stream = list(itertools.chain.from_iterable(tokens))
+    rows: list[list[int]] = []
+    done = 0
+    while done < len(stream):
+        row = [] if stream[done : done + 1] == first else first
+        taken = length - len(row)
+        rows.append(row + stream[done : done + taken])
+        done += taken
+    if rows and len(rows[-1]) < length:
+        rows.pop()
+    if not rows:
         raise DataError(f"the text has {len(stream)} tokens, too few for one sequence of {length}; lower --seq-len")
-    return torch.tensor(stream[: count * length], dtype=torch.int64).view(count, length)
+    return torch.tensor(rows, dtype=torch.int64)
 
 
 def _tokens(document: str, tokenizer: Any) -> list[int]:
