@@ -380,7 +380,7 @@ def refuse_plain_model(run: Run) -> None:
     if run.compiled.arrivals.through or not run.was_stepped:
         return
     batch = run.batch()
-    model = run.compiled._model
+    model: Any = run.compiled._model
     model(**batch).backward()
     run.reference.model(**batch)
     if run.compiled.arrivals.outside:
@@ -437,7 +437,7 @@ def _followed_or_refused(run: Run, change: Callable[[Any], None]) -> None:
         run.both(change)
         run.handles.clear()
         return
-    model = run.compiled._model
+    model: Any = run.compiled._model
     before = dict(model.__dict__["_modules"]), list(model.layers)
     change(run.compiled)
     batch = run.batch()
