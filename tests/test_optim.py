@@ -396,7 +396,7 @@ def test_a_chunk_without_gradient_counts_its_step_with_one_warning() -> None:
             train_step(module, optimizer, step, torch.float32)
         changed = [n for n, p in module.named_parameters() if not torch.equal(p, before[n])]
         assert changed == (["head.bias"] if step % 2 else [])
-    assert module.schedule.state_dict() == {"sweep": 2, "position": 0, "steps": 0, "chunks": 2}
+    assert (module.schedule.sweep, module.schedule.position, module.schedule.steps) == (2, 0, 0)
 
 
 def test_before_there_is_a_plan_the_optimizer_can_be_made_and_saved() -> None:
