@@ -51,7 +51,7 @@ def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     def predictor(session: Session) -> Predictor:
         return Predictor(session, RATES)
 
-    monkeypatch.setattr("chunkft_fx.api.Predictor", predictor)
+    monkeypatch.setattr("chunkft_fx.module.Predictor", predictor)
 
 
 @pytest.fixture(params=[0.0, pytest.param(0.2, marks=pytest.mark.slow)])
