@@ -119,9 +119,11 @@ def _describe(
                 "move them to the forward pass, or register the operator without effects"
             )
         elif isinstance(description, TangentAOTInput) and isinstance(description.output, InputMutationAOTOutput):
+            written = getattr(description.output.mutated_input, "idx", None)
+            weight = None if written is None else names.get(id(inputs[written]))
             raise UnsupportedGraph(
-                "forward changes an input in place in a way that gradients flow through; "
-                "return the changed value instead of writing into the input"
+                f"forward changes {f'the weight {weight}' if weight else 'an input'} in place in a way that gradients "
+                "flow through (max_norm of an embedding does so); use the changed value instead of writing it back"
             )
         elif isinstance(description, (SubclassGetAttrAOTInput, SubclassSizeAOTInput, SubclassStrideAOTInput)):
             raise UnsupportedGraph(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from chunkft_fx.passes.rewrite import insert_before
+from chunkft_fx.sub_graphs import copied_graph
 from chunkft_fx.torch_internals import fake_mode_of
 
 aten = torch.ops.aten
@@ -55,6 +56,29 @@ def with_tokens(graph: fx.Graph) -> tuple[str, ...]:
         made.append(insert_before(node, getitem, (called, 0)).name)
         graph.erase_node(node)
     return (token.name, *made)
+
+
+def with_bare_assertions(module: fx.GraphModule) -> fx.GraphModule:
+    """The module as a compiler takes it: a copy whose assertions of sizes stand by themselves, if there are any.
+
+    Inductor keeps such an assertion because of what it is, and has no form of it that gives a token.
+    """
+    if not any(_asserts_size(node) for node in module.graph.nodes):
+        return module
+    copied = copied_graph(module)
+    for node in [n for n in copied.graph.nodes if _asserts_size(n)]:
+        token, target, *args = node.args
+        for item in list(node.users):
+            item.replace_all_uses_with(token)
+            copied.graph.erase_node(item)
+        node.target, node.args = target, tuple(args)
+        node.meta = {**node.meta, "val": None}
+    copied.recompile()
+    return copied
+
+
+def _asserts_size(node: fx.Node) -> bool:
+    return node.target is with_effects and node.args[1] is aten._assert_scalar.default
 
 
 def _unnamed(argument: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from chunkft_fx.effects import with_bare_assertions
 from chunkft_fx.specialize import Variant
 from chunkft_fx.sub_graphs import opened
 from chunkft_fx.torch_internals import compile_graph, graph_module
@@ -31,7 +32,10 @@ def lower(variant: Variant, backend: str, fake_mode: Any, is_backward: bool) -> 
     module = variant.backward if is_backward else variant.forward
     assert module is not None
     start = time.perf_counter()
-    run = _eager(module) if backend == "eager" else compile_graph(opened(module), fake_mode, is_backward)
+    if backend == "eager":
+        run = _eager(module)
+    else:
+        run = compile_graph(with_bare_assertions(opened(module)), fake_mode, is_backward)
     seconds = time.perf_counter() - start
     log.debug("variant %d %s: lowered in %.2f s", variant.index, "backward" if is_backward else "forward", seconds)
     if is_backward:

@@ -118,7 +118,7 @@ def opened(module: fx.GraphModule) -> fx.GraphModule:
     """The module as a compiler takes it: a copy with closed operators spelled as a trace has them, if there are any."""
     if not any(isinstance(node.target, Closed) for node in module.graph.nodes):
         return module
-    copied = _copied(module)
+    copied = copied_graph(module)
     for node in list(copied.graph.nodes):
         if not isinstance(node.target, Closed):
             continue
@@ -134,7 +134,8 @@ def opened(module: fx.GraphModule) -> fx.GraphModule:
     return copied
 
 
-def _copied(module: fx.GraphModule) -> fx.GraphModule:
+def copied_graph(module: fx.GraphModule) -> fx.GraphModule:
+    """The module with a copy of its graph; metadata values are shared."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     graph.output_node().meta = dict(module.graph.output_node().meta)

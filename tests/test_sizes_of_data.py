@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import chunkft_fx
 from chunkft_fx.torch_internals import UNBOUNDED
 from tests.equivalence import assert_same_gradients
 from tests.odd_blocks import (
@@ -122,6 +124,20 @@ def test_a_size_that_flows_through_all_blocks(kind: type[Blocks], batch: dict[st
 @pytest.mark.parametrize("step", [by_mask, pytest.param(experts, marks=pytest.mark.slow)])
 def test_gradients_are_exact_when_the_choice_is_computed_again(step: Step) -> None:
     assert_recomputes_exactly(blocks_of(step), rows(256))
+
+
+@pytest.mark.parametrize(
+    ("model", "batch"),
+    [
+        (blocks_of(by_mask), rows(8)),
+        pytest.param(whole(Selected), rows(8), marks=pytest.mark.slow),
+        pytest.param(whole(Repeated), WHOLE[1][1], marks=pytest.mark.slow),
+        pytest.param(whole(Cut), WHOLE[2][1], marks=pytest.mark.slow),
+    ],
+)
+def test_inductor_compiles_sizes_of_data(model: nn.Module, batch: dict[str, Any]) -> None:
+    module = chunkft_fx.compile(copy.deepcopy(model), "1GB", chunks=2)
+    assert_same_gradients(module, model, batch, 1e-9)
 
 
 def test_one_program_serves_every_number_of_rows() -> None:

@@ -169,6 +169,23 @@ def test_an_input_made_of_several_tensors_is_refused_by_name() -> None:
         module(**batch)
 
 
+class Renormed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(10, WIDTH, max_norm=1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.table(x).square().sum()
+
+
+def test_a_weight_that_forward_writes_is_refused_by_name() -> None:
+    module = compiled(Renormed())
+    before = module.get_parameter("table.weight").detach().clone()
+    with pytest.raises(errors.UnsupportedGraph, match=r"the weight table\.weight in place"):
+        module(x=torch.tensor([1, 2]))
+    assert torch.equal(before, module.get_parameter("table.weight"))
+
+
 def test_a_graph_break_names_the_users_file_and_line() -> None:
     def breaking(block: Any, h: Tensor) -> Tensor:
         return block.b(h) if h.sum() > 0 else block.a(h)
