@@ -132,6 +132,8 @@ def _number(name: str, value: int, given: Mapping[str, Any], layers: Sequence[in
         return _kv_heads(name, value, given)
     if name == "head_dim" and given.get("qk_rope_head_dim") == value:
         return HEAD_DIM // 2
+    if name in ("mamba_d_head", "mamba_head_dim"):
+        return HEAD_DIM
     if name == "num_heads" and "expand" in given:
         return 2 * HEADS
     if name == "patch_size" and value <= 8:
