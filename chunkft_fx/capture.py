@@ -119,6 +119,13 @@ def _describe(
                 "move them to the forward pass, or register the operator without effects"
             )
         elif isinstance(description, TangentAOTInput) and isinstance(description.output, InputMutationAOTOutput):
+            written = description.output.mutated_input
+            weight = names.get(id(inputs[written.idx])) if isinstance(written, PlainAOTInput) else None
+            if weight is not None:
+                raise UnsupportedGraph(
+                    f"forward writes the weight {weight}, which only an optimizer may change between forward and "
+                    "backward; switch that off, and change the weight after optimizer.step() instead"
+                )
             raise UnsupportedGraph(
                 "forward changes an input in place in a way that gradients flow through; "
                 "return the changed value instead of writing into the input"
