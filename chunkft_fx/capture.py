@@ -119,11 +119,16 @@ def _describe(
                 "move them to the forward pass, or register the operator without effects"
             )
         elif isinstance(description, TangentAOTInput) and isinstance(description.output, InputMutationAOTOutput):
-            written = getattr(description.output.mutated_input, "idx", None)
-            weight = None if written is None else names.get(id(inputs[written]))
+            written = description.output.mutated_input
+            weight = names.get(id(inputs[written.idx])) if isinstance(written, PlainAOTInput) else None
+            if weight is not None:
+                raise UnsupportedGraph(
+                    f"forward writes the weight {weight} (as max_norm of an embedding does), which only an optimizer may "
+                    "change; switch that off, and change the weight after optimizer.step() instead"
+                )
             raise UnsupportedGraph(
-                f"forward changes {f'the weight {weight}' if weight else 'an input'} in place in a way that gradients "
-                "flow through (max_norm of an embedding does so); use the changed value instead of writing it back"
+                "forward changes an input in place in a way that gradients flow through; "
+                "return the changed value instead of writing into the input"
             )
         elif isinstance(description, (SubclassGetAttrAOTInput, SubclassSizeAOTInput, SubclassStrideAOTInput)):
             raise UnsupportedGraph(
