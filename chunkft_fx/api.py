@@ -14,21 +14,20 @@ from chunkft_fx.blocks import block_paths
 from chunkft_fx.budget import format_bytes, parse_bytes
 from chunkft_fx.capture import capture, trace
 from chunkft_fx.errors import AlreadyCompiled, NotPlanned, OptionError
+from chunkft_fx.example_batch import arguments_of, plan_for_example
 from chunkft_fx.executable import Executable
 from chunkft_fx.head_rewrite import chunk_head
 from chunkft_fx.host_memory import HostMemory
-from chunkft_fx.memory_limit import avoid_fragmentation, limit, take_workspaces
 from chunkft_fx.outline import Template, outline
 from chunkft_fx.plan import Plan
-from chunkft_fx.planner import Options, first_plan, parameter_specs, plan_for_batch
-from chunkft_fx.predictor import Predictor
+from chunkft_fx.planner import Options, first_plan, parameter_specs
 from chunkft_fx.program import Program
 from chunkft_fx.residency import Residency, compute_device
 from chunkft_fx.routing import through_compiled
 from chunkft_fx.session import Session
 from chunkft_fx.slices import ActiveSlice, ChunkSchedule, zero_gradients
 from chunkft_fx.specialize import Variant
-from chunkft_fx.step_memory import Moment, step_timeline, storages_nbytes
+from chunkft_fx.step_memory import Moment, step_timeline
 from chunkft_fx.streaming import StageOwner
 from chunkft_fx.torch_internals import is_torch_compiled
 
@@ -46,6 +45,7 @@ def compile(
     seed: int = 0,
     return_logits: bool = False,
     device: torch.device | str | None = None,
+    batch: Mapping[str, Any] | Sequence[Any] | torch.Tensor | None = None,
 ) -> CompiledModule:
     """Compile a model for full-parameter training in which one chunk of the parameters is active a step.
 
@@ -56,12 +56,16 @@ def compile(
     the rewritten FX graphs as they are, ``"inductor"`` compiles them. ``device`` is where the model runs,
     by default where its first parameter is; its weights can be anywhere: those that the budget cannot
     hold stay in host memory and are fetched for each use.
+    ``batch`` is an example of the largest training batch, as the arguments of one call (a dict of keyword arguments, or
+    a tuple): the plan is made for it at the first training call, whatever that call brings. Only shapes and dtypes
+    count, so tensors on the device ``"meta"`` will do. A batch that is larger in any size than those planned for is
+    planned for before it runs, with or without ``batch``; once a sweep has begun chunks and streamed weights stay.
     The model is traced at its first call; it must trace with ``torch.compile(fullgraph=True)``.
     In training, logits that only feed a cross-entropy are never held whole: the model returns ``None`` in
     their place, unless ``return_logits``. In evaluation and under ``no_grad`` it returns them.
 
     Raises `BudgetParseError`, `ChunkCountError`, `OptionError`, `NoTrainableParameters`, `AlreadyCompiled`;
-    a call with a new kind of batch can raise `UnsupportedGraph` or `BudgetInfeasible`.
+    a call with a new kind of batch can raise `UnsupportedGraph` or `BudgetInfeasible`, and then changed nothing.
     """
     if isinstance(model, CompiledModule):
         raise AlreadyCompiled("this model was already compiled by chunkft_fx; call compile once, on the plain model")
@@ -74,7 +78,9 @@ def compile(
     if chunks != "auto" and (isinstance(chunks, bool) or not isinstance(chunks, int)):
         raise OptionError(f'chunks={chunks!r} is not known; give a number or "auto"')
     ChunkSchedule(1, order, interval, seed)
-    options = Options(parse_bytes(budget), chunks, order, interval, seed, return_logits)
+    if batch is not None:
+        arguments_of(batch)
+    options = Options(parse_bytes(budget), chunks, order, interval, seed, return_logits, batch)
     target = compute_device(model, device)
     return CompiledModule(model, options, backend, first_plan(model, options), target)
 
@@ -96,6 +102,7 @@ class CompiledModule(nn.Module):
     _schedule: ChunkSchedule | None
     _position: dict[str, Any] | None
     _residency: Residency
+    _is_planning: bool
 
     def __init__(
         self, model: nn.Module, options: Options, backend: str, plan: Plan | None, device: torch.device
@@ -104,7 +111,7 @@ class CompiledModule(nn.Module):
         own = self.__dict__
         own["_model"], own["_options"], own["_backend"], own["_plan"] = model, options, backend, plan
         own["_sessions"], own["_slices"], own["_schedule"], own["_position"] = [], None, None, None
-        own["_residency"] = Residency(model, device, HostMemory())
+        own["_residency"], own["_is_planning"] = Residency(model, device, HostMemory()), False
         for module in model.modules():
             module._buffers.update({n: b.to(device) for n, b in module._buffers.items() if b is not None})
         # Two backends, so that neither ever runs what was captured for the other; the plain model keeps them alive.
@@ -113,6 +120,7 @@ class CompiledModule(nn.Module):
 
         def call(*args: Any, **kwargs: Any) -> Any:
             with self._residency.presented():
+                self._plan_ahead(calls[True], args, kwargs)
                 return calls[model.training and torch.is_grad_enabled()](*args, **kwargs)
 
         own["forward"] = functools.wraps(model.forward)(call)  # shows the model's own signature
@@ -264,26 +272,67 @@ class CompiledModule(nn.Module):
         names = {id(p): name for name, p in self._model.named_parameters()}
         captured = capture(gm, inputs, names, self._backend)
         blocks = block_paths(self._model.named_modules())
-        held = [*self._model.parameters(), *self._model.buffers()]
-        session = Session(self, captured, outline(captured, blocks), self._backend, storages_nbytes(inputs, held))
-        if captured.tangents:
-            shapes = [list(t.shape) for t in inputs if isinstance(t, torch.Tensor) and id(t) not in names]
-            batch = f"a batch with inputs of shapes {shapes[:4]}"
-            predictor = Predictor(session)
-            plan = plan_for_batch(self._model, self._options, self._plan, predictor, batch)
-            session.save_from, session.offload_below = plan.save_from, plan.offload_below
-            session.head_split = plan.head_split
-            session.times = predictor.known_times
-            avoid_fragmentation(self._residency.device)
-            self._residency.settle(plan.streamed, plan.depth)
-            limit(self._residency.device, self._options.budget_bytes)
-            if self._plan is None or not self._plan.batch:
-                self.__dict__["_plan"] = plan
-            # what stays is taken before a step takes anything: between its blocks it would split their memory
-            take_workspaces(self._residency.device)
-            self._residency.take_stage()
+        held = {t.untyped_storage().data_ptr() for t in (*self._model.parameters(), *self._model.buffers())}
+        batch = [
+            i
+            for i, t in enumerate(inputs)
+            if isinstance(t, torch.Tensor) and id(t) not in names and t.untyped_storage().data_ptr() not in held
+        ]
+        session = Session(self, captured, outline(captured, blocks), self._backend, batch, is_training)
         self._sessions.append(session)
         return session
+
+    def _plan_ahead(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the first training call, have the plan made for the largest batch that was given to compile."""
+        is_training = self._model.training and torch.is_grad_enabled()
+        if not is_training or self._options.batch is None or (self._plan is not None and self._plan.batch):
+            return
+        self.__dict__["_is_planning"] = True
+        try:
+            plan_for_example(call, self._options.batch, args, kwargs, self._residency.device)
+        finally:
+            self.__dict__["_is_planning"] = False
+
+    @property
+    def is_planning(self) -> bool:
+        """Whether a call only has a plan made."""
+        return self._is_planning
+
+    @property
+    def plain(self) -> nn.Module:
+        """The wrapped model."""
+        return self._model
+
+    @property
+    def options(self) -> Options:
+        """What was asked of `compile`."""
+        return self._options
+
+    @property
+    def known_plan(self) -> Plan | None:
+        """The plan, as far as there is one."""
+        return self._plan
+
+    @property
+    def gradient_nbytes(self) -> int:
+        """Bytes of the gradients that active slices hold."""
+        return sum(s.grad.nbytes for s in self._slices or () if s.grad is not None)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether another cut into chunks would lose a position, states or gradients, or a backward that may come."""
+        schedule, optimizer = self._schedule, self._residency.stage_owner()
+        if self._position is not None or (optimizer is not None and optimizer.state):
+            return True
+        if schedule is not None and (schedule.sweep, schedule.position, schedule.steps) != (0, 0, 0):
+            return True
+        return self.gradient_nbytes > 0 or any(session.has_pending for session in self._sessions)
+
+    def adopt(self, plan: Plan) -> None:
+        """Go by this plan from now on; with other chunks than before, from the first one."""
+        if self._plan is None or plan.chunks is not self._plan.chunks:
+            self.__dict__.update(_schedule=None, _slices=None)
+        self.__dict__["_plan"] = plan
 
     def extra_repr(self) -> str:
         planned = f"{len(self._plan.chunks)} chunks" if self._plan is not None else "not planned yet"

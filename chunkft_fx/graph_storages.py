@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from chunkft_fx.torch_internals import hint, returns_view, tree_leaves
+from chunkft_fx.sizes import AS_TRACED, Sizes
+from chunkft_fx.torch_internals import returns_view, tree_leaves
 
 # A storage of a graph's fake values; views of each other share it.
 Key = int
@@ -19,10 +20,11 @@ class Storages:
     """The storages under the values of a graph: ``keys`` of each node, one for each tensor of its (flat) value.
 
     Views share what they view. That is read off the operators, because a rewrite that makes a new fake value leaves
-    the views of the old one as they were.
+    the views of the old one as they were. Symbolic sizes count as ``sizes`` says.
     """
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, sizes: Sizes = AS_TRACED) -> None:
+        self.sizes = sizes
         self.keys: dict[fx.Node, tuple[Key | None, ...]] = {}
         self.nbytes: dict[Key, int] = {}
         known: dict[int, Key] = {}
@@ -51,10 +53,10 @@ class Storages:
             yield from (self._key(leaf, known) if isinstance(leaf, Tensor) else None for leaf in leaves)
 
     def _key(self, value: Tensor, known: dict[int, Key]) -> Key:
-        """The storage of a fake tensor; symbolic sizes count with their traced value."""
+        """The storage of a fake tensor."""
         storage = value.untyped_storage()
         key = known.setdefault(int(StorageWeakRef(storage).cdata), len(known))
-        self.nbytes[key] = hint(storage.nbytes())
+        self.nbytes[key] = self.sizes.of(storage.nbytes())
         return key
 
 

@@ -20,22 +20,22 @@ from chunkft_fx.graph_storages import Key, Storages
 from chunkft_fx.head_memory import head_workspace
 from chunkft_fx.kernel_list import Kernel, Store, kernels
 from chunkft_fx.kernels import weight_gradient
+from chunkft_fx.sizes import AS_TRACED, Sizes
 from chunkft_fx.specialize import Variant
-from chunkft_fx.torch_internals import hint
 
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
 
-# By variant: the peak of each question asked, which is the direction, whether it runs compiled, and dying inputs.
-_PEAKS: WeakKeyDictionary[Variant, dict[tuple[bool, bool, frozenset[int]], int]] = WeakKeyDictionary()
+# By variant: the peak of each question asked: the direction, whether it runs compiled, dying inputs, and sizes.
+_PEAKS: WeakKeyDictionary[Variant, dict[tuple[bool, bool, frozenset[int], Sizes], int]] = WeakKeyDictionary()
 
 
-def allocated_peak(graph: fx.Graph, fused: bool = False, dying: Iterable[int] = ()) -> int:
+def allocated_peak(graph: fx.Graph, fused: bool = False, dying: Iterable[int] = (), sizes: Sizes = AS_TRACED) -> int:
     """The most bytes that running a graph adds to what was alive before, its results included; never below 0.
 
     ``fused`` says that it runs compiled. ``dying`` are the positions of inputs that the callee alone holds, which it
     frees after their last use; all other inputs belong to the caller.
     """
-    held = Storages(graph)
+    held = Storages(graph, sizes)
     inputs = graph.find_nodes(op="placeholder")
     given = {key for node in inputs for key in held.of(node)}
     chosen = set(dying)
@@ -52,7 +52,7 @@ def allocated_peak(graph: fx.Graph, fused: bool = False, dying: Iterable[int] = 
         dead = {key for key in (*kernel.writes, *kernel.reads) if last[key] == i and key not in kept}
         new = sum(kernel.writes.values())
         over = _overwritten(kernel, {key: nbytes[key] for key in dead - fixed}) if fused else 0
-        peak = max(peak, total + new - over + _inside(kernel))
+        peak = max(peak, total + new - over + _inside(kernel, sizes))
         total += new - over
         leaving += sum(nbytes[key] for key in dead) - over
     return peak
@@ -91,15 +91,15 @@ def _is_last(kernel: Kernel, key: Key, store: Store, before: set[Store]) -> bool
     return all(s is store or s in before or key not in s.reads for s in kernel.stores)
 
 
-def _inside(kernel: Kernel) -> int:
+def _inside(kernel: Kernel, sizes: Sizes) -> int:
     """Bytes that a kernel has allocated beyond its results: by an operator for itself, or for timing it."""
     if kernel.generated:
         value = kernel.stores[-1].node.meta["val"]
         return timing_nbytes(value.device) if isinstance(value, Tensor) else 0
     node = kernel.stores[0].node
     if node.target is _FLASH_BACKWARD:
-        return _flash_workspace(node)
-    return head_workspace(node) + weight_gradient.workspace(node)
+        return _flash_workspace(node, sizes)
+    return head_workspace(node, sizes) + weight_gradient.workspace(node, sizes)
 
 
 @functools.cache
@@ -114,34 +114,40 @@ def timing_nbytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size
 
 
-def _flash_workspace(node: fx.Node) -> int:
+def _flash_workspace(node: fx.Node, sizes: Sizes) -> int:
     """Of flash attention's backward on CUDA: float32 sums of the query's gradient, and grouped heads spread out.
 
     Source: ``mha_bwd`` in torch's aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp.
     """
     args: Any = fx.map_arg(node.args, lambda n: n.meta["val"])
     query, key = args[1], args[2]
-    batch, heads, length, width = (hint(s) for s in query.shape)
+    batch, heads, length, width = sizes.shape(query)
     rows = batch * heads * _round_up(length, 128)
     sums = rows * 4 * (_round_up(width, 32 if width <= 128 else 64) + 1)
-    spread = 2 * batch * heads * hint(key.shape[2]) * width * key.element_size()
-    return sums + (spread if hint(key.shape[1]) != heads else 0)
+    spread = 2 * batch * heads * sizes.of(key.shape[2]) * width * key.element_size()
+    return sums + (spread if sizes.of(key.shape[1]) != heads else 0)
 
 
 def _round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def workspace(variant: Variant, is_backward: bool, backend: str = "eager", dying: frozenset[int] = frozenset()) -> int:
+def workspace(
+    variant: Variant,
+    is_backward: bool,
+    backend: str = "eager",
+    dying: frozenset[int] = frozenset(),
+    sizes: Sizes = AS_TRACED,
+) -> int:
     """The most bytes that one direction of a variant adds while it runs, its results included.
 
     ``dying`` are positions of inputs that nobody but the call holds. Found once for each variant and question.
     """
     fused = backend != "eager"
     peaks = _PEAKS.setdefault(variant, {})
-    question = (is_backward, fused, dying if fused else frozenset())
+    question = (is_backward, fused, dying if fused else frozenset(), sizes)
     if question not in peaks:
-        peaks[question] = allocated_peak(graph_of(variant, is_backward), fused, question[2])
+        peaks[question] = allocated_peak(graph_of(variant, is_backward), fused, question[2], sizes)
     return peaks[question]
 
 

@@ -21,6 +21,7 @@ from chunkft_fx.fixed_memory import DEPTH
 from chunkft_fx.plan import Chunk, Considered
 from chunkft_fx.plan_choice import Choice, Cost, Fit, Predicts, key_of
 from chunkft_fx.plan_costs import ChoiceCosts
+from chunkft_fx.state_policy import ASSUMED, StatePolicy
 from chunkft_fx.step_cost import Saving, least_cost
 from chunkft_fx.step_memory import Moment
 
@@ -47,6 +48,7 @@ class Search:
         predictor: Predicts,
         budget: int,
         chunks: tuple[Chunk, ...] | None = None,
+        policy: StatePolicy = ASSUMED,
     ) -> None:
         self.parameters, self.predictor, self.budget = parameters, predictor, budget
         self.given = chunks
@@ -57,7 +59,7 @@ class Search:
         self._extra: dict[tuple[int, Saving], int] = {}
         self.finest = chunks or cut(parameters, min(max_chunks(parameters), MOST_CHUNKS))
         self.times = predictor.times(self.finest[0])
-        self.costs = ChoiceCosts(model, parameters, predictor, self.times)
+        self.costs = ChoiceCosts(model, parameters, predictor, self.times, policy)
         self.regions = self.costs.regions
         # where cuts of many counts are compared, what every first chunk holds at least
         self._least_chunk = None if chunks or self.times is None else Stream(parameters).chunk(0, 1)
