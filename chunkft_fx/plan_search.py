@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -31,10 +31,6 @@ COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512,
 MOST_CHUNKS = 1024
 # Ring depths tried: a third buffer evens out regions of unequal length.
 DEPTHS = (DEPTH, DEPTH + 1)
-# Steps of a sweep, beside the first, whose peak is predicted before a plan is settled: their programs have to be made
-# for it. While choices are compared, the first chunk stands for all: its backward is the deepest.
-LOOKED_AT = 6
-
 LATER = "larger steps later in the sweep"
 
 
@@ -151,7 +147,7 @@ class Search:
         yield self.finest
 
     def _can(self, chunks: tuple[Chunk, ...], streamed: int, saving: Saving) -> bool:
-        """Whether this fits with some split of the head."""
+        """Whether this fits with some split of the head, in every step of the sweep."""
         for split in self.head.splits:
             fit = self._fit(Choice(chunks, streamed, DEPTH, replace(saving, head_split=split)))
             self._note(fit)
@@ -222,9 +218,16 @@ class Search:
         return self._exactly(choice, self.predictor.peak(self._least_chunk or choice.chunks[0], choice.saving))
 
     def _fit(self, choice: Choice) -> Fit:
-        """A choice by the first chunk's step, with what is known to be needed more by others."""
-        more = self._extra.get(key_of(choice), 0)
-        moment = self._first(choice)
+        """A choice by the first chunk's step, with what is known to be needed more by others.
+
+        Where few cuts are compared that is found out for every choice that seems to fit; else only for the best one,
+        and those that are the best then (`_settled`).
+        """
+        moment, key = self._first(choice), key_of(choice)
+        has_few_cuts = self.times is None or self.given is not None
+        if has_few_cuts and key not in self._extra and self._exactly(choice, moment).nbytes <= self.budget:
+            self._extra[key] = self._largest(choice).nbytes - moment.nbytes
+        more = self._extra.get(key, 0)
         return self._exactly(choice, Moment(moment.label, moment.terms | ({LATER: more} if more else {})))
 
     def _exactly(self, choice: Choice, moment: Moment) -> Fit:
@@ -236,10 +239,16 @@ class Search:
         return self.predictor.peak(choice.chunks[0], choice.saving)
 
     def _largest(self, choice: Choice) -> Moment:
-        """The largest moment of steps spread over a sweep; the first if there are several."""
-        chunks = choice.chunks
-        looked = sorted({k * (len(chunks) - 1) // LOOKED_AT for k in range(LOOKED_AT + 1)})
-        return max((self.predictor.peak(chunks[k], choice.saving) for k in looked), key=lambda m: m.nbytes)
+        """The largest moment of the steps of a sweep; the first if there are several.
+
+        Looked at is, of the chunks of each kind, the one that needs most, and the first chunk.
+        """
+        lowest: dict[Hashable, tuple[int, int]] = {}
+        for k, chunk in enumerate(choice.chunks):
+            region, kind = self.predictor.kind(chunk, choice.saving)
+            lowest[kind] = min(lowest.get(kind, (region, k)), (region, k))
+        looked = sorted({0, *(k for _, k in lowest.values())})
+        return max((self.predictor.peak(choice.chunks[k], choice.saving) for k in looked), key=lambda m: m.nbytes)
 
     def _note(self, fit: Fit) -> None:
         self.considered.append(fit.considered())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import chunkft_fx
 from chunkft_fx.api import CompiledModule
 from chunkft_fx.errors import BudgetInfeasible
+from chunkft_fx.residency import Residency
 from chunkft_fx.session import Session
 from tests.live_storages import LiveStorages
 
@@ -72,7 +73,12 @@ def watched(module: CompiledModule, batch: dict[str, Tensor]) -> Iterator[Callab
     tracker.watch(s.grad for s in module._slices or () if s.grad is not None)
     ring = module.residency._ring
     tracker.watch(ring._buffers if ring is not None else ())
-    call, finish = Session.__call__, Session.finish
+    call, finish, ghost = Session.__call__, Session.finish, Residency._ghost
+
+    def ghost_without_memory(self: Residency, name: str, like: Tensor) -> Tensor:
+        made = ghost(self, name, like)
+        tracker.forget(made)
+        return made
 
     def tracked_call(self: Session, *arguments: Any) -> tuple[Any, ...]:
         with tracker:
@@ -92,6 +98,7 @@ def watched(module: CompiledModule, batch: dict[str, Tensor]) -> Iterator[Callab
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Session, "__call__", tracked_call)
         patched.setattr(Session, "finish", tracked_finish)
+        patched.setattr(Residency, "_ghost", ghost_without_memory)
         yield most
 
 

@@ -35,6 +35,10 @@ class LiveStorages(TorchDispatchMode):
             self._live[_key(tensor)] = (StorageWeakRef(storage), storage.nbytes())
         self.peak_nbytes = max(self.peak_nbytes, self.live_nbytes)
 
+    def forget(self, tensor: Tensor) -> None:
+        """Count a tensor's storage no longer: it gave its memory back."""
+        self._live.pop(_key(tensor), None)
+
     @property
     def live_nbytes(self) -> int:
         self._live = {key: (ref, nbytes) for key, (ref, nbytes) in self._live.items() if not ref.expired()}
