@@ -222,11 +222,12 @@ def _choose(owner: Owner, predictor: Predictor, batch: str, nbytes: int) -> Plan
 def settle(owner: Owner, plan: Plan) -> None:
     """Put weights, and memory that stays, where a plan wants them, and go by the plan.
 
-    Of plans with the same chunks and places, the one that needs most is shown.
+    Of plans with the same chunks, places and kind of states, the one that needs most is shown.
     """
     known, residency = owner.known_plan, owner.residency
     if known is not None and _alike(plan, known):
-        if (plan.predicted_peak_bytes or 0) > (known.predicted_peak_bytes or 0):
+        is_larger = (plan.predicted_peak_bytes or 0) > (known.predicted_peak_bytes or 0)
+        if is_larger or (plan.state_dtype, plan.states) != (known.state_dtype, known.states):
             owner.adopt(plan)
         return
     optimizer = residency.stage_owner()
