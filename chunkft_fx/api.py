@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import nn
 
 from chunkft_fx.budget import parse_bytes
 from chunkft_fx.distribution import refuse_ranks
 from chunkft_fx.errors import AlreadyCompiled, OptionError
+from chunkft_fx.example_batch import arguments_of
 from chunkft_fx.module import CompiledModule
 from chunkft_fx.planner import Options, first_plan
 from chunkft_fx.residency import compute_device
@@ -28,6 +32,7 @@ def compile(
     seed: int = 0,
     return_logits: bool = False,
     device: torch.device | str | None = None,
+    batch: Mapping[str, Any] | Sequence[Any] | torch.Tensor | None = None,
 ) -> CompiledModule:
     """Compile a model for full-parameter training in which one chunk of the parameters is active a step.
 
@@ -38,13 +43,17 @@ def compile(
     the rewritten FX graphs as they are, ``"inductor"`` compiles them. ``device`` is where the model runs,
     by default where its first parameter is; its weights can be anywhere: those that the budget cannot
     hold stay in host memory and are fetched for each use.
+    ``batch`` is an example of the largest training batch, as the arguments of one call (a dict of keyword arguments, or
+    a tuple): the plan is made for it at the first training call, whatever that call brings. Only shapes and dtypes
+    count, so tensors on the device ``"meta"`` will do. A batch that is larger in any size than those planned for is
+    planned for before it runs, with or without ``batch``; once a sweep has begun chunks and streamed weights stay.
     The model is traced at its first call; it must trace with ``torch.compile(fullgraph=True)``.
     In training, logits that only feed a cross-entropy are never held whole: the model returns `MissingLogits` in
     their place, which raises `LogitsNotKept` when it is read, unless ``return_logits``. In evaluation and under
     ``no_grad`` it returns them.
 
     Raises `BudgetParseError`, `ChunkCountError`, `OptionError`, `NoTrainableParameters`, `AlreadyCompiled`;
-    a call with a new kind of batch can raise `UnsupportedGraph` or `BudgetInfeasible`.
+    a call with a new kind of batch can raise `UnsupportedGraph` or `BudgetInfeasible`, and then changed nothing.
     """
     if isinstance(model, CompiledModule):
         raise AlreadyCompiled("this model was already compiled by chunkft_fx; call compile once, on the plain model")
@@ -57,7 +66,9 @@ def compile(
     if chunks != "auto" and (isinstance(chunks, bool) or not isinstance(chunks, int)):
         raise OptionError(f'chunks={chunks!r} is not known; give a number or "auto"')
     ChunkSchedule(1, order, interval, seed)
+    if batch is not None:
+        arguments_of(batch)
     refuse_ranks()
-    options = Options(parse_bytes(budget), chunks, order, interval, seed, return_logits)
+    options = Options(parse_bytes(budget), chunks, order, interval, seed, return_logits, batch)
     target = compute_device(model, device)
     return CompiledModule(model, options, backend, first_plan(model, options), target)

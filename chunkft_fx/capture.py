@@ -123,8 +123,8 @@ def _describe(
             weight = names.get(id(inputs[written.idx])) if isinstance(written, PlainAOTInput) else None
             if weight is not None:
                 raise UnsupportedGraph(
-                    f"forward writes the weight {weight} (as max_norm of an embedding does), which only an optimizer may "
-                    "change; switch that off, and change the weight after optimizer.step() instead"
+                    f"forward writes the weight {weight} (as max_norm of an embedding does), which only an optimizer "
+                    "may change; switch that off, and change the weight after optimizer.step() instead"
                 )
             raise UnsupportedGraph(
                 "forward changes an input in place in a way that gradients flow through; "

@@ -6,6 +6,7 @@ and one launch. A plan is made before anything is compiled, so measured are the 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -18,8 +19,9 @@ from chunkft_fx.graph_storages import Storages
 from chunkft_fx.head_memory import blocks, repeated_nbytes
 from chunkft_fx.kernel_list import Kernel, kernels, packet_of, packets
 from chunkft_fx.rates import Rates
+from chunkft_fx.sizes import AS_TRACED, Sizes
 from chunkft_fx.specialize import Variant
-from chunkft_fx.torch_internals import hint, tree_map
+from chunkft_fx.torch_internals import tree_map
 
 aten = torch.ops.aten
 
@@ -81,29 +83,32 @@ class Cost:
         return sum(k.us(rates) for k in self.kernels)
 
 
-def graph_cost(graph: fx.Graph, fused: bool = True) -> Cost:
+def graph_cost(graph: fx.Graph, fused: bool = True, sizes: Sizes = AS_TRACED) -> Cost:
     """The cost of running a partitioned region graph once; ``fused=False`` for a graph that is run node by node.
 
     Operators without a formula in torch's registry cost their bytes only. Attention counts in full also where it is
     causal, as torch counts it.
     """
-    return Cost(tuple(_work_of(k) for k in kernels(Storages(graph), fused)))
+    return Cost(tuple(_work_of(k, sizes) for k in kernels(Storages(graph, sizes), fused)))
 
 
-def _work_of(kernel: Kernel) -> Work:
+def _work_of(kernel: Kernel, sizes: Sizes) -> Work:
     node = kernel.stores[0].node
-    nbytes = sum(kernel.reads.values()) + sum(kernel.writes.values()) + repeated_nbytes(node)
+    nbytes = sum(kernel.reads.values()) + sum(kernel.writes.values()) + repeated_nbytes(node, sizes)
     values = [n.meta.get("val") for n in node.all_input_nodes]
     dtype = next((v.dtype for v in values if isinstance(v, Tensor) and v.is_floating_point()), torch.float32)
-    return Work(0 if kernel.generated else _flops(node), str(dtype).removeprefix("torch."), nbytes, blocks(node))
+    flops = 0 if kernel.generated else _flops(node, sizes)
+    return Work(flops, str(dtype).removeprefix("torch."), nbytes, blocks(node, sizes))
 
 
-def _flops(node: fx.Node) -> int:
+def _flops(node: fx.Node, sizes: Sizes) -> int:
     packet = _LIKE.get(packet_of(node), packet_of(node))
     formula = flop_registry.get(packet)
     if formula is None:
         return 0
-    args, options, value = tree_map(_sized, fx.map_arg((node.args, node.kwargs, node), lambda n: n.meta["val"]))
+    args, options, value = tree_map(
+        functools.partial(_sized, sizes), fx.map_arg((node.args, node.kwargs, node), lambda n: n.meta["val"])
+    )
     if packet in _QUERY:
         # Grouped heads do the work of as many as the query has, which is all that some versions of the formulas take.
         first = _QUERY[packet]
@@ -113,26 +118,27 @@ def _flops(node: fx.Node) -> int:
     return int(formula(*args, **options, out_val=value))
 
 
-def _sized(value: Any) -> Any:
+def _sized(sizes: Sizes, value: Any) -> Any:
     """A value with plain sizes for the formulas: a tensor without data in place of a fake one."""
     if isinstance(value, Tensor):
-        return torch.empty([hint(s) for s in value.shape], dtype=value.dtype, device="meta")
-    return hint(value) if isinstance(value, torch.SymInt) else value
+        return torch.empty(sizes.shape(value), dtype=value.dtype, device="meta")
+    return sizes.of(value) if isinstance(value, torch.SymInt) else value
 
 
-# By variant and direction: equal regions share their variants.
-_COSTS: WeakKeyDictionary[Variant, dict[bool, Cost]] = WeakKeyDictionary()
+# By variant, direction and sizes: equal regions share their variants.
+_COSTS: WeakKeyDictionary[Variant, dict[tuple[bool, Sizes], Cost]] = WeakKeyDictionary()
 
 
-def direction_us(variant: Variant, is_backward: bool, rates: Rates) -> float:
+def direction_us(variant: Variant, is_backward: bool, rates: Rates, sizes: Sizes = AS_TRACED) -> float:
     """Microseconds of one direction of a compiled variant; 0 for a backward that it does not have."""
     module = variant.backward if is_backward else variant.forward
     if module is None:
         return 0.0
     known = _COSTS.setdefault(variant, {})
-    if is_backward not in known:
-        known[is_backward] = graph_cost(module.graph)
-    return known[is_backward].us(rates)
+    key = is_backward, sizes
+    if key not in known:
+        known[key] = graph_cost(module.graph, sizes=sizes)
+    return known[key].us(rates)
 
 
 def transfer_us(

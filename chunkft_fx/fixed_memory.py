@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from chunkft_fx.optim_state import stage_capacity_nbytes
 from chunkft_fx.plan import Chunk
+from chunkft_fx.state_policy import ASSUMED, StatePolicy
 from chunkft_fx.streams import ring_buffer_nbytes
 
 # The parts of a predicted peak by name, in bytes.
@@ -16,12 +17,6 @@ Terms = dict[str, int]
 
 # Buffers of the ring: one is read while the next is filled.
 DEPTH = 2
-
-
-def state_nbytes(dtype: torch.dtype) -> int:
-    """Optimizer-state bytes per element of a parameter: two moments, and a master for low precision."""
-    wide = torch.promote_types(dtype, torch.float32).itemsize
-    return 2 * wide if dtype.itemsize >= 4 else 3 * wide
 
 
 def resident_nbytes(model: nn.Module) -> int:
@@ -52,12 +47,12 @@ def weight_terms(
     return {"weights and buffers": resident - away, **ring}
 
 
-def chunk_terms(parameters: Mapping[str, Tensor], chunks: Sequence[Chunk]) -> Terms:
+def chunk_terms(parameters: Mapping[str, Tensor], chunks: Sequence[Chunk], policy: StatePolicy = ASSUMED) -> Terms:
     """Gradients and staged states of the largest chunk."""
     widths = {name: torch.promote_types(p.dtype, torch.float32).itemsize for name, p in parameters.items()}
     sizes = {name: p.numel() for name, p in parameters.items()}
     return {
-        "optimizer state of the active chunk": max(stage_capacity_nbytes(c, parameters) for c in chunks),
+        "optimizer state of the active chunk": max(stage_capacity_nbytes(c, parameters, policy.dtype) for c in chunks),
         "gradients of the active chunk": max(
             sum(sizes[s.name] * s.length // s.size * widths[s.name] for s in c.slices) for c in chunks
         ),

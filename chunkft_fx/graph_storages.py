@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from chunkft_fx.passes.rewrite import tensor_nbytes
-from chunkft_fx.torch_internals import hint, returns_view, tree_leaves
+from chunkft_fx.sizes import AS_TRACED, Sizes
+from chunkft_fx.torch_internals import returns_view, tree_leaves
 
 # A storage of a graph's fake values; views of each other share it.
 Key = int
@@ -21,10 +21,11 @@ class Storages:
     """The storages under the values of a graph: ``keys`` of each node, one for each tensor of its (flat) value.
 
     Views share what they view. That is read off the operators, because a rewrite that makes a new fake value leaves
-    the views of the old one as they were.
+    the views of the old one as they were. Symbolic sizes count as ``sizes`` says.
     """
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, sizes: Sizes = AS_TRACED) -> None:
+        self.sizes = sizes
         self.keys: dict[fx.Node, tuple[Key | None, ...]] = {}
         self.nbytes: dict[Key, int] = {}
         known: dict[int, Key] = {}
@@ -59,12 +60,12 @@ class Storages:
         return next(iter(keys)) if len(keys) == 1 else None
 
     def _key(self, value: Tensor, known: dict[int, Key]) -> Key:
-        """The storage of a fake tensor; symbolic sizes count with their traced value, sparse tensors as if dense."""
+        """The storage of a fake tensor; sparse tensors count as if dense."""
         if value.layout is not torch.strided:
             key = known.setdefault(-id(value), len(known))
-            self.nbytes[key] = tensor_nbytes(value)
+            self.nbytes[key] = self.sizes.nbytes(value)
             return key
         storage = value.untyped_storage()
         key = known.setdefault(int(StorageWeakRef(storage).cdata), len(known))
-        self.nbytes[key] = hint(storage.nbytes())
+        self.nbytes[key] = self.sizes.of(storage.nbytes())
         return key

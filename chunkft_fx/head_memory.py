@@ -13,8 +13,7 @@ from torch import Tensor, fx
 from chunkft_fx import head
 from chunkft_fx.head import is_head
 from chunkft_fx.kernels.cross_entropy import has_kernel, reference_workspace_nbytes
-from chunkft_fx.passes.rewrite import tensor_nbytes
-from chunkft_fx.torch_internals import hint
+from chunkft_fx.sizes import AS_TRACED, Sizes
 
 # Where the input stands among an operator's arguments, and the gradients among its results.
 _LAYOUT: dict[Any, tuple[int, slice]] = {
@@ -24,33 +23,34 @@ _LAYOUT: dict[Any, tuple[int, slice]] = {
 }
 
 
-def head_workspace(node: fx.Node) -> int:
+def head_workspace(node: fx.Node, sizes: Sizes = AS_TRACED) -> int:
     """Bytes that a node of the chunked head allocates at its peak beyond its results; 0 for any other node.
 
-    Symbolic sizes count with their traced value. A product library's own workspace is not counted.
+    A product library's own workspace is not counted.
     """
     if not is_head(node):
         return 0
     hidden, weight = operands(node)
-    return _workspace(hidden, int(weight.shape[0]), _gradients(node), _split(node))
+    return _workspace(hidden, int(weight.shape[0]), _gradients(node), _split(node), sizes)
 
 
-def blocks(node: fx.Node) -> int:
+def blocks(node: fx.Node, sizes: Sizes = AS_TRACED) -> int:
     """How many blocks of tokens a node of the chunked head works through; 1 for any other node."""
     if not is_head(node):
         return 1
     hidden, weight = operands(node)
-    return -(-hint(hidden.shape[0]) // head.block_tokens(int(weight.shape[0]), hidden.element_size(), _split(node)))
+    size = head.block_tokens(int(weight.shape[0]), hidden.element_size(), _split(node))
+    return -(-sizes.of(hidden.shape[0]) // size)
 
 
-def repeated_nbytes(node: fx.Node) -> int:
+def repeated_nbytes(node: fx.Node, sizes: Sizes = AS_TRACED) -> int:
     """Bytes that each block of tokens but the first moves again: the weight, read for each product, and sums for it."""
     if not is_head(node):
         return 0
     _, weight = operands(node)
-    products = sum(tensor_nbytes(weight) for g in _gradients(node)[:1] if g.ndim == 2) + tensor_nbytes(weight)
+    products = sum(weight.nbytes for g in _gradients(node)[:1] if g.ndim == 2) + weight.nbytes
     sums = sum(2 * g.numel() * head.wide_dtype(g.dtype).itemsize for g in _gradients(node)[1:2])
-    return (blocks(node) - 1) * (products + sums)
+    return (blocks(node, sizes) - 1) * (products + sums)
 
 
 def operands(node: fx.Node) -> tuple[Tensor, Tensor]:
@@ -70,8 +70,8 @@ def _split(node: fx.Node) -> int:
     return int(split)
 
 
-def _workspace(hidden: Tensor, classes: int, gradients: list[Tensor], split: int) -> int:
-    tokens, itemsize, wide = hint(hidden.shape[0]), hidden.element_size(), head.wide_dtype(hidden.dtype)
+def _workspace(hidden: Tensor, classes: int, gradients: list[Tensor], split: int, sizes: Sizes) -> int:
+    tokens, itemsize, wide = sizes.of(hidden.shape[0]), hidden.element_size(), head.wide_dtype(hidden.dtype)
     size = min(head.block_tokens(classes, itemsize, split), tokens)
     losses, buffer = tokens * wide.itemsize, size * classes * itemsize
     is_fused = has_kernel(hidden.device, hidden.dtype)
@@ -80,10 +80,10 @@ def _workspace(hidden: Tensor, classes: int, gradients: list[Tensor], split: int
         return losses + buffer + in_block
     _, d_weight, d_bias = gradients
     # sums in a wider dtype than the result stand beside it at the end
-    weight_sum = tensor_nbytes(d_weight) if size == tokens else d_weight.numel() * wide.itemsize
+    weight_sum = d_weight.nbytes if size == tokens else d_weight.numel() * wide.itemsize
     bias_sum = d_bias.numel() * wide.itemsize
-    early = weight_sum - tensor_nbytes(d_weight) + bias_sum - tensor_nbytes(d_bias)
-    late = sum(n for n, g in ((weight_sum, d_weight), (bias_sum, d_bias)) if n != tensor_nbytes(g))
+    early = weight_sum - d_weight.nbytes + bias_sum - d_bias.nbytes
+    late = sum(n for n, g in ((weight_sum, d_weight), (bias_sum, d_bias)) if n != g.nbytes)
     if size < tokens and d_weight.ndim == 2:
         in_block = max(in_block, _product_workspace(d_weight, size, hidden, wide))
     return losses + max(buffer + max(in_block, bias_sum) + early, late)

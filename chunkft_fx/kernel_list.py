@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from chunkft_fx.graph_storages import Key, Storages
-from chunkft_fx.passes.rewrite import tensor_nbytes
-from chunkft_fx.torch_internals import hint
+from chunkft_fx.sizes import Sizes
 
 aten = torch.ops.aten
 
@@ -100,12 +99,12 @@ def kernels(held: Storages, fused: bool = True) -> list[Kernel]:
             sources[node] = held.fresh(node)
             continue
         fresh = held.fresh(node)
-        read = _merged(_read(node, s, sources[s]) for s in node.all_input_nodes)
+        read = _merged(_read(node, s, sources[s], held.sizes) for s in node.all_input_nodes)
         generated = fused and _is_generated(node)
         if _is_heavy(node) or any(s in heavy for s in node.all_input_nodes):
             heavy.add(node)
         if not fresh:  # a view, or an element of several results
-            seen = tensor_nbytes(node.meta.get("val"))
+            seen = held.sizes.nbytes(node.meta.get("val"))
             own = held.of(node)
             mine = {k: n for k, n in read.items() if k in own} or read
             sources[node] = {k: min(n, seen) for k, n in mine.items()}
@@ -114,7 +113,7 @@ def kernels(held: Storages, fused: bool = True) -> list[Kernel]:
         else:
             sources[node] = fresh
             heavy.discard(node)
-            _launch(found, Store(node, read, fresh), generated)
+            _launch(found, Store(node, read, fresh), generated, held.sizes)
     results = {k for node in held.keys for k in held.of(node) if any(u.op == "output" for u in node.users)}
     needed = results.union(*(k.reads for k in found))
     return _in_order([replace(k, passed=frozenset(k.writes.keys() - needed)) if k.generated else k for k in found])
@@ -150,10 +149,10 @@ def _readers(node: fx.Node, held: Storages) -> Iterator[fx.Node]:
         yield from _readers(user, held) if is_view else (user,)
 
 
-def _read(node: fx.Node, source: fx.Node, held: Mapping[Key, int]) -> Mapping[Key, int]:
+def _read(node: fx.Node, source: fx.Node, held: Mapping[Key, int], sizes: Sizes) -> Mapping[Key, int]:
     if packet_of(node) not in _GATHERS or source is not node.args[0]:
         return held
-    most = tensor_nbytes(node.meta["val"])
+    most = sizes.nbytes(node.meta["val"])
     return {k: min(n, most) for k, n in held.items()}
 
 
@@ -165,10 +164,10 @@ def _merged(maps: Iterable[Mapping[Key, int]]) -> dict[Key, int]:
     return merged
 
 
-def _launch(found: list[Kernel], store: Store, generated: bool) -> None:
+def _launch(found: list[Kernel], store: Store, generated: bool, sizes: Sizes) -> None:
     """Add a store to the kernel that it shares most bytes with, or as a kernel of its own."""
     if generated and packet_of(store.node) not in _SCATTERS:
-        shared = [(_shared(k, store), -i) for i, k in enumerate(found) if k.generated and not k.is_scatter]
+        shared = [(_shared(k, store, sizes), -i) for i, k in enumerate(found) if k.generated and not k.is_scatter]
         for nbytes, i in sorted(shared, reverse=True):
             if nbytes and not _passes(found, store, found[-i]):
                 found[-i] = Kernel((*found[-i].stores, store), True)
@@ -176,17 +175,17 @@ def _launch(found: list[Kernel], store: Store, generated: bool) -> None:
     found.append(Kernel((store,), generated))
 
 
-def _shared(kernel: Kernel, store: Store) -> int:
+def _shared(kernel: Kernel, store: Store, sizes: Sizes) -> int:
     """Bytes that need not be read again when a store joins a kernel: what it computes, and what equal loops read."""
     through = sum(n for k, n in kernel.writes.items() if k in store.reads)
-    alike = any(_work(s) == _work(store) for s in kernel.stores)
+    alike = any(_work(s, sizes) == _work(store, sizes) for s in kernel.stores)
     return through + sum(n for k, n in kernel.reads.items() if alike and k in store.reads)
 
 
-def _work(store: Store) -> int:
+def _work(store: Store, sizes: Sizes) -> int:
     """Elements that a store's loop runs over: of its result, or of what it reduces."""
     values = (v.meta.get("val") for v in (store.node, *store.node.all_input_nodes))
-    return max(hint(v.numel()) for v in values if isinstance(v, Tensor))
+    return max(sizes.of(v.numel()) for v in values if isinstance(v, Tensor))
 
 
 def _passes(found: list[Kernel], store: Store, kernel: Kernel) -> bool:

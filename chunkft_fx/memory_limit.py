@@ -1,13 +1,16 @@
 """The budget as a limit: torch's allocator for a device is told never to reserve more.
 
-What a plan did not foresee then ends in an error of the process that made the promise, not in more memory.
+What a plan did not foresee then ends in an error of the process that made the promise, not in more memory. Several
+models in one process may reserve the sum of their budgets.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -26,19 +29,114 @@ FRAGMENTATION_SHARE = 0.02
 LIBRARY_NBYTES = 2 * 32 * 2**20
 
 
-def avoid_fragmentation(device: torch.device) -> None:
-    """Let the caching allocator of a CUDA device grow its segments in place, unless the user has set it up otherwise.
+class Allocator:
+    """What is asked of torch's caching allocator for CUDA; for any other device nothing is."""
 
-    Steps of different chunks keep and free blocks of different sizes: between segments of fixed sizes up to a
-    twentieth of a budget was lost. Memory that is allocated already stays where it is; cached memory is given back,
-    else it would be what the next blocks are cut from, and with it the workspaces of cuBLAS, which would hold it.
-    """
-    settings = expandable(os.environ)
-    if device.type == "cuda" and settings is not None and torch.cuda.get_allocator_backend() == "native":
+    def fraction(self, device: torch.device) -> float:
+        """The share of a device's memory that the process may reserve."""
+        return float(torch.cuda.get_per_process_memory_fraction(device))
+
+    def set_fraction(self, device: torch.device, fraction: float) -> None:
+        torch.cuda.set_per_process_memory_fraction(fraction, device)
+
+    def total_nbytes(self, device: torch.device) -> int:
+        return int(torch.cuda.get_device_properties(device).total_memory)
+
+    def is_native(self) -> bool:
+        """Whether it is torch's own, which has the settings asked for here."""
+        return torch.cuda.get_allocator_backend() == "native"
+
+    def set_up(self, settings: str) -> None:
+        """Change settings of the process, written as in ``PYTORCH_ALLOC_CONF``."""
+        set_allocator(settings)
+
+    def give_back(self, device: torch.device) -> None:
+        """Return cached memory to the device."""
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+    def give_back_workspaces(self, device: torch.device) -> None:
+        """Let the product library's workspaces go, which hold cached memory."""
         torch.cuda.synchronize(device)
         release_workspaces()
-        torch.cuda.empty_cache()
-        set_allocator(settings)
+
+
+class Limits:
+    """The budgets of the models that live, device by device: together they are the allocator's limit.
+
+    Models are held weakly. With the last of a device its limit becomes what it was before, and with the last of all
+    the settings do.
+    """
+
+    def __init__(self, allocator: Allocator) -> None:
+        self._allocator = allocator
+        self._lock = threading.RLock()  # finalizers run whenever garbage is collected
+        self._budgets: dict[torch.device, dict[int, int]] = {}
+        self._before: dict[torch.device, float] = {}
+        self._settings: str | None = None  # to go back to, once they were changed
+
+    def avoid_fragmentation(self, owner: object, device: torch.device) -> None:
+        """Let the caching allocator of a CUDA device grow its segments in place, unless the user set it up otherwise.
+
+        Steps of different chunks keep and free blocks of different sizes: between segments of fixed sizes up to a
+        twentieth of a budget was lost. Memory that is allocated already stays where it is; cached memory is given back,
+        else it would be what the next blocks are cut from, and with it the workspaces of cuBLAS, which would hold it.
+        """
+        if device.type != "cuda":
+            return
+        with self._lock:
+            self._enter(owner, device)
+            settings = expandable(os.environ)
+            if self._settings is not None or settings is None or not self._allocator.is_native():
+                return
+            self._allocator.give_back_workspaces(device)
+            self._allocator.give_back(device)
+            self._allocator.set_up(settings)
+            self._settings = settings.replace("expandable_segments:True", "expandable_segments:False")
+
+    def hold(self, owner: object, device: torch.device, budget_bytes: int) -> None:
+        """Let no more than this model's budget and those of others be reserved on a CUDA device, while it lives.
+
+        Cached memory is given back. The allocator compares its limit with the block that is asked for, and then takes
+        whole pages: up to 18 MiB more, which are held back.
+        """
+        if device.type != "cuda":
+            return
+        with self._lock:
+            self._enter(owner, device)
+            self._allocator.give_back(device)
+            self._budgets[device][id(owner)] = budget_bytes
+            self._apply(device)
+
+    def _enter(self, owner: object, device: torch.device) -> None:
+        held = self._budgets.setdefault(device, {})
+        if not held:
+            self._before[device] = self._allocator.fraction(device)
+        if id(owner) not in held:
+            held[id(owner)] = 0
+            weakref.finalize(owner, self._leave, id(owner), device).atexit = False
+
+    def _leave(self, owner: int, device: torch.device) -> None:
+        with self._lock:
+            held = self._budgets[device]
+            del held[owner]
+            if held:
+                self._apply(device)
+                return
+            del self._budgets[device]
+            self._allocator.set_fraction(device, self._before.pop(device))
+            if not self._budgets and self._settings is not None:
+                self._allocator.set_up(self._settings)
+                self._settings = None
+
+    def _apply(self, device: torch.device) -> None:
+        budget = sum(tuple(self._budgets[device].values()))
+        if budget:
+            share = (budget - PAGE_ROUNDING_NBYTES) / self._allocator.total_nbytes(device)
+            self._allocator.set_fraction(device, min(share, 1.0))
+
+
+LIMITS = Limits(Allocator())
 
 
 def expandable(environment: Mapping[str, str]) -> str | None:
@@ -48,19 +146,6 @@ def expandable(environment: Mapping[str, str]) -> str | None:
     if "expandable_segments" in given:
         return None
     return ",".join(filter(None, (given, "expandable_segments:True")))
-
-
-def limit(device: torch.device, budget_bytes: int) -> None:
-    """Give cached memory back, and from now on let no more than the budget be reserved on a CUDA device.
-
-    The allocator compares its limit with the block that is asked for, and then takes whole pages: up to 18 MiB more.
-    """
-    if device.type != "cuda":
-        return
-    torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min((budget_bytes - PAGE_ROUNDING_NBYTES) / total, 1.0), device)
 
 
 def take_workspaces(device: torch.device) -> None:
@@ -84,13 +169,13 @@ def overhead(device: torch.device, step_nbytes: int) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def explained() -> Iterator[None]:
-    """Say in an out-of-memory error that the budget is what it met."""
+def explained(needed: Callable[[], str]) -> Iterator[None]:
+    """Say in an out-of-memory error that the budget is what it met, and what was needed of it."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         error.add_note(
-            "chunkft_fx holds this process to the budget given to compile: raise it, or keep less on the device beside "
-            "the model"
+            f"chunkft_fx holds this process to the budget given to compile: {needed()}. Raise the budget, or keep less "
+            "on the device beside the model"
         )
         raise

@@ -20,24 +20,24 @@ from chunkft_fx.graph_storages import Key, Storages
 from chunkft_fx.head_memory import head_workspace
 from chunkft_fx.kernel_list import Kernel, Store, kernels
 from chunkft_fx.kernels import weight_gradient
-from chunkft_fx.passes.rewrite import tensor_nbytes
+from chunkft_fx.sizes import AS_TRACED, Sizes
 from chunkft_fx.specialize import Variant
 from chunkft_fx.sub_graphs import Closed
-from chunkft_fx.torch_internals import hint, tree_leaves
+from chunkft_fx.torch_internals import tree_leaves
 
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
 
-# By variant: the peak of each question asked, which is the direction, whether it runs compiled, and dying inputs.
-_PEAKS: WeakKeyDictionary[Variant, dict[tuple[bool, bool, frozenset[int]], int]] = WeakKeyDictionary()
+# By variant: the peak of each question asked: the direction, whether it runs compiled, dying inputs, and sizes.
+_PEAKS: WeakKeyDictionary[Variant, dict[tuple[bool, bool, frozenset[int], Sizes], int]] = WeakKeyDictionary()
 
 
-def allocated_peak(graph: fx.Graph, fused: bool = False, dying: Iterable[int] = ()) -> int:
+def allocated_peak(graph: fx.Graph, fused: bool = False, dying: Iterable[int] = (), sizes: Sizes = AS_TRACED) -> int:
     """The most bytes that running a graph adds to what was alive before, its results included; never below 0.
 
     ``fused`` says that it runs compiled. ``dying`` are the positions of inputs that the callee alone holds, which it
     frees after their last use; all other inputs belong to the caller.
     """
-    held = Storages(graph)
+    held = Storages(graph, sizes)
     inputs = graph.find_nodes(op="placeholder")
     given = {key for node in inputs for key in held.of(node)}
     chosen = set(dying)
@@ -54,7 +54,7 @@ def allocated_peak(graph: fx.Graph, fused: bool = False, dying: Iterable[int] = 
         dead = {key for key in (*kernel.writes, *kernel.reads) if last[key] == i and key not in kept}
         new = sum(kernel.writes.values())
         over = _overwritten(kernel, {key: nbytes[key] for key in dead - fixed}) if fused else 0
-        peak = max(peak, total + new - over + _inside(kernel))
+        peak = max(peak, total + new - over + _inside(kernel, sizes))
         total += new - over
         leaving += sum(nbytes[key] for key in dead) - over
     return peak
@@ -93,17 +93,17 @@ def _is_last(kernel: Kernel, key: Key, store: Store, before: set[Store]) -> bool
     return all(s is store or s in before or key not in s.reads for s in kernel.stores)
 
 
-def _inside(kernel: Kernel) -> int:
+def _inside(kernel: Kernel, sizes: Sizes) -> int:
     """Bytes that a kernel has allocated beyond its results: by an operator for itself, or for timing it."""
     if kernel.generated:
         value = kernel.stores[-1].node.meta["val"]
         return timing_nbytes(value.device) if isinstance(value, Tensor) else 0
     node = kernel.stores[0].node
     if node.target is _FLASH_BACKWARD:
-        return _flash_workspace(node)
+        return _flash_workspace(node, sizes)
     if isinstance(node.target, Closed):
-        return _closed_workspace(node, node.target)
-    return head_workspace(node) + weight_gradient.workspace(node)
+        return _closed_workspace(node, node.target, sizes)
+    return head_workspace(node, sizes) + weight_gradient.workspace(node, sizes)
 
 
 @functools.cache
@@ -118,43 +118,49 @@ def timing_nbytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size
 
 
-def _flash_workspace(node: fx.Node) -> int:
+def _flash_workspace(node: fx.Node, sizes: Sizes) -> int:
     """Of flash attention's backward on CUDA: float32 sums of the query's gradient, and grouped heads spread out.
 
     Source: ``mha_bwd`` in torch's aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp.
     """
     args: Any = fx.map_arg(node.args, lambda n: n.meta["val"])
     query, key = args[1], args[2]
-    batch, heads, length, width = (hint(s) for s in query.shape)
+    batch, heads, length, width = sizes.shape(query)
     rows = batch * heads * _round_up(length, 128)
     sums = rows * 4 * (_round_up(width, 32 if width <= 128 else 64) + 1)
-    spread = 2 * batch * heads * hint(key.shape[2]) * width * key.element_size()
-    return sums + (spread if hint(key.shape[1]) != heads else 0)
+    spread = 2 * batch * heads * sizes.of(key.shape[2]) * width * key.element_size()
+    return sums + (spread if sizes.of(key.shape[1]) != heads else 0)
 
 
-def _closed_workspace(node: fx.Node, operator: Closed) -> int:
+def _closed_workspace(node: fx.Node, operator: Closed, sizes: Sizes) -> int:
     """Of an operator that runs graphs: the most that one of them allocates, and a second copy of what comes of it.
 
     Loops hold the values of one round while they make those of the next, or rows before they are stacked.
     """
-    peaks = [allocated_peak(graph.graph) for graph in operator.graphs.values()]
-    return max(peaks) + sum(tensor_nbytes(value) for value in tree_leaves(node.meta["val"]))
+    peaks = [allocated_peak(graph.graph, sizes=sizes) for graph in operator.graphs.values()]
+    return max(peaks) + sum(sizes.nbytes(value) for value in tree_leaves(node.meta["val"]))
 
 
 def _round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def workspace(variant: Variant, is_backward: bool, backend: str = "eager", dying: frozenset[int] = frozenset()) -> int:
+def workspace(
+    variant: Variant,
+    is_backward: bool,
+    backend: str = "eager",
+    dying: frozenset[int] = frozenset(),
+    sizes: Sizes = AS_TRACED,
+) -> int:
     """The most bytes that one direction of a variant adds while it runs, its results included.
 
     ``dying`` are positions of inputs that nobody but the call holds. Found once for each variant and question.
     """
     fused = backend != "eager"
     peaks = _PEAKS.setdefault(variant, {})
-    question = (is_backward, fused, dying if fused else frozenset())
+    question = (is_backward, fused, dying if fused else frozenset(), sizes)
     if question not in peaks:
-        peaks[question] = allocated_peak(graph_of(variant, is_backward), fused, question[2])
+        peaks[question] = allocated_peak(graph_of(variant, is_backward), fused, question[2], sizes)
     return peaks[question]
 
 

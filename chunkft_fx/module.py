@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from chunkft_fx import ownership
 from chunkft_fx import position as positions
@@ -19,24 +19,23 @@ from chunkft_fx.budget import format_bytes
 from chunkft_fx.capture import capture
 from chunkft_fx.distribution import refuse_sharded
 from chunkft_fx.errors import NotPlanned
+from chunkft_fx.example_batch import plan_for_example
 from chunkft_fx.executable import Executable
 from chunkft_fx.following import Following, ModelOptimizer
 from chunkft_fx.gradient_gate import GradientGate
 from chunkft_fx.head_rewrite import chunk_head
 from chunkft_fx.host_memory import HostMemory
-from chunkft_fx.memory_limit import avoid_fragmentation, limit, take_workspaces
 from chunkft_fx.model_watch import ModelWatch
 from chunkft_fx.outline import Template, outline
 from chunkft_fx.plan import Plan
-from chunkft_fx.planner import Options, first_plan, plan_for_batch
-from chunkft_fx.predictor import Predictor
+from chunkft_fx.planner import Options, first_plan
 from chunkft_fx.program import Program
 from chunkft_fx.residency import Residency
 from chunkft_fx.routing import through_compiled
 from chunkft_fx.session import Session
 from chunkft_fx.slices import ActiveSlice, Arrivals, ChunkSchedule
 from chunkft_fx.specialize import Variant
-from chunkft_fx.step_memory import Moment, step_timeline, storages_nbytes
+from chunkft_fx.step_memory import Moment, step_timeline
 from chunkft_fx.tracing import trace
 
 
@@ -51,6 +50,7 @@ class CompiledModule(Following):
     _sessions: list[Session]
     _schedule: ChunkSchedule | None
     _calls: dict[bool, Callable[..., Any]]
+    _is_planning: bool
     arrivals: Arrivals
 
     def __init__(
@@ -67,7 +67,8 @@ class CompiledModule(Following):
         own = self.__dict__
         own["_options"], own["_backend"], own["_plan"] = options, backend, None
         own["_slices"], own["_optimizer"], own["lock"], own["arrivals"] = None, None, threading.RLock(), Arrivals()
-        own["_advanced"], own["_is_due"], own["_position"], own["_sweep"] = False, False, None, 0
+        own["_advanced"], own["_is_due"], own["_is_planning"] = False, False, False
+        own["_position"], own["_sweep"] = None, 0
         own["_watch"], own["_gate"] = ModelWatch(model), GradientGate(self)
         self._take_up(plan, device)
         weakref.finalize(self, self._gate.close)
@@ -89,11 +90,14 @@ class CompiledModule(Following):
         self._watch.look()
         self._gate.guard(self._watch.parameters)
 
-    def _run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self.lock:
             self.check()
+            is_training = self._model.training and torch.is_grad_enabled()
             with self._residency.presented():
-                return self._calls[self._model.training and torch.is_grad_enabled()](*args, **kwargs)
+                if is_training:
+                    self._plan_ahead(self._calls[True], args, kwargs)
+                return self._calls[is_training](*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
@@ -251,33 +255,73 @@ class CompiledModule(Following):
         modules = list(self._model.named_modules())
         locate(captured.graph, modules)
         regions = outline(captured, block_paths(modules))
-        held = [*self._model.parameters(), *self._model.buffers()]
-        session = Session(self, captured, regions, self._backend, storages_nbytes(inputs, held))
-        if captured.tangents:
-            if not any(s.capture.tangents for s in self._sessions):  # once a model
-                labels = [r.label for r in regions.regions]
-                warn_if_unseen(modules, captured.parameters.values(), labels)
-            shapes = [list(t.shape) for t in inputs if isinstance(t, torch.Tensor) and id(t) not in names]
-            batch = f"a batch with inputs of shapes {shapes[:4]}"
-            predictor = Predictor(session)
-            plan = plan_for_batch(self._model, self._options, self._plan, predictor, batch)
-            session.save_from, session.offload_below = plan.save_from, plan.offload_below
-            session.head_split = plan.head_split
-            session.times = predictor.known_times
-            avoid_fragmentation(self._residency.device)
-            self._residency.settle(plan.streamed, plan.depth)
-            limit(self._residency.device, self._options.budget_bytes)
-            if self._plan is None or not self._plan.batch:
-                self.__dict__["_plan"] = plan
-            # what stays is taken before a step takes anything: between its blocks it would split their memory
-            take_workspaces(self._residency.device)
-            self._residency.take_stage()
+        if captured.tangents and not any(s.capture.tangents for s in self._sessions):  # once a model
+            warn_if_unseen(modules, captured.parameters.values(), [r.label for r in regions.regions])
+        held = {t.untyped_storage().data_ptr() for t in (*self._model.parameters(), *self._model.buffers())}
+        batch = [i for i, t in enumerate(inputs) if isinstance(t, Tensor) and id(t) not in names and _is_apart(t, held)]
+        session = Session(self, captured, regions, self._backend, batch, is_training)
         self._sessions.append(session)
         return session
+
+    def _plan_ahead(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the first training call, have the plan made for the largest batch that was given to compile."""
+        if self._options.batch is None or (self._plan is not None and self._plan.batch):
+            return
+        self.__dict__["_is_planning"] = True
+        try:
+            plan_for_example(call, self._options.batch, args, kwargs, self._residency.device)
+        finally:
+            self.__dict__["_is_planning"] = False
+
+    @property
+    def is_planning(self) -> bool:
+        """Whether a call only has a plan made."""
+        return self._is_planning
+
+    @property
+    def plain(self) -> nn.Module:
+        """The wrapped model."""
+        return self._model
+
+    @property
+    def options(self) -> Options:
+        """What was asked of `compile`."""
+        return self._options
+
+    @property
+    def known_plan(self) -> Plan | None:
+        """The plan, as far as there is one."""
+        return self._plan
+
+    @property
+    def gradient_nbytes(self) -> int:
+        """Bytes of the gradients that active slices hold."""
+        return sum(s.grad.nbytes for s in self._slices or () if s.grad is not None)
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether another cut into chunks would lose a position, states or gradients, or a backward that may come."""
+        if self.has_begun or self._position is not None:
+            return True
+        if self._schedule is not None and not (self._schedule.is_at_start and self._schedule.sweep == self._sweep):
+            return True
+        return self.gradient_nbytes > 0 or any(session.has_pending for session in self._sessions)
+
+    def adopt(self, plan: Plan) -> None:
+        """Go by this plan from now on; with other chunks than before, from the first one."""
+        if self._plan is None or plan.chunks is not self._plan.chunks:
+            self._leave_chunk()
+            self.__dict__["_schedule"] = None
+        self.__dict__["_plan"] = plan
 
     def extra_repr(self) -> str:
         planned = f"{len(self._plan.chunks)} chunks" if self._plan is not None else "not planned yet"
         return f"budget={format_bytes(self._options.budget_bytes)}, {planned}"
+
+
+def _is_apart(t: Tensor, held: set[int]) -> bool:
+    """Whether a tensor has memory of its own, beside what a model holds."""
+    return t.layout is not torch.strided or t.untyped_storage().data_ptr() not in held
 
 
 def _new_session(

@@ -249,6 +249,12 @@ class AdamW(Optimizer):
         self._stage.synchronize()
         self._stage, self._staged = self._make_stage(device), []
 
+    def drop_stage(self) -> None:
+        """Give the stage's memory back; it is taken anew, for the chunks that there are then."""
+        self._write_back()
+        self._stage.synchronize()
+        self._stage, self._staged = self._idle_stage(), []
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this optimizer, cut into any number of chunks, or of ``torch.optim.AdamW``.
 

@@ -67,7 +67,8 @@ class Plan:
     ``terms`` maps each part of the predicted peak to its bytes, ``peak_at`` names the moment of the step,
     ``predicted_step_us`` is the mean step of a sweep (None on the CPU, where memory alone decides), and
     ``considered`` lists choices that were not taken. ``batch`` says for which input
-    shapes the prediction was made; before the first training batch it and the prediction are empty.
+    shapes the prediction was made, ``batch_nbytes`` how large that batch is; before the first training batch these and
+    the prediction are empty. ``state_dtype`` and ``states`` are the optimizer's options that were planned for.
     """
 
     budget_bytes: int
@@ -86,6 +87,9 @@ class Plan:
     considered: tuple[Considered, ...] = ()
     terms: tuple[tuple[str, int], ...] = ()
     batch: str = ""
+    batch_nbytes: int = 0
+    state_dtype: str = "float32"
+    states: str = "keep"
 
     def __str__(self) -> str:
         """A table for people: budget, predicted peak and its terms, and a line per chunk."""

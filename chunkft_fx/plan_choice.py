@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,6 +31,8 @@ class Predicts(Protocol):
     def head(self) -> Head: ...
 
     def peak(self, chunk: Chunk, saving: Saving) -> Moment: ...
+
+    def kind(self, chunk: Chunk, saving: Saving) -> tuple[int, Hashable]: ...
 
     def times(self, deepest: Chunk) -> StepTimes | None: ...
 

@@ -16,6 +16,7 @@ from chunkft_fx.fixed_memory import DEPTH, Terms, chunk_terms, resident_nbytes, 
 from chunkft_fx.optim_state import stage_capacity_nbytes
 from chunkft_fx.plan import Chunk
 from chunkft_fx.plan_choice import Choice, Cost, Predicts
+from chunkft_fx.state_policy import ASSUMED, StatePolicy
 from chunkft_fx.step_cost import (
     BareSteps,
     Saving,
@@ -32,18 +33,24 @@ from chunkft_fx.step_cost import (
 class ChoiceCosts:
     """Costs (microseconds, where ``times`` are known) and fixed terms (bytes) of one model's choices.
 
-    ``states`` is the bytes of all optimizer states on the stage.
+    ``states`` is the bytes of all optimizer states that travel between host memory and the stage.
     """
 
     def __init__(
-        self, model: nn.Module, parameters: Sequence[ParameterSpec], predictor: Predicts, times: StepTimes | None
+        self,
+        model: nn.Module,
+        parameters: Sequence[ParameterSpec],
+        predictor: Predicts,
+        times: StepTimes | None,
+        policy: StatePolicy = ASSUMED,
     ) -> None:
         self.uses = predictor.uses()
         self.regions = len(self.uses)
         self.named, self.resident = dict(model.named_parameters()), resident_nbytes(model)
         self._given: frozenset[str] | None = None  # weights to stream, by default those of `placed` regions
         (whole,) = cut(parameters, 1)
-        self.states = stage_capacity_nbytes(whole, self.named)
+        self.states = stage_capacity_nbytes(whole, self.named, policy.dtype) if policy.travels else 0
+        self._policy = policy
         self._parameters, self._predictor, self._times, self._nbytes = parameters, predictor, times, whole.nbytes
         self._chunks: dict[int, tuple[Chunk, ...]] = {}
         self._weights: dict[tuple[int, int], Terms] = {}
@@ -106,5 +113,5 @@ class ChoiceCosts:
             names = self.streamed_names(streamed)
             self._weights[where] = weight_terms(self.named, self.resident, self.uses, names, depth)
         if len(chunks) not in self._chunk_terms:
-            self._chunk_terms[len(chunks)] = chunk_terms(self.named, chunks)
+            self._chunk_terms[len(chunks)] = chunk_terms(self.named, chunks, self._policy)
         return self._weights[where] | self._chunk_terms[len(chunks)]

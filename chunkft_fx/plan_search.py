@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -21,6 +21,7 @@ from chunkft_fx.fixed_memory import DEPTH
 from chunkft_fx.plan import Chunk, Considered
 from chunkft_fx.plan_choice import Choice, Cost, Fit, Predicts, key_of
 from chunkft_fx.plan_costs import ChoiceCosts
+from chunkft_fx.state_policy import ASSUMED, StatePolicy
 from chunkft_fx.step_cost import Saving, least_cost
 from chunkft_fx.step_memory import Moment
 
@@ -30,9 +31,8 @@ COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512,
 MOST_CHUNKS = 1024
 # Ring depths tried: a third buffer evens out regions of unequal length.
 DEPTHS = (DEPTH, DEPTH + 1)
-# Steps of a sweep, beside the first, whose peak is predicted before a plan is settled: their programs have to be made
-# for it. While choices are compared, the first chunk stands for all: its backward is the deepest.
-LOOKED_AT = 6
+# Kinds of chunks that are looked at for an error that says which budget would do, of a sweep that can have hundreds.
+REFUSED_KINDS = 48
 
 LATER = "larger steps later in the sweep"
 
@@ -47,6 +47,7 @@ class Search:
         predictor: Predicts,
         budget: int,
         chunks: tuple[Chunk, ...] | None = None,
+        policy: StatePolicy = ASSUMED,
     ) -> None:
         self.parameters, self.predictor, self.budget = parameters, predictor, budget
         self.given = chunks
@@ -57,7 +58,7 @@ class Search:
         self._extra: dict[tuple[int, Saving], int] = {}
         self.finest = chunks or cut(parameters, min(max_chunks(parameters), MOST_CHUNKS))
         self.times = predictor.times(self.finest[0])
-        self.costs = ChoiceCosts(model, parameters, predictor, self.times)
+        self.costs = ChoiceCosts(model, parameters, predictor, self.times, policy)
         self.regions = self.costs.regions
         # where cuts of many counts are compared, what every first chunk holds at least
         self._least_chunk = None if chunks or self.times is None else Stream(parameters).chunk(0, 1)
@@ -74,7 +75,7 @@ class Search:
             checked = found or self.smallest
             assert checked is not None
             key = key_of(checked.choice)
-            moment = self._largest(checked.choice)
+            moment = self._largest(checked.choice, None if found is not None else REFUSED_KINDS)
             more = moment.nbytes - self._first(checked.choice).nbytes
             if more <= self._extra.get(key, 0):
                 exact = self._exactly(checked.choice, moment)
@@ -149,7 +150,7 @@ class Search:
         yield self.finest
 
     def _can(self, chunks: tuple[Chunk, ...], streamed: int, saving: Saving) -> bool:
-        """Whether this fits with some split of the head."""
+        """Whether this fits with some split of the head, in every step of the sweep."""
         for split in self.head.splits:
             fit = self._fit(Choice(chunks, streamed, DEPTH, replace(saving, head_split=split)))
             self._note(fit)
@@ -220,9 +221,16 @@ class Search:
         return self._exactly(choice, self.predictor.peak(self._least_chunk or choice.chunks[0], choice.saving))
 
     def _fit(self, choice: Choice) -> Fit:
-        """A choice by the first chunk's step, with what is known to be needed more by others."""
-        more = self._extra.get(key_of(choice), 0)
-        moment = self._first(choice)
+        """A choice by the first chunk's step, with what is known to be needed more by others.
+
+        Where few cuts are compared that is found out for every choice that seems to fit; else only for the best one,
+        and those that are the best then (`_settled`).
+        """
+        moment, key = self._first(choice), key_of(choice)
+        has_few_cuts = self.times is None or self.given is not None
+        if has_few_cuts and key not in self._extra and self._exactly(choice, moment).nbytes <= self.budget:
+            self._extra[key] = self._largest(choice).nbytes - moment.nbytes
+        more = self._extra.get(key, 0)
         return self._exactly(choice, Moment(moment.label, moment.terms | ({LATER: more} if more else {})))
 
     def _exactly(self, choice: Choice, moment: Moment) -> Fit:
@@ -233,11 +241,20 @@ class Search:
         """The largest moment of the first chunk's step."""
         return self.predictor.peak(choice.chunks[0], choice.saving)
 
-    def _largest(self, choice: Choice) -> Moment:
-        """The largest moment of steps spread over a sweep; the first if there are several."""
-        chunks = choice.chunks
-        looked = sorted({k * (len(chunks) - 1) // LOOKED_AT for k in range(LOOKED_AT + 1)})
-        return max((self.predictor.peak(chunks[k], choice.saving) for k in looked), key=lambda m: m.nbytes)
+    def _largest(self, choice: Choice, most: int | None = None) -> Moment:
+        """The largest moment of the steps of a sweep; the first if there are several.
+
+        Looked at is, of the chunks of each kind, the one that needs most, and the first chunk; of more than ``most``
+        kinds so many across the sweep.
+        """
+        lowest: dict[Hashable, tuple[int, int]] = {}
+        for k, chunk in enumerate(choice.chunks):
+            region, kind = self.predictor.kind(chunk, choice.saving)
+            lowest[kind] = min(lowest.get(kind, (region, k)), (region, k))
+        looked = sorted({0, *(k for _, k in lowest.values())})
+        if most is not None and len(looked) > most:
+            looked = [looked[i * (len(looked) - 1) // (most - 1)] for i in range(most)]
+        return max((self.predictor.peak(choice.chunks[k], choice.saving) for k in looked), key=lambda m: m.nbytes)
 
     def _note(self, fit: Fit) -> None:
         self.considered.append(fit.considered())

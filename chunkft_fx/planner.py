@@ -6,7 +6,8 @@ The search itself is `plan_search`; here its result becomes a `Plan`, or an erro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -20,18 +21,23 @@ from chunkft_fx.errors import (
     UninitializedParameters,
     UnsupportedParameter,
 )
-from chunkft_fx.fixed_memory import state_nbytes
 from chunkft_fx.plan import Considered, Plan
 from chunkft_fx.plan_choice import Fit, Predicts
 from chunkft_fx.plan_search import Search
+from chunkft_fx.state_policy import ASSUMED, StatePolicy
 
 # Of the choices that were not taken, a plan keeps so many, those that came closest.
 KEPT_CHOICES = 40
 
+BEGUN = (
+    "; chunks and streamed weights are those of an earlier batch, because a sweep with them has begun: "
+    "give compile the largest batch (batch=...) to have them chosen for it"
+)
+
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked of `chunkft_fx.compile`, checked and parsed."""
+    """What the user asked of `chunkft_fx.compile`, checked and parsed; ``batch`` is an example of the largest batch."""
 
     budget_bytes: int
     chunks: int | str
@@ -39,6 +45,7 @@ class Options:
     interval: int
     seed: int
     return_logits: bool = False
+    batch: Any = field(default=None, compare=False)
 
 
 def refuse_untrainable(model: nn.Module) -> None:
@@ -63,13 +70,13 @@ def refuse_untrainable(model: nn.Module) -> None:
             )
 
 
-def parameter_specs(model: nn.Module) -> tuple[ParameterSpec, ...]:
+def parameter_specs(model: nn.Module, policy: StatePolicy = ASSUMED) -> tuple[ParameterSpec, ...]:
     """The trainable parameters as the planner sees them, in ``named_parameters`` order (tied ones once)."""
     refuse_untrainable(model)
     trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     regions = region_of_parameters([n for n, _ in trainable], block_paths(model.named_modules()))
     return tuple(
-        ParameterSpec(name, tuple(p.shape), p.dtype.itemsize + state_nbytes(p.dtype), region)
+        ParameterSpec(name, tuple(p.shape), p.dtype.itemsize + policy.nbytes(p.dtype), region)
         for (name, p), region in zip(trainable, regions, strict=True)
     )
 
@@ -83,34 +90,56 @@ def first_plan(model: nn.Module, options: Options) -> Plan | None:
     return Plan(options.budget_bytes, chunks, options.order, options.interval, options.seed)
 
 
-def plan_for_batch(model: nn.Module, options: Options, known: Plan | None, predictor: Predicts, batch: str) -> Plan:
+def plan_for_batch(
+    model: nn.Module,
+    options: Options,
+    known: Plan | None,
+    predictor: Predicts,
+    batch: str,
+    policy: StatePolicy = ASSUMED,
+) -> Plan:
     """Complete a plan for a batch: all that is still open in it, by what is predicted of its steps.
 
     Raises `BudgetInfeasible`, with the smallest budget that is enough, when nothing fits.
     """
-    if known is not None and known.batch:
-        return _again(model, options, known, predictor, batch)
     chunks = None if known is None else known.chunks
-    search = Search(model, parameter_specs(model), predictor, options.budget_bytes, chunks)
+    search = Search(model, parameter_specs(model, policy), predictor, options.budget_bytes, chunks, policy)
     best = search.run()
     if best is None:
         assert search.smallest is not None
         raise _infeasible(options.budget_bytes, search.smallest, batch)
     streamed = search.costs.streamed_names(best.choice.streamed)
     plan = Plan(options.budget_bytes, best.choice.chunks, options.order, options.interval, options.seed)
-    return _completed(plan, best, batch, tuple(sorted(streamed)), _closest(search.considered, best))
+    return _completed(plan, best, batch, tuple(sorted(streamed)), _closest(search.considered, best), policy)
 
 
-def _again(model: nn.Module, options: Options, known: Plan, predictor: Predicts, batch: str) -> Plan:
-    """The plan for another batch: chunks and streamed weights stay, what is saved may change."""
-    search = Search(model, parameter_specs(model), predictor, options.budget_bytes, known.chunks)
+def plan_again(
+    model: nn.Module,
+    options: Options,
+    known: Plan,
+    predictor: Predicts,
+    batch: str,
+    policy: StatePolicy = ASSUMED,
+) -> Plan:
+    """The plan for another batch: chunks and streamed weights stay as in ``known``, what is saved may change.
+
+    Raises `BudgetInfeasible` when that cannot be enough.
+    """
+    search = Search(model, parameter_specs(model, policy), predictor, options.budget_bytes, known.chunks, policy)
     best = search.with_streamed(frozenset(known.streamed), known.depth)
     if best.nbytes > options.budget_bytes:
-        raise _infeasible(options.budget_bytes, best, batch)
-    return _completed(known, best, batch, known.streamed, ())
+        raise _infeasible(options.budget_bytes, best, batch, BEGUN)
+    return _completed(known, best, batch, known.streamed, (), policy)
 
 
-def _completed(plan: Plan, best: Fit, batch: str, streamed: tuple[str, ...], considered: Sequence[Considered]) -> Plan:
+def _completed(
+    plan: Plan,
+    best: Fit,
+    batch: str,
+    streamed: tuple[str, ...],
+    considered: Sequence[Considered],
+    policy: StatePolicy,
+) -> Plan:
     saving, count = best.choice.saving, len(best.choice.chunks)
     return replace(
         plan,
@@ -125,6 +154,8 @@ def _completed(plan: Plan, best: Fit, batch: str, streamed: tuple[str, ...], con
         terms=tuple(sorted(best.terms.items(), key=lambda item: -item[1])),
         considered=tuple(considered),
         batch=batch,
+        state_dtype=policy.dtype,
+        states=policy.states,
     )
 
 
@@ -139,14 +170,15 @@ def _order(c: Considered) -> tuple[int, ...]:
     return c.chunks, c.streamed, c.save_from, c.offload_below, c.depth, c.head_split
 
 
-def _infeasible(budget: int, smallest: Fit, batch: str) -> BudgetInfeasible:
+def _infeasible(budget: int, smallest: Fit, batch: str, why: str = "") -> BudgetInfeasible:
     needed, choice = smallest.nbytes, smallest.choice
     largest = sorted(smallest.terms.items(), key=lambda item: -item[1])
     listed = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in largest)
     return BudgetInfeasible(
         f"budget {format_bytes(budget)} is too small for {batch}: with {len(choice.chunks)} chunk(s), weights of "
         f"{choice.streamed} regions streamed and all activations recomputed the step needs {format_bytes(needed)} "
-        f"({listed}); raise the budget to at least {needed} bytes, use more chunks, or a smaller batch or sequence",
+        f"({listed}); raise the budget to at least {needed} bytes, use more chunks, or a "
+        f"smaller batch or sequence{why}",
         needed,
         dict(largest),
     )

@@ -7,23 +7,27 @@ there are decided by memory alone and no times are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from chunkft_fx.cost_model import direction_us, transfer_us
-from chunkft_fx.executable import Executable
 from chunkft_fx.head import is_head, useful_splits
 from chunkft_fx.head_memory import operands
 from chunkft_fx.memory_limit import overhead
 from chunkft_fx.outline import Region
-from chunkft_fx.passes.rewrite import tensor_nbytes
 from chunkft_fx.plan import Chunk
 from chunkft_fx.plan_choice import Head
 from chunkft_fx.rates import Rates, rates
-from chunkft_fx.session import Session
+from chunkft_fx.sizes import AS_TRACED, Sizes
 from chunkft_fx.specialize import Variant
 from chunkft_fx.step_cost import Saving, StepTimes, Work
 from chunkft_fx.step_memory import Moment, moment_label, step_timeline
-from chunkft_fx.torch_internals import hint
+
+if TYPE_CHECKING:
+    from chunkft_fx.session import Session
+
+# The term of what is there before a step, beside weights and what training keeps.
+BATCH = "batch and constants"
 
 # Bytes that the update of one element of a low-precision weight moves in device memory (`benchmarks.bench_kernels`).
 UPDATE_NBYTES = 32
@@ -32,18 +36,28 @@ UPDATE_NBYTES = 32
 class Predictor:
     """Predictions for one session; everything is found once.
 
-    ``known`` are rates to predict times with, by default the measured ones of a GPU, and none on the CPU.
+    ``known`` are rates to predict times with, by default the measured ones of a GPU, and none on the CPU. ``sizes`` are
+    those of the batch, by default as it was traced, and ``given`` the bytes that are there beside what a step makes.
     """
 
-    def __init__(self, session: Session, known: Rates | None = None) -> None:
-        self._session, self._known = session, known
-        self._known_steps: dict[Hashable, Executable] = {}
+    def __init__(
+        self,
+        session: Session,
+        known: Rates | None = None,
+        sizes: Sizes = AS_TRACED,
+        given: Mapping[str, int] | None = None,
+    ) -> None:
+        self._session, self._known, self._batch = session, known, sizes
+        self._given = session.given if given is None else given
+        self._known_steps = session.written
         self._peaks: dict[tuple[Chunk, Saving], Moment] = {}
         self.known_times: StepTimes | None = None  # once they were asked for
         self._nodes = {node.name: node for node in session.capture.graph.nodes}
         self._sizes = {name: p.numel() for name, p in session.owner.residency.parameters.items()}
         self._regions = session.uses
         self._region_sizes = [sum(self._sizes[name] for name in use) for use in self._regions]
+        names = session.capture.parameters
+        self._places = [{names[p]: k for k, p in enumerate(r.primals) if p in names} for r in session.outline.regions]
         self._used_in = {name: [i for i, use in enumerate(self._regions) if name in use] for name in self._sizes}
 
     def uses(self) -> Sequence[frozenset[str]]:
@@ -56,7 +70,7 @@ class Predictor:
         splits: set[int] = {1}
         for node in (n for r in regions for n in r.template.graph.graph.nodes if is_head(n)):
             hidden, weight = operands(node)
-            splits |= {*useful_splits(hint(hidden.shape[0]), int(weight.shape[0]), hidden.element_size())}
+            splits |= {*useful_splits(self._batch.of(hidden.shape[0]), int(weight.shape[0]), hidden.element_size())}
         labels = frozenset(moment_label(r, is_backward) for r in regions for is_backward in (False, True))
         return Head(tuple(sorted(splits)), labels)
 
@@ -64,11 +78,28 @@ class Predictor:
         """The largest moment of a step on a chunk, in bytes beyond what `fixed_memory` counts."""
         key = chunk, saving
         if key not in self._peaks:
-            moments = step_timeline(self._session.planned(chunk, saving, self._known_steps), self._session.backend)
+            planned = self._session.planned(chunk, saving, self._known_steps)
+            moments = step_timeline(planned, self._session.backend, sizes=self._batch)
             largest = max(moments, key=lambda m: m.nbytes)
-            besides = self._session.given | overhead(self._session.owner.residency.device, largest.nbytes)
+            besides = dict(self._given) | overhead(self._session.owner.residency.device, largest.nbytes)
             self._peaks[key] = Moment(largest.label, largest.terms | besides)
         return self._peaks[key]
+
+    def kind(self, chunk: Chunk, saving: Saving) -> tuple[int, Hashable]:
+        """The lowest region of a chunk's slices, and what is demanded of the regions that they lie in.
+
+        Chunks of equal demands have steps of the same variants where gradients are made. That of the lowest needs most
+        then: its backward is the deepest, and all that the others keep for it is kept by it too.
+        """
+        demands: dict[int, list[tuple[int, int, int]]] = {}
+        for s in chunk.slices:
+            for i in self._used_in[s.name]:
+                demands.setdefault(i, []).append((self._places[i][s.name], s.dim, s.length))
+        parts = []
+        for i, slices in sorted(demands.items()):
+            handling = i < saving.save_from, i < saving.offload_below
+            parts.append((self._session.outline.regions[i].template.index, handling, tuple(sorted(slices))))
+        return min(demands, default=len(self._regions)), tuple(parts)
 
     def times(self, deepest: Chunk) -> StepTimes | None:
         """Predicted times of the regions, by a step whose backward reaches all; None where no rates are known."""
@@ -92,17 +123,21 @@ class Predictor:
 
     def _predicted(self, deepest: Chunk, known: Rates) -> StepTimes:
         session = self._session
+
+        def us(variant: Variant, is_backward: bool) -> float:
+            return direction_us(variant, is_backward, known, self._batch)
+
         last = len(self._regions)
         saving, again = self._variants(deepest, Saving(0)), self._variants(deepest, Saving(last))
-        forward = tuple(direction_us(v, False, known) for v in saving)
-        backward = tuple(direction_us(v, True, known) for v in saving)
-        recomputing = tuple(direction_us(v, True, known) for v in again)
+        forward = tuple(us(v, False) for v in saving)
+        backward = tuple(us(v, True) for v in saving)
+        recomputing = tuple(us(v, True) for v in again)
         whole = sum(forward) + sum(backward)
         split_us = []
         for split in self.head().splits:
             variants = self._variants(deepest, Saving(0, head_split=split))
-            us = sum(direction_us(v, is_backward, known) for v in variants for is_backward in (False, True))
-            split_us.append((split, max(us - whole, 0.0)))
+            each = sum(us(v, is_backward) for v in variants for is_backward in (False, True))
+            split_us.append((split, max(each - whole, 0.0)))
         parameters = session.owner.residency.parameters
         weights = [sum(parameters[n].numel() * parameters[n].itemsize for n in use) for use in self._regions]
         return StepTimes(
@@ -124,4 +159,4 @@ class Predictor:
         """Bytes that a recomputing region keeps: what it reads that regions before it made."""
         made = {name for r in self._session.outline.regions for name in r.forward}
         values = [self._nodes[name].meta["val"] for name in region.primals if name in made]
-        return sum(tensor_nbytes(v) for v in values)
+        return sum(self._batch.nbytes(v) for v in values)

@@ -38,14 +38,18 @@ class Residency:
         self._ghosts: dict[str, Tensor] = {}
         self._nesting = 0
 
+    def stage_owner(self) -> StageOwner | None:
+        """The optimizer, if there is one."""
+        return None if self.optimizer is None else self.optimizer()
+
     def stage(self) -> Stage | None:
         """The optimizer's stage, if there is an optimizer."""
-        optimizer = None if self.optimizer is None else self.optimizer()
+        optimizer = self.stage_owner()
         return None if optimizer is None else optimizer.stage
 
     def take_stage(self) -> None:
         """Have the optimizer, if there is one, take its device memory before a step takes any."""
-        optimizer = None if self.optimizer is None else self.optimizer()
+        optimizer = self.stage_owner()
         if optimizer is not None:
             optimizer.take_stage()
 

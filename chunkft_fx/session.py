@@ -7,7 +7,6 @@ function, and gives the gradients to the active slices.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import weakref
 from collections.abc import Hashable, Sequence
@@ -16,31 +15,38 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from chunkft_fx import random_state
+from chunkft_fx.batch_plan import BatchPlans
 from chunkft_fx.capture import Capture, OutputName
 from chunkft_fx.errors import DoubleBackward
 from chunkft_fx.executable import Executable, assemble, exchanged
-from chunkft_fx.fixed_memory import state_nbytes
 from chunkft_fx.kernel_choice import chooser
 from chunkft_fx.memory_limit import explained
 from chunkft_fx.missing_logits import MissingLogits
 from chunkft_fx.outline import Outline
 from chunkft_fx.passes.insert_streams import InsertStreams
 from chunkft_fx.passes.schedule_states import ScheduleStates
-from chunkft_fx.plan import Chunk, Slice
+from chunkft_fx.plan import Chunk, Plan, Slice
+from chunkft_fx.planner import Options
 from chunkft_fx.program import ProgramSpec, build, choose_variants
 from chunkft_fx.residency import Residency
 from chunkft_fx.runtime import Machine, Step, run_backward, run_forward
 from chunkft_fx.slices import ActiveSlice
 from chunkft_fx.specialize import Specializer, Variant
+from chunkft_fx.state_policy import policy_of
 from chunkft_fx.step_cost import Saving, StepTimes
 from chunkft_fx.step_memory import storages_nbytes
-from chunkft_fx.torch_internals import hint, version
+from chunkft_fx.torch_internals import hint, keeps_graph, version
 
 
 class Owner(Protocol):
-    """What a session needs of the compiled module: which chunk is active, and its slices."""
+    """What a session needs of the compiled module: which chunk is active, its slices, and all that plans depend on.
+
+    ``known_plan`` is the plan that is gone by, if there is one; ``is_bound`` says that another cut into chunks would
+    lose something. ``plain`` is the wrapped model.
+    """
 
     @property
     def chunk(self) -> int: ...
@@ -51,15 +57,51 @@ class Owner(Protocol):
     @property
     def lock(self) -> AbstractContextManager[Any]: ...
 
+    @property
+    def plain(self) -> nn.Module: ...
+
+    @property
+    def options(self) -> Options: ...
+
+    @property
+    def known_plan(self) -> Plan | None: ...
+
+    @property
+    def is_bound(self) -> bool: ...
+
+    @property
+    def is_planning(self) -> bool: ...
+
+    @property
+    def gradient_nbytes(self) -> int: ...
+
     def active_slices(self) -> tuple[ActiveSlice, ...]: ...
 
     def came_through(self) -> None: ...
 
+    def adopt(self, plan: Plan) -> None: ...
+
+
+class PlanMade(BaseException):
+    """Ends a call that was to have a plan made for its batch, and nothing else."""
+
 
 class Session:
-    """Programs of one capture, run for whatever chunk is active."""
+    """Programs of one capture, run for whatever chunk is active.
 
-    def __init__(self, owner: Owner, capture: Capture, outline: Outline, backend: str, batch_nbytes: int = 0) -> None:
+    ``batch`` are the positions of the arguments that are neither weights nor buffers. A session that does not
+    ``train`` by itself saves nothing for backward: should one come, it runs the forward again, and trains from then on.
+    """
+
+    def __init__(
+        self,
+        owner: Owner,
+        capture: Capture,
+        outline: Outline,
+        backend: str,
+        batch: Sequence[int] = (),
+        trains: bool = True,
+    ) -> None:
         self._owner = weakref.ref(owner)
         self.capture = capture
         self.outline = outline
@@ -80,7 +122,12 @@ class Session:
             (i, capture.parameters[p]) for i, p in enumerate(capture.primals) if p in capture.parameters
         ]
         self._constants = list(capture.constants.values())
-        self.given = {"batch and constants": batch_nbytes + storages_nbytes(self._constants)}
+        self.constants_nbytes = storages_nbytes(self._constants)
+        self.given: dict[str, int] = {}  # bytes that are there before a step, by name; set with a plan
+        self.trains = trains
+        self.written: dict[Hashable, Executable] = {}  # programs that predictions were made from
+        self._pending: list[weakref.ref[Step]] = []
+        self.plans = BatchPlans(self, batch)
 
     @property
     def owner(self) -> Owner:
@@ -99,13 +146,20 @@ class Session:
 
     def __call__(self, *arguments: Any) -> tuple[Any, ...]:
         """Run the model on the captured graph's flat inputs; returns its flat outputs."""
+        if self.owner.is_planning:
+            self.plans.prepare(arguments, self.expected)
+            raise PlanMade
         if not torch.is_grad_enabled() or not self.capture.tangents:
-            outputs, mutated, _ = self._forward(self._executable((), frozenset(), 0), self._private(arguments))
+            outputs, mutated, _ = self._evaluated(arguments)
             self._write_back(arguments, mutated)
         else:
+            if self.trains:  # before slices are asked for, which a plan can change
+                with explained(self.plans.needed):
+                    self.plans.prepare(arguments, self.expected)
             differentiable = [arguments[i] for i in self._inputs]
-            trained = [s.parameter for s in self.owner.active_slices()]
-            outputs = list(_StepFunction.apply(self, arguments, self._anchor, *differentiable, *trained))
+            asked = self._asked()
+            trained = [s.parameter for s in asked]
+            outputs = list(_StepFunction.apply(self, arguments, asked, self._anchor, *differentiable, *trained))
         for i, o in enumerate(self.capture.outputs):
             # an output that is an input is the caller's own object, as in the plain model
             if isinstance(o, OutputName) and str(o) in self.capture.primals:
@@ -143,7 +197,10 @@ class Session:
             return None
         parameters = self.owner.residency.parameters
         named = [(parameters[s.name], s) for s in slices]
-        nbytes = sum(p.numel() // s.size * s.length * state_nbytes(p.dtype) for p, s in named)
+        policy = policy_of(self.owner.residency.stage_owner())
+        if not policy.travels:
+            return None
+        nbytes = sum(p.numel() // s.size * s.length * policy.nbytes(p.dtype) for p, s in named)
         return ScheduleStates(self.times, saving.save_from, nbytes)
 
     def _spec(
@@ -198,32 +255,96 @@ class Session:
             arguments[self.capture.primals.index(primal)].copy_(value)
 
     def begin(self, arguments: Sequence[Any], expected: frozenset[str]) -> tuple[list[Any], list[Tensor], Step]:
-        """Run forward for the active chunk; the step is what backward needs, given the expected tangents."""
+        """Run forward for the active chunk; the step is what backward needs, given the expected tangents.
+
+        Raises `BudgetInfeasible`, before anything ran, for a batch that no plan fits.
+        """
+        self.plans.prepare(arguments, expected)
         owner = self.owner.active_slices()
         absent = frozenset(self.capture.tangents) - expected
         chunk = self.owner.chunk
         offload_below = self.offload_below[chunk] if self.offload_below else 0
         executable = self.executable(owner, absent, self.save_from[chunk], offload_below)
-        draws = _random_state() if self.capture.is_random else None
+        device = self.owner.residency.device
+        draws = random_state.taken(device) if self.capture.is_random else None
         values = self._private(arguments)
         outputs, mutated, slots = self._forward(executable, values)
         versions = self._versions(values, slots)
 
         def replay(wanted: frozenset[str]) -> Step:
-            with _restored(draws), torch.no_grad():
+            with random_state.restored(draws, device), torch.no_grad():
                 return self.begin(values, wanted)[2]
 
         shapes = [(o.shape, o.dtype, o.device) if isinstance(o, Tensor) else None for o in outputs]
-        return outputs, mutated, Step(executable, slots, owner, versions, replay, expected, shapes)
+        step = Step(executable, slots, owner, versions, replay, expected, shapes)
+        self._pending = [*self._still_pending(), weakref.ref(step)]
+        return outputs, mutated, step
 
-    def finish(self, step: Step, gradients: dict[str, Tensor]) -> list[Tensor | None]:
+    def _asked(self) -> tuple[ActiveSlice, ...]:
+        """The slices that autograd is to ask for: those that are active, none before there is a plan."""
+        return () if self.owner.known_plan is None else self.owner.active_slices()
+
+    def start(self, arguments: Sequence[Any]) -> tuple[list[Any], list[Tensor], Step]:
+        """Run forward with gradients enabled; returns the outputs, new values of buffers, and what backward needs."""
+        if self.trains:
+            return self.begin(arguments, self.expected)
+        draws = random_state.taken(self.owner.residency.device) if self.capture.is_random else None
+        values = self._private(arguments)
+        outputs, mutated, _ = self._evaluated(values)
+        versions = self._versions(values, dict(enumerate(values)))
+
+        def replay(wanted: frozenset[str]) -> Step:
+            with random_state.restored(draws, self.owner.residency.device), torch.no_grad():
+                step = self.begin(values, wanted)[2]
+            self.trains = True
+            return step
+
+        step = Step(self.evaluation(), {}, (), versions, replay, frozenset(), [])
+        self._pending = [*self._still_pending(), weakref.ref(step)]
+        return outputs, mutated, step
+
+    def evaluation(self) -> Executable:
+        """The program without gradients."""
+        return self._executable((), frozenset(), 0)
+
+    def _evaluated(self, arguments: Sequence[Any]) -> tuple[list[Any], list[Tensor], Any]:
+        self.plans.check_evaluation(arguments)
+        with explained(self.plans.needed):
+            return self._forward(self.evaluation(), self._private(arguments))
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether a forward is held whose backward may still come."""
+        return bool(self._still_pending())
+
+    def _opened(self, step: Step, present: frozenset[str]) -> Step:
+        """The step of a forward that nothing was saved of, run again as one to train on.
+
+        Raises `StaleBackward` where it would not be the same, and `BudgetInfeasible` where it does not fit.
+        """
+        step.check(step.owner)
+        slots, step.slots = step.slots, None
+        try:
+            opened = step.replay(present)
+        except BaseException:
+            step.slots = slots
+            raise
+        step.slots = slots if keeps_graph() else None
+        return opened
+
+    def _still_pending(self) -> list[weakref.ref[Step]]:
+        return [ref for ref in self._pending if (step := ref()) is not None and step.slots is not None]
+
+    def finish(self, step: Step, gradients: dict[str, Tensor], asked: Sequence[ActiveSlice]) -> list[Tensor | None]:
         """Run backward with the tangents that came.
 
-        Returns the gradients of the inputs that are no parameters, then those of the active slices, as autograd is to
-        give them to the parameters.
+        Returns the gradients of the inputs that are no parameters, then those of the slices that autograd asks for, as
+        it is to give them to the parameters. Slices that were not known at the forward get theirs here.
         """
-        step.check(self.owner.active_slices())
         present = frozenset(gradients)
+        if not step.owner:
+            step = self._opened(step, present)
+        step.check(self.owner.active_slices())
         if not present <= step.provided:
             # Saved for fewer gradients than came: run the forward again for exactly these.
             step = step.replay(present)
@@ -244,7 +365,12 @@ class Session:
             name = self.capture.parameters[p]
             handed[name] = active[name].handed(totals.pop(p))
         given = [totals.get(self.capture.primals[i]) for i in self._inputs]
-        return given + [handed.get(s.name) for s in step.owner]
+        given += [handed.pop(s.name, None) if s is active.get(s.name) else None for s in asked]
+        if handed:
+            with self.owner.residency.presented():
+                for name, gradient in handed.items():
+                    active[name].add(gradient)
+        return given
 
     def planned(self, chunk: Chunk, saving: Saving, known: dict[Hashable, Executable] | None = None) -> Executable:
         """What would run for a chunk under a saving policy if all weights were resident.
@@ -259,7 +385,7 @@ class Session:
         variants = choose_variants(self.capture, self.outline, self.specializer, spec)
         if known is None:
             return self._written(spec, variants)
-        looks = replace(saving, head_split=1), tuple(v.interface for v in variants)
+        looks = absent, replace(saving, head_split=1), tuple(v.interface for v in variants)
         if looks not in known:
             known[looks] = self._written(spec, variants)
         return exchanged(known[looks], variants)
@@ -273,12 +399,17 @@ class _StepFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, session: Session, arguments: Sequence[Any], anchor: Tensor, *inputs: Tensor
+        ctx: Any,
+        session: Session,
+        arguments: Sequence[Any],
+        asked: Sequence[ActiveSlice],
+        anchor: Tensor,
+        *inputs: Tensor,
     ) -> tuple[Any, ...]:
-        with explained():
-            outputs, mutated, step = session.begin(arguments, session.expected)
+        with explained(session.plans.needed):
+            outputs, mutated, step = session.start(arguments)
         session._write_back(arguments, mutated)
-        ctx.session, ctx.step, ctx.owner = session, step, session.owner
+        ctx.session, ctx.step, ctx.owner, ctx.asked = session, step, session.owner, asked
         with_gradient = set(session.capture.tangents.values())
         ctx.mark_non_differentiable(
             *(o for i, o in enumerate(outputs) if isinstance(o, Tensor) and i not in with_gradient)
@@ -296,8 +427,8 @@ class _StepFunction(torch.autograd.Function):
             )
         session: Session = ctx.session
         came = {name: g for name, i in session.capture.tangents.items() if (g := gradients[i]) is not None}
-        with ctx.owner.lock, explained():
-            return (None, None, None, *session.finish(ctx.step, came))
+        with ctx.owner.lock, explained(session.plans.needed):
+            return (None, None, None, None, *session.finish(ctx.step, came, ctx.asked))
 
 
 def _restride(gradient: Tensor, like: Tensor) -> Tensor:
@@ -306,26 +437,3 @@ def _restride(gradient: Tensor, like: Tensor) -> Tensor:
     order = sorted(range(like.ndim), key=lambda d: (-hint(strides[d]), d))
     inverse = [order.index(d) for d in range(like.ndim)]
     return gradient.to(like.dtype).permute(order).contiguous().permute(inverse)
-
-
-def _random_state() -> list[tuple[Any, Tensor]]:
-    states: list[tuple[Any, Tensor]] = [(torch.random, torch.random.get_rng_state())]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states.append((torch.cuda, torch.cuda.get_rng_state()))
-    return states
-
-
-@contextlib.contextmanager
-def _restored(states: list[tuple[Any, Tensor]] | None) -> Any:
-    """Run with earlier random states, and put the present ones back afterwards."""
-    if states is None:
-        yield
-        return
-    now = _random_state()
-    for module, state in states:
-        module.set_rng_state(state)
-    try:
-        yield
-    finally:
-        for module, state in now:
-            module.set_rng_state(state)

@@ -56,6 +56,14 @@ class ActiveSlice:
             gradient = SliceGradient(gradient, self.slice, self.parameter.shape)
         self.parameter.grad = gradient
 
+    def add(self, gradient: Tensor) -> None:
+        """Add a gradient from `handed` to the parameter's, where autograd does not."""
+        held = self.parameter.grad
+        if held is None:
+            self.parameter.grad = gradient.detach()
+        else:
+            held.add_(gradient)
+
     def weight(self) -> Tensor:
         """The slice of the parameter itself: a view that shares its memory, without autograd."""
         return cut_from(self.parameter.detach(), self.slice)

@@ -21,8 +21,8 @@ from chunkft_fx.graph_storages import Key, Storages
 from chunkft_fx.memory_model import graph_of, workspace
 from chunkft_fx.outline import Region
 from chunkft_fx.program import RegionCall
+from chunkft_fx.sizes import AS_TRACED, Sizes
 from chunkft_fx.specialize import Variant
-from chunkft_fx.torch_internals import hint
 
 # The parts of a moment by name, in bytes.
 Terms = dict[str, int]
@@ -44,16 +44,19 @@ class Moment:
         return sum(self.terms.values())
 
 
-def step_timeline(executable: Executable, backend: str = "eager", is_first: bool = False) -> tuple[Moment, ...]:
+def step_timeline(
+    executable: Executable, backend: str = "eager", is_first: bool = False, sizes: Sizes = AS_TRACED
+) -> tuple[Moment, ...]:
     """The moments of a step in order: every region call, and each sum that a gradient goes into.
 
     Terms: ``"saved activations"`` are values alive between region calls, ``"outputs and their gradients"`` what the
     caller is assumed to hold until backward ends, ``"new gradients"`` what this backward has made so far,
     ``"copies of written buffers"`` the old values that backward reads, ``"workspace"`` what runs allocates itself.
     ``is_first`` says that no gradients are held from an earlier backward: then this one makes the tensors that hold
-    them; else it adds to those, which are not counted. The optimizer's step is not a part of this.
+    them; else it adds to those, which are not counted. ``sizes`` are the batch's, by default those that were traced.
+    The optimizer's step is not a part of this.
     """
-    replay = _Replay(executable, backend)
+    replay = _Replay(executable, backend, sizes)
     for instruction in executable.forward:
         replay.run(instruction)
     replay.end_forward()
@@ -95,19 +98,20 @@ class _Ends:
     outputs: tuple[_Value, ...]
 
 
-_ENDS: WeakKeyDictionary[Variant, dict[bool, _Ends]] = WeakKeyDictionary()
+_ENDS: WeakKeyDictionary[Variant, dict[tuple[bool, Sizes], _Ends]] = WeakKeyDictionary()
 
 
-def _ends(variant: Variant, is_backward: bool) -> _Ends:
+def _ends(variant: Variant, is_backward: bool, sizes: Sizes) -> _Ends:
     """Read off a variant's graph once."""
     known = _ENDS.setdefault(variant, {})
-    if is_backward not in known:
+    key = is_backward, sizes
+    if key not in known:
         graph = graph_of(variant, is_backward)
-        held = Storages(graph)
+        held = Storages(graph, sizes)
         values: Any = graph.output_node().args[0]
         inputs = tuple(_value(node, held) for node in graph.find_nodes(op="placeholder"))
-        known[is_backward] = _Ends(inputs, tuple(_value(node, held) for node in values))
-    return known[is_backward]
+        known[key] = _Ends(inputs, tuple(_value(node, held) for node in values))
+    return known[key]
 
 
 def _value(node: Any, held: Storages) -> _Value:
@@ -115,7 +119,7 @@ def _value(node: Any, held: Storages) -> _Value:
     if not isinstance(value, Tensor):
         return _Value(None, 0, torch.int64, 0)
     (key,) = held.of(node)
-    return _Value(key, held.nbytes[key], value.dtype, hint(value.numel()))
+    return _Value(key, held.nbytes[key], value.dtype, held.sizes.of(value.numel()))
 
 
 @dataclass(eq=False)
@@ -142,6 +146,7 @@ class _Replay:
 
     executable: Executable
     backend: str
+    sizes: Sizes
     moments: list[Moment] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -161,7 +166,7 @@ class _Replay:
     def _made(self) -> Iterator[tuple[int, _Value]]:
         for instruction in self.executable.forward:
             if isinstance(instruction.call, RegionCall):
-                outputs = _ends(instruction.call.variant, False).outputs
+                outputs = _ends(instruction.call.variant, False, self.sizes).outputs
                 yield from ((slot, outputs[index]) for index, slot in instruction.outputs)
 
     def run(self, instruction: Instruction) -> None:
@@ -170,12 +175,12 @@ class _Replay:
             self._carry(instruction, call)
             return
         self.label = moment_label(call.region, call.is_backward)
-        ends = _ends(call.variant, call.is_backward)
+        ends = _ends(call.variant, call.is_backward, self.sizes)
         known: dict[Key | None, _Storage | None] = {None: None}
         for slot, value in zip(instruction.inputs, ends.inputs, strict=True):
             known[value.key] = self.storage_of.get(slot)
         dying = self._dying(instruction)
-        self._see(workspace(call.variant, call.is_backward, self.backend, dying))
+        self._see(workspace(call.variant, call.is_backward, self.backend, dying, self.sizes))
         for index, slot in instruction.outputs:
             value = ends.outputs[index]
             if value.key not in known:
@@ -208,7 +213,7 @@ class _Replay:
         came: dict[int, int] = {}
         for instruction in self.executable.backward:
             if isinstance(instruction.call, RegionCall):
-                inputs = _ends(instruction.call.variant, True).inputs
+                inputs = _ends(instruction.call.variant, True, self.sizes).inputs
                 came |= {s: v.nbytes for s, v in zip(instruction.inputs, inputs, strict=True) if s in self.tangents}
         self.alive[OUTPUTS] += sum(came.values())  # autograd holds them until backward returns
 

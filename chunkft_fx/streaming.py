@@ -11,9 +11,9 @@ in follows what goes out, 64 MiB behind it, and begins as the ``admit`` nodes of
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -59,13 +59,25 @@ class Stage:
 
 
 class StageOwner(Protocol):
-    """An optimizer with a stage."""
+    """An optimizer with a stage: its options, and its states by parameter, none before the first step."""
+
+    @property
+    def state_dtype(self) -> str: ...
+
+    @property
+    def states(self) -> str: ...
+
+    @property
+    def state(self) -> Mapping[Any, Any]: ...
 
     @property
     def stage(self) -> Stage: ...
 
     def take_stage(self) -> None:
         """Take the stage's memory, for the largest chunk of the model's plan, where the model runs."""
+
+    def drop_stage(self) -> None:
+        """Give the stage's memory back, before a plan with other chunks is settled."""
 
 
 class FreshStage(Stage):

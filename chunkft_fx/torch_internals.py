@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import sympy
 import torch
 import torch._functorch.config as functorch_config
 import torch._functorch.partitioners as partitioners
@@ -18,8 +20,10 @@ from torch._inductor.compile_fx import compile_fx_inner
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.symbolic_shapes import free_symbols
+from torch.utils._pytree import tree_flatten as tree_flatten
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
+from torch.utils._sympy.functions import FloorDiv, Max, Min
 from torch.utils.checkpoint import CheckpointPolicy
 
 # torch.autograd.graph.region_activation_memory_budget, since torch 2.13
@@ -240,6 +244,52 @@ def hint(size: int | torch.SymInt) -> int:
 def _largest(interval: Any) -> int:
     upper = None if interval is None else interval.upper
     return int(upper) if upper is not None and upper.is_Integer and upper < torch.iinfo(torch.int64).max else UNBOUNDED
+
+
+def may_vary(tensor: Tensor, dim: int) -> None:
+    """Have what is traced with a tensor hold for other sizes along ``dim`` too, if the model allows it."""
+    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def size_symbol(size: Any) -> str | None:
+    """The name of the symbol that a size is; None for a number, and for anything computed from symbols."""
+    expression = size.node.expr if isinstance(size, torch.SymInt) else None
+    return expression.name if isinstance(expression, sympy.Symbol) else None
+
+
+def substituted(size: torch.SymInt, values: tuple[tuple[str, int], ...]) -> int | None:
+    """The value of a symbolic size where symbols have these values, by name; None if one has none."""
+    return _substituted(size.node.expr, values)
+
+
+@functools.lru_cache(maxsize=2**16)
+def _substituted(expression: Any, values: tuple[tuple[str, int], ...]) -> int | None:
+    known = dict(values)
+    symbols = expression.free_symbols
+    if any(s.name not in known for s in symbols):
+        return None
+    return int(expression.xreplace({s: sympy.Integer(known[s.name]) for s in symbols}))
+
+
+def falls_with(size: torch.SymInt) -> frozenset[str]:
+    """The names of the symbols that a size may fall with: none of a product or a sum of symbols, all where in doubt."""
+    expression = size.node.expr
+    return frozenset() if _never_falls(expression) else frozenset(s.name for s in expression.free_symbols)
+
+
+@functools.lru_cache(maxsize=2**16)
+def _never_falls(expression: Any) -> bool:
+    """Whether an expression of sizes, which are never negative, falls with none of them."""
+    if expression.is_Integer or isinstance(expression, sympy.Symbol):
+        return True
+    parts = expression.args
+    if isinstance(expression, sympy.Mul):
+        return all(_never_falls(p) and not p.is_negative for p in parts)
+    if isinstance(expression, FloorDiv):
+        return _never_falls(parts[0]) and bool(parts[1].is_Integer and parts[1] > 0)
+    if isinstance(expression, sympy.Pow):
+        return _never_falls(parts[0]) and bool(parts[1].is_Integer and parts[1] >= 0)
+    return isinstance(expression, (sympy.Add, Max, Min)) and all(map(_never_falls, parts))
 
 
 def set_allocator(settings: str) -> None:

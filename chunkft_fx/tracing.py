@@ -52,7 +52,7 @@ def trace(model: nn.Module, backend: Backend) -> Callable[..., Any]:
             return run(*args, **kwargs)
         except BackendCompilerFailed as error:
             inner = error.inner_exception
-            if isinstance(inner, ChunkFTError):
+            if isinstance(inner, (ChunkFTError, torch.OutOfMemoryError)):
                 raise inner from None
             raise UnsupportedGraph(f"this model could not be compiled: {type(inner).__name__}: {inner}") from error
         except TorchDynamoException as error:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,9 +31,15 @@ class LiveStorages(TorchDispatchMode):
     def watch(self, tensors: Iterable[Tensor]) -> None:
         """Count the storages of tensors that were made elsewhere, as long as something holds them."""
         for tensor in tensors:
+            if isinstance(tensor, FakeTensor):
+                continue  # of a graph that is looked at, not run
             storage = tensor.untyped_storage()
             self._live[_key(tensor)] = (StorageWeakRef(storage), storage.nbytes())
         self.peak_nbytes = max(self.peak_nbytes, self.live_nbytes)
+
+    def forget(self, tensor: Tensor) -> None:
+        """Count a tensor's storage no longer: it gave its memory back."""
+        self._live.pop(_key(tensor), None)
 
     @property
     def live_nbytes(self) -> int:

@@ -215,7 +215,7 @@ def test_the_plan_says_which_regions_offload(monkeypatch: pytest.MonkeyPatch) ->
     def offloading_plan(*arguments: Any) -> Any:
         return dataclasses.replace(plan_for_batch(*arguments), save_from=(5, 5), offload_below=(5, 2))
 
-    monkeypatch.setattr("chunkft_fx.module.plan_for_batch", offloading_plan)
+    monkeypatch.setattr("chunkft_fx.batch_plan.plan_for_batch", offloading_plan)
     model, batch = tiny("llama", dtype=torch.float64)
     compiled = chunkft_fx.compile(model, "64GB", chunks=2, backend="eager")
     counts = []

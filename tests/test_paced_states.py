@@ -48,10 +48,10 @@ class Recorded(CudaStage):
 def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times are predicted as they are on a GPU, so that programs pace states."""
 
-    def predictor(session: Session) -> Predictor:
-        return Predictor(session, RATES)
+    def predictor(session: Session, **of_a_batch: Any) -> Predictor:
+        return Predictor(session, RATES, **of_a_batch)
 
-    monkeypatch.setattr("chunkft_fx.module.Predictor", predictor)
+    monkeypatch.setattr("chunkft_fx.batch_plan.Predictor", predictor)
 
 
 @pytest.fixture(params=[0.0, pytest.param(0.2, marks=pytest.mark.slow)])
@@ -112,6 +112,8 @@ class Asked:
 
     def __init__(self) -> None:
         self.stage = streaming.Stage(torch.device("cpu"))
+        self.state_dtype, self.states = "float32", "keep"
+        self.state: dict[Any, Any] = {}
         self.notes: list[str] = []
 
     def take_stage(self) -> None:
@@ -119,6 +121,9 @@ class Asked:
 
     def follow(self, parameters: Mapping[str, nn.Parameter]) -> None:
         raise AssertionError("the model did not change")
+
+    def drop_stage(self) -> None:
+        self.notes.append("dropped")
 
 
 def test_the_stage_is_taken_between_plan_and_first_step(

@@ -12,6 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.spawn import spawn
 
 import chunkft_fx
 from chunkft_fx import errors
@@ -281,10 +284,9 @@ def test_wrappers_that_spread_a_model_over_ranks_are_refused() -> None:
     compiled.zero_grad()
     with pytest.raises(errors.DistributedNotSupported, match="DistributedDataParallel"):
         nn.parallel.DistributedDataParallel(compiled)(**lm_batch())
-    from torch.distributed.fsdp import fully_shard
-
+    sharded: Any = fully_shard(tiny_lm(), mesh=init_device_mesh("cpu", (1,)))
     with pytest.raises(errors.DistributedNotSupported, match="FSDP"):
-        chunkft_fx.compile(fully_shard(tiny_lm(), mesh=dist.init_device_mesh("cpu", (1,))), "1GB")
+        chunkft_fx.compile(sharded, "1GB")
 
 
 def _rank(rank: int, store: str) -> None:
@@ -300,4 +302,4 @@ def _rank(rank: int, store: str) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_are_refused(tmp_path: Any) -> None:
-    torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"),), nprocs=2)
+    spawn(_rank, (str(tmp_path / "store"),), nprocs=2)

@@ -404,11 +404,10 @@ def resize(run: Run) -> None:
 
 def grow(run: Run) -> None:
     def more(m: Any) -> None:
-        block = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)).to(m.get_parameter("embed.weight").dtype)
-        with torch.no_grad():
-            block[1].weight.fill_(0.1)
-            block[1].bias.fill_(0.2)
-        m.layers.append(block)
+        linear = nn.Linear(WIDTH, WIDTH)
+        nn.init.constant_(linear.weight, 0.1)
+        nn.init.constant_(linear.bias, 0.2)
+        m.layers.append(nn.Sequential(nn.LayerNorm(WIDTH), linear).to(m.get_parameter("embed.weight").dtype))
 
     _followed_or_refused(run, more)
 

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from chunkft_fx.errors import OptionError
 from chunkft_fx.kernels.launch import ACCESS_NBYTES, current_device
-from chunkft_fx.torch_internals import hint
+from chunkft_fx.sizes import AS_TRACED, Sizes
 
 LIBRARY = "library"
 # What the kernel multiplies; its sums are float32.
@@ -146,13 +146,13 @@ def launch(a: Tensor, b: Tensor, tiling: Tiling, described: bool | None = None) 
     return out[0] if splits == 1 else out.sum(0)
 
 
-def workspace(node: fx.Node) -> int:
+def workspace(node: fx.Node, sizes: Sizes = AS_TRACED) -> int:
     """Bytes that a node of the operator allocates beyond its result: sums of split tokens; 0 for any other node."""
     if node.target is not weight_gradient:
         return 0
     args: Any = fx.map_arg(node.args, lambda n: n.meta["val"])
     dy, x, _, dim, length, by = args
-    tokens, out, features = (hint(s) for s in (*dy.shape, x.shape[1]))
+    tokens, out, features = (sizes.of(s) for s in (*dy.shape, x.shape[1]))
     rows, columns = (length, features) if dim == 0 else (out, length)
     wide = wide_dtype(dy.dtype)
     if by != LIBRARY and has_kernel(dy.device, dy.dtype):

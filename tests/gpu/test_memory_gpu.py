@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import chunkft_fx
 from chunkft_fx.errors import BudgetInfeasible
-from chunkft_fx.memory_limit import PAGE_NBYTES, PAGES_NBYTES, avoid_fragmentation, limit
+from chunkft_fx.memory_limit import LIMITS, PAGE_NBYTES, PAGES_NBYTES
 
 pytestmark = pytest.mark.gpu
 
@@ -52,8 +52,9 @@ def _fill(nbytes: int) -> int:
     """Take blocks until the limit of ``nbytes`` lets no more be taken; returns what was reserved by then."""
     device = torch.device("cuda", 0)
     (torch.ones(64, 64, device=device) @ torch.ones(64, 64, device=device)).sum().item()
-    avoid_fragmentation(device)
-    limit(device, nbytes)
+    owner = torch.nn.Module()
+    LIMITS.avoid_fragmentation(owner, device)
+    LIMITS.hold(owner, device, nbytes)
     blocks = []
     with pytest.raises(torch.OutOfMemoryError):
         while True:
