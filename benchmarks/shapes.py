@@ -6,7 +6,15 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PretrainedConfig
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 Maker = Callable[[int | None], tuple[type[nn.Module], PretrainedConfig]]
 
@@ -24,6 +32,12 @@ def _gpt2_xl(asked: int | None) -> tuple[type[nn.Module], PretrainedConfig]:
     return GPT2LMHeadModel, GPT2Config(use_cache=False, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **sizes)
 
 
+def _qwen3_4b(asked: int | None) -> tuple[type[nn.Module], PretrainedConfig]:
+    sizes = {"hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32, "num_key_value_heads": 8}
+    sizes |= {"head_dim": 128, "vocab_size": 151936, "num_hidden_layers": asked or 36, "max_position_embeddings": 4096}
+    return Qwen3ForCausalLM, Qwen3Config(use_cache=False, tie_word_embeddings=True, **sizes)
+
+
 SHAPES: dict[str, Maker] = {
     "llama2-7b": _llama(32),
     "llama3-8b": _llama(32, hidden_size=4096, intermediate_size=14336, num_key_value_heads=8, vocab_size=128256),
@@ -36,6 +50,7 @@ SHAPES: dict[str, Maker] = {
         vocab_size=128256, head_dim=64,
     ),
     "gpt2-xl": _gpt2_xl,
+    "qwen3-4b": _qwen3_4b,
 }  # fmt: skip
 
 
