@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import time
+from typing import Any
 
 import torch
 
@@ -53,7 +54,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="instead of the shape's own number")
     options = parser.parse_args()
     shape, size, length, budget = options.case.split(",")
-    model = build(shape, "cpu", options.layers)
+    model: Any = build(shape, "cpu", options.layers)
     (batch,) = batches(model.config.vocab_size, int(size), int(length), "cuda", 1)
     for number in range(options.runs):
         torch.cuda.reset_peak_memory_stats()
