@@ -21,6 +21,7 @@ from torch import fx, nn
 from torch._dynamo import pgo
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException, Unsupported
 from torch._dynamo.guards import CheckFunctionManager
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
 
 from chunkft_fx.errors import ChunkFTError, UnsupportedGraph
 from chunkft_fx.output_hooks import install_output_hooks
@@ -55,7 +56,7 @@ def trace(model: nn.Module, backend: Backend) -> Callable[..., Any]:
             if isinstance(inner, (ChunkFTError, torch.OutOfMemoryError)):
                 raise inner from None
             raise UnsupportedGraph(f"this model could not be compiled: {type(inner).__name__}: {inner}") from error
-        except TorchDynamoException as error:
+        except (TorchDynamoException, GuardOnDataDependentSymNode, ConstraintViolationError) as error:
             raise UnsupportedGraph(
                 "this model cannot be captured as one graph; change the code at the place torch names below, "
                 f"so that torch.compile(fullgraph=True) can trace it.\n{error}"

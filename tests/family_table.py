@@ -31,7 +31,8 @@ def _section(records: Sequence[dict[str, Any]]) -> str:
         "random weights in float32: gradients of three chunks, a batch of another shape, dropout under a seed and",
         "evaluation, against the plain model. Made by `python -m tests.sweep_families`, written here by its `--table`.",
         "",
-        f"{len({r['family'] for r in built})} families were built and compared, in {len(built)} tasks.",
+        f"{len({r['family'] for r in built})} families were built and compared, {_in_all_parts(built)} of them",
+        "in all parts of the check, the others in the gradients of one batch shape without dropout.",
         "",
         "| task | " + " | ".join(_outcomes(records)) + " |",
         "| --- |" + " --- |" * len(_outcomes(records)),
@@ -50,6 +51,11 @@ def _section(records: Sequence[dict[str, Any]]) -> str:
             lines += ["", "| family | outcome | where | why |", "| --- | --- | --- | --- |"]
             lines += [f"| {r['family']} | {r['outcome']} | {r['where']} | {_cell(r['detail'])} |" for r in other]
     return "\n".join(lines)
+
+
+def _in_all_parts(records: Sequence[dict[str, Any]]) -> int:
+    most = max(len(r["parts"]) for r in records)
+    return len({r["family"] for r in records if len(r["parts"]) == most})
 
 
 def _outcomes(records: Sequence[dict[str, Any]]) -> list[str]:
