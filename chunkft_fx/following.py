@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from chunkft_fx import ownership
 from chunkft_fx.distribution import refuse_ranks
-from chunkft_fx.errors import ChunkFTWarning, ModelChanged
+from chunkft_fx.errors import AlreadyCompiled, ChunkFTWarning, ModelChanged
 from chunkft_fx.gradient_gate import GradientGate
 from chunkft_fx.model_watch import ModelChanges, ModelWatch
 from chunkft_fx.moves import Move, gradients_aside
@@ -53,6 +53,7 @@ class Following(StandIn):
     _advanced: bool  # an optimizer step was counted
     _is_due: bool  # the next sweep is over other parameters than this one
     _sweep: int  # the sweep that the next schedule begins with
+    _gave_up: bool  # a module compiled later has the parameters
     lock: threading.RLock
 
     @property
@@ -73,6 +74,11 @@ class Following(StandIn):
         and as `chunkft_fx.compile` does.
         """
         with self.lock:
+            if self._gave_up:
+                raise AlreadyCompiled(
+                    "chunkft_fx.compile was called again on this model, before this module had trained it; use the "
+                    "module that the later call returned"
+                )
             refuse_ranks()
             changes = self._watch.changes()
             if changes is not None and not self.has_begun:
@@ -132,6 +138,11 @@ class Following(StandIn):
             self.__dict__["_position"] = None  # it counted over other cuts
         self._take_up(plan, device)
         self.__dict__["_is_due"] = False
+
+    def give_up(self) -> None:
+        """Leave the model to a module that was compiled later."""
+        self._gate.close()
+        self.__dict__["_gave_up"] = True
 
     def _drop_gradients(self) -> None:
         for s in self._slices or ():

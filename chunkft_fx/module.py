@@ -67,7 +67,7 @@ class CompiledModule(Following):
         own = self.__dict__
         own["_options"], own["_backend"], own["_plan"] = options, backend, None
         own["_slices"], own["_optimizer"], own["lock"], own["arrivals"] = None, None, threading.RLock(), Arrivals()
-        own["_advanced"], own["_is_due"], own["_is_planning"] = False, False, False
+        own["_advanced"], own["_is_due"], own["_is_planning"], own["_gave_up"] = False, False, False, False
         own["_position"], own["_sweep"] = None, 0
         own["_watch"], own["_gate"] = ModelWatch(model), GradientGate(self)
         self._take_up(plan, device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
@@ -22,35 +22,45 @@ _OWNERS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter to wea
 _OWN_OPTIMIZERS: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
-def claim(parameters: Iterable[Tensor], owner: Any) -> None:
-    """Make a compiled module the owner of these parameters; `AlreadyCompiled` if one is another living module's."""
+class Owner(Protocol):
+    """What ownership asks of a compiled module."""
+
+    @property
+    def is_bound(self) -> bool: ...
+
+    def give_up(self) -> None: ...
+
+
+def claim(parameters: Iterable[Tensor], owner: Owner) -> None:
+    """Make a compiled module the owner of these parameters.
+
+    Another living module that has them gives them up if it has not trained yet: a budget was too small, say, and its
+    user compiles again. Raises `AlreadyCompiled` if it has.
+    """
     held = list(parameters)
-    if any(_other_owner(p, owner) for p in held):
+    if any(o.is_bound for o in _others(held, owner)):
         gc.collect()  # one that nobody can reach any more owns nothing
-    if any(_other_owner(p, owner) for p in held):
+    others = _others(held, owner)
+    if any(o.is_bound for o in others):
         raise AlreadyCompiled(
             "parameters of this model are trained by a module that chunkft_fx.compile returned before; use that "
             "module, or delete it and its optimizer first"
         )
+    for other in others:
+        other.give_up()
     for p in held:
         _OWNERS[p] = weakref.ref(owner)
 
 
-def release(parameters: Iterable[Tensor], owner: Any) -> None:
-    """Take ownership of these parameters back from a compiled module."""
-    for p in parameters:
-        if p in _OWNERS and _OWNERS[p]() is owner:
-            del _OWNERS[p]
+def _others(parameters: Iterable[Tensor], owner: Owner) -> list[Owner]:
+    """The other living owners of these parameters, each once."""
+    known = [_OWNERS[p]() for p in parameters if p in _OWNERS]
+    return list({id(o): o for o in known if o is not None and o is not owner}.values())
 
 
 def allow(optimizer: Optimizer) -> None:
     """Let an optimizer of this library step."""
     _OWN_OPTIMIZERS.add(optimizer)
-
-
-def _other_owner(parameter: Tensor, owner: Any) -> bool:
-    known = _OWNERS.get(parameter)
-    return known is not None and known() not in (None, owner)
 
 
 def _refuse_foreign(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

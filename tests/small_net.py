@@ -65,7 +65,8 @@ def train_step(module: CompiledModule, optimizer: torch.optim.Optimizer, step: i
 def feed(module: CompiledModule, step: int) -> None:
     """Random gradients for the active slices, the same on every device: states without forward and backward."""
     generator = torch.Generator().manual_seed(step)
+    active = module.active_slices()
+    drawn = [torch.randn(s.weight().shape, generator=generator, dtype=torch.float64) for s in active]
     with module.residency.presented():  # torch takes a gradient only where its parameter is, or seems to be
-        for s in module.active_slices():
-            gradient = torch.randn(s.weight().shape, generator=generator, dtype=torch.float64)
+        for s, gradient in zip(active, drawn, strict=True):
             s.grad = gradient.to(module.compute_device, master_dtype(s.parameter))

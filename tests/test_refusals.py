@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import warnings
 from collections.abc import Callable
@@ -96,11 +97,33 @@ def test_an_optimizer_made_again_in_the_place_of_the_first_steps() -> None:
 def test_parameters_are_trained_by_one_module_at_a_time(part: Callable[[Any], nn.Module]) -> None:
     model = tiny_lm()
     compiled = lm_compiled(model)
+    compiled(**lm_batch()).backward()
     with pytest.raises(errors.AlreadyCompiled, match="use that module"):
         chunkft_fx.compile(part(model), "1GB")
     compiled(**lm_batch()).backward()  # goes on
     del compiled
     chunkft_fx.compile(part(model), "1GB")
+
+
+def test_a_model_is_compiled_again_as_long_as_nothing_was_trained() -> None:
+    """As after `BudgetInfeasible`, whose traceback keeps the first module alive; that one then says what it is."""
+    model = tiny_lm()
+    first = lm_compiled(model)
+    optimizer = chunkft_fx.AdamW(first, lr=1e-2)
+    with torch.no_grad():
+        first(**lm_batch())
+    second = lm_compiled(model)
+    for act in (functools.partial(first, **lm_batch()), optimizer.step, optimizer.state_dict):
+        with pytest.raises(errors.AlreadyCompiled, match="called again"):
+            act()
+    before = weights(model)
+    again = chunkft_fx.AdamW(second, lr=1e-2)
+    second(**lm_batch()).backward()
+    again.step()
+    assert not unchanged(model, before)
+    del first, optimizer, act
+    (second(**lm_batch()) + second.embed.weight.sum()).backward()  # what the first left behind disturbs nothing
+    again.step()
 
 
 def through_plain(c: Any) -> Tensor:

@@ -165,10 +165,10 @@ def test_an_abandoned_step_ends_the_fetches_of_the_ring() -> None:
     Machine("eager", None, ring).abandon()
     pointer = ring._buffers[0].data_ptr()
     ring._buffers.clear()
-    taken = torch.zeros(2**26, device="cuda")
+    taken = [torch.zeros(2**26, device="cuda") for _ in range(2)]
     torch.cuda.synchronize()
-    assert taken.data_ptr() == pointer, "the allocator gave other memory: the test shows nothing"
-    assert not taken.any(), "a copy of the abandoned step wrote into memory that another tensor has"
+    assert pointer in [t.data_ptr() for t in taken], "the allocator gave other memory: the test shows nothing"
+    assert not any(t.any() for t in taken), "a copy of the abandoned step wrote into memory that another tensor has"
 
 
 def test_rates_are_measured_on_a_nearly_full_card() -> None:
