@@ -90,9 +90,12 @@ class BatchPlans:
         plan = owner.known_plan
         if plan is None or not plan.batch:
             return
-        need = self._need(arguments, frozenset())
-        peaks = (n for p, k, n in self._evaluated if _alike(p, plan) and self._covers(k, need))
-        peak = next(peaks, None)
+        need, room = self._need(arguments, frozenset()), plan.budget_bytes - owner.gradient_nbytes
+        known = [(k, n) for p, k, n in self._evaluated if _alike(p, plan) and self._covers(k, need)]
+        if any(nbytes <= room for _, nbytes in known):
+            return
+        # that a larger one was refused says nothing of this
+        peak = next((nbytes for k, nbytes in known if k == need), None)
         if peak is None:
             peak = self._evaluation_nbytes(owner, plan, need)
             self._evaluated = [(plan, need, peak), *self._evaluated][:KEPT_PLANS]

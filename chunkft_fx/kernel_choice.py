@@ -43,14 +43,14 @@ _BESIDE = 64
 _known: dict[tuple[Path, str], dict[Problem, str | None]] = {}
 
 
-def chooser(device: torch.device) -> Choose:
-    """Decides for problems on CUDA with ``CHUNKFT_MEASURE_KERNELS=1``; else for the library's product, as traced.
+def chooser(device: torch.device) -> Choose | None:
+    """Decides for problems on CUDA with ``CHUNKFT_MEASURE_KERNELS=1``; else None: the library's product, as traced.
 
     Not by default, because each new problem costs seconds while a model is compiled, and gradients of weights are a
     small part of a step with many chunks.
     """
     is_asked = device.type == "cuda" and os.environ.get(SWITCH) == "1"
-    return functools.partial(choice, device) if is_asked else lambda _: None
+    return functools.partial(choice, device) if is_asked else None
 
 
 def choice(device: torch.device, problem: Problem) -> str | None:

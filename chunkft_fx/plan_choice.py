@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,7 +32,7 @@ class Predicts(Protocol):
 
     def peak(self, chunk: Chunk, saving: Saving) -> Moment: ...
 
-    def kind(self, chunk: Chunk, saving: Saving) -> tuple[int, Hashable]: ...
+    def sweep_peak(self, chunks: Sequence[Chunk], saving: Saving) -> Moment: ...
 
     def times(self, deepest: Chunk) -> StepTimes | None: ...
 

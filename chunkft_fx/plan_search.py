@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 from bisect import bisect_left
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -31,8 +31,6 @@ COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512,
 MOST_CHUNKS = 1024
 # Ring depths tried: a third buffer evens out regions of unequal length.
 DEPTHS = (DEPTH, DEPTH + 1)
-# Kinds of chunks that are looked at for an error that says which budget would do, of a sweep that can have hundreds.
-REFUSED_KINDS = 48
 
 LATER = "larger steps later in the sweep"
 
@@ -75,7 +73,7 @@ class Search:
             checked = found or self.smallest
             assert checked is not None
             key = key_of(checked.choice)
-            moment = self._largest(checked.choice, None if found is not None else REFUSED_KINDS)
+            moment = self._largest(checked.choice)
             more = moment.nbytes - self._first(checked.choice).nbytes
             if more <= self._extra.get(key, 0):
                 exact = self._exactly(checked.choice, moment)
@@ -241,20 +239,9 @@ class Search:
         """The largest moment of the first chunk's step."""
         return self.predictor.peak(choice.chunks[0], choice.saving)
 
-    def _largest(self, choice: Choice, most: int | None = None) -> Moment:
-        """The largest moment of the steps of a sweep; the first if there are several.
-
-        Looked at is, of the chunks of each kind, the one that needs most, and the first chunk; of more than ``most``
-        kinds so many across the sweep.
-        """
-        lowest: dict[Hashable, tuple[int, int]] = {}
-        for k, chunk in enumerate(choice.chunks):
-            region, kind = self.predictor.kind(chunk, choice.saving)
-            lowest[kind] = min(lowest.get(kind, (region, k)), (region, k))
-        looked = sorted({0, *(k for _, k in lowest.values())})
-        if most is not None and len(looked) > most:
-            looked = [looked[i * (len(looked) - 1) // (most - 1)] for i in range(most)]
-        return max((self.predictor.peak(choice.chunks[k], choice.saving) for k in looked), key=lambda m: m.nbytes)
+    def _largest(self, choice: Choice) -> Moment:
+        """The largest moment of the steps of a sweep."""
+        return self.predictor.sweep_peak(choice.chunks, choice.saving)
 
     def _note(self, fit: Fit) -> None:
         self.considered.append(fit.considered())

@@ -7,9 +7,10 @@ there are decided by memory alone and no times are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from chunkft_fx.chunk_kinds import Kinds, sweep_peak
 from chunkft_fx.cost_model import direction_us, transfer_us
 from chunkft_fx.head import is_head, useful_splits
 from chunkft_fx.head_memory import operands
@@ -56,8 +57,7 @@ class Predictor:
         self._sizes = {name: p.numel() for name, p in session.owner.residency.parameters.items()}
         self._regions = session.uses
         self._region_sizes = [sum(self._sizes[name] for name in use) for use in self._regions]
-        names = session.capture.parameters
-        self._places = [{names[p]: k for k, p in enumerate(r.primals) if p in names} for r in session.outline.regions]
+        self._kinds = Kinds(session.outline.regions, session.capture.parameters)
         self._used_in = {name: [i for i, use in enumerate(self._regions) if name in use] for name in self._sizes}
 
     def uses(self) -> Sequence[frozenset[str]]:
@@ -85,21 +85,10 @@ class Predictor:
             self._peaks[key] = Moment(largest.label, largest.terms | besides)
         return self._peaks[key]
 
-    def kind(self, chunk: Chunk, saving: Saving) -> tuple[int, Hashable]:
-        """The lowest region of a chunk's slices, and what is demanded of the regions that they lie in.
-
-        Chunks of equal demands have steps of the same variants where gradients are made. That of the lowest needs most
-        then: its backward is the deepest, and all that the others keep for it is kept by it too.
-        """
-        demands: dict[int, list[tuple[int, int, int]]] = {}
-        for s in chunk.slices:
-            for i in self._used_in[s.name]:
-                demands.setdefault(i, []).append((self._places[i][s.name], s.dim, s.length))
-        parts = []
-        for i, slices in sorted(demands.items()):
-            handling = i < saving.save_from, i < saving.offload_below
-            parts.append((self._session.outline.regions[i].template.index, handling, tuple(sorted(slices))))
-        return min(demands, default=len(self._regions)), tuple(parts)
+    def sweep_peak(self, chunks: Sequence[Chunk], saving: Saving) -> Moment:
+        """The largest moment of the steps of a sweep; the first chunk's unless another needs more."""
+        can_join = not self._session.specializer.is_asked
+        return sweep_peak(self._kinds, chunks, saving, lambda chunk: self.peak(chunk, saving), can_join)
 
     def times(self, deepest: Chunk) -> StepTimes | None:
         """Predicted times of the regions, by a step whose backward reaches all; None where no rates are known."""

@@ -111,11 +111,16 @@ class Specializer:
     ``choose`` decides for each weight gradient's slice who computes it; by default always the library.
     """
 
-    def __init__(self, choose: Choose = lambda _: None) -> None:
+    def __init__(self, choose: Choose | None = None) -> None:
         self._choose = choose
         self._specialized: dict[tuple[int, tuple[OutputDemand, ...], tuple[bool, ...], int], Specialized] = {}
         self._zeros: dict[tuple[int, tuple[bool, ...]], tuple[bool, ...]] = {}
         self._variants: dict[tuple[int, Demand], Variant] = {}
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether the length of a slice may decide who computes its gradient."""
+        return self._choose is not None
 
     @property
     def variants(self) -> list[Variant]:
@@ -140,7 +145,8 @@ class Specializer:
             region = template.graph.copy()
             pruning: tuple[Pass, ...] = (PruneTangents(absent), Eliminate()) if any(absent) else ()
             counts = pipeline.run(region, (*pruning, *passes.default_pipeline(backward, head_split)))
-            choices = frozenset((p, by) for p in problems(region) if (by := self._choose(p)) is not None)
+            found = [] if self._choose is None else [(p, self._choose(p)) for p in problems(region)]
+            choices = frozenset((p, by) for p, by in found if by is not None)
             counts |= pipeline.run(region, passes.lowering_pipeline(choices))
             used = tuple(bool(n.users) or n in region.backward_outputs for n in region.placeholders("tangent"))
             self._specialized[key] = Specialized(region, counts, used)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import chunkft_fx
+from chunkft_fx.batch_plan import BatchPlans
 from chunkft_fx.errors import BudgetInfeasible, NotPlanned, StaleBackward
-from tests.changing_batches import Text, attempt, compiled, smallest, text
+from tests.changing_batches import Text, attempt, compiled, smallest, text, watched
 
 
 def test_evaluation_with_gradients_enabled_makes_no_plan_and_fixes_no_number_of_chunks() -> None:
@@ -98,12 +101,42 @@ def test_training_in_evaluation_mode_equals_training() -> None:
 
 
 def test_an_evaluation_that_does_not_fit_beside_training_is_refused() -> None:
+    """The sizes of one that fits and one that does not, in any order: with lengths that change, one capture holds."""
     model = Text()
     module = compiled(model, smallest(model, text(4, 16), chunks=3) * 11 // 10, chunks=3)
-    attempt(module, text(4, 16))
+    assert attempt(module, text(4, 16))
     module.eval()
     with torch.no_grad():
         module(**text(2, 8))
-        with pytest.raises(BudgetInfeasible, match="evaluate smaller batches"):
-            module(**text(64, 64))
-        module(**text(2, 8))  # as before
+        for _ in range(2):
+            with pytest.raises(BudgetInfeasible, match="evaluate smaller batches"):
+                module(**text(64, 64))
+            module(**text(2, 8))  # as before
+            module(**text(3, 9))  # is covered by the refused one
+
+
+@pytest.mark.parametrize("share", [1.0, 3.0], ids=["weights streamed", "weights on the device"])
+def test_what_an_evaluation_is_said_to_need_is_what_it_takes(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gradients held and without; the budget decides nothing here."""
+    model = Text()
+    module = compiled(model, int(smallest(model, text(4, 16), chunks=3) * share), chunks=3)
+    assert attempt(module, text(4, 16))
+    assert bool(module.plan.streamed) == (share == 1.0)
+    said: list[int] = []
+    predicted = BatchPlans._evaluation_nbytes
+
+    def recorded(*args: Any) -> int:
+        said.append(predicted(*args))
+        return 0
+
+    monkeypatch.setattr(BatchPlans, "_evaluation_nbytes", recorded)
+    module.eval()
+    for rows, length in ((2, 8), (64, 64), (5, 7)):
+        for held in (True, False):
+            if not held:
+                module.zero_grad()
+            batch = text(rows, length)
+            module._sessions[-1].plans._evaluated.clear()
+            with watched(module, batch) as most, torch.no_grad():
+                module(**batch)
+            assert most() == said[-1] + module.gradient_nbytes, (rows, length, held)

@@ -51,13 +51,15 @@ def cache(folder: Path) -> Path:
 
 
 def test_on_the_cpu_it_is_always_the_library(measured: list[Problem]) -> None:
-    assert chooser(torch.device("cpu"))(SMALL) is None
+    assert chooser(torch.device("cpu")) is None
     assert not measured
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_wide_dtypes_have_no_kernel(measured: list[Problem], dtype: torch.dtype) -> None:
-    assert chooser(CUDA)(Problem(1024, 256, 4096, 0, dtype)) is None
+    choose = chooser(CUDA)
+    assert choose is not None
+    assert choose(Problem(1024, 256, 4096, 0, dtype)) is None
     assert not measured
 
 

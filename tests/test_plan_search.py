@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -72,8 +72,8 @@ class Predicted:
         head = Moment("head", terms | {"workspace": self.logits // saving.head_split})
         return max(top, head, key=lambda m: m.nbytes)
 
-    def kind(self, chunk: Chunk, saving: Saving) -> tuple[int, Hashable]:
-        return self.lowest(chunk), chunk
+    def sweep_peak(self, chunks: Sequence[Chunk], saving: Saving) -> Moment:
+        return max((self.peak(c, saving) for c in chunks), key=lambda m: m.nbytes)
 
     def times(self, deepest: Chunk) -> StepTimes | None:
         count = len(self.names)
