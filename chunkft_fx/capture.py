@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 from torch import Tensor, fx
 from torch._functorch._aot_autograd.descriptors import (
@@ -79,6 +80,8 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], names: Mapping[in
     decompositions: dict[Any, Any] = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(inductor_config.patch(fallback_random=True))
+        if hasattr(functorch_config, "backward_pass_autocast"):  # backward is called outside of autocast, as torch asks
+            stack.enter_context(functorch_config.patch(backward_pass_autocast="off"))
         if backend == "inductor":
             decompositions = dict(select_decomp_table())
         joint = aot_export_joint_with_descriptors(stack, gm, tuple(example_inputs), decompositions=decompositions)

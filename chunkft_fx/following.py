@@ -2,7 +2,8 @@
 
 Before the first optimizer step every change is followed: the model is captured and planned anew. Later, parameters may
 be replaced by others of the same shape and dtype, whose states go on, and what was frozen or unfrozen counts from the
-next sweep on. Everything else is refused before anything has changed.
+next sweep on. Everything else is refused before anything has changed. Gradients that wait for their step are kept: a
+new plan waits for that step, and as long as nothing is trained at all.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from chunkft_fx.moves import Move, gradients_aside
 from chunkft_fx.plan import Plan
 from chunkft_fx.planner import Options, first_plan
 from chunkft_fx.residency import Residency, compute_device
-from chunkft_fx.slices import ActiveSlice, ChunkSchedule
+from chunkft_fx.slices import ActiveSlice, Arrivals, ChunkSchedule
 from chunkft_fx.stand_in import StandIn
 from chunkft_fx.streaming import StageOwner
 
@@ -54,6 +55,7 @@ class Following(StandIn):
     _is_due: bool  # the next sweep is over other parameters than this one
     _sweep: int  # the sweep that the next schedule begins with
     _gave_up: bool  # a module compiled later has the parameters
+    arrivals: Arrivals
     lock: threading.RLock
 
     @property
@@ -81,13 +83,29 @@ class Following(StandIn):
                 )
             refuse_ranks()
             changes = self._watch.changes()
-            if changes is not None and not self.has_begun:
-                self._begin_anew(self._residency.device)
-            elif changes is not None:
-                self._follow(changes)
-            if self._is_due and self.schedule.is_at_start:
+            if changes is not None:
+                self._refuse_plain_tensors()
+                if self.has_begun or (self._must_wait() and not changes.is_another_model):
+                    self._follow(changes)
+                else:
+                    self._begin_anew(self._residency.device)
+            if self._is_due and self.schedule.is_at_start and not self._must_wait():
                 self.__dict__["_sweep"] = self.schedule.sweep
                 self._begin_anew(self._residency.device)
+
+    def _must_wait(self) -> bool:
+        """Whether a new plan must wait: gradients of the present chunk wait for their step, or nothing is trained."""
+        came = self.arrivals.through or self.arrivals.outside
+        return came or not any(p.requires_grad for p in self._model.parameters())
+
+    def _refuse_plain_tensors(self) -> None:
+        for name, p in self._model.named_parameters():
+            if not isinstance(p, nn.Parameter):
+                raise ModelChanged(
+                    f"{name} is a plain tensor in the place of a parameter, where torch.func.functional_call puts it: "
+                    "optimizer states and gradients belong to parameters; use functional_call on the plain model that "
+                    "was given to chunkft_fx.compile"
+                )
 
     def _follow(self, changes: ModelChanges) -> None:
         """Go on with a model that changed in the middle of a run."""
@@ -102,10 +120,10 @@ class Following(StandIn):
             ownership.claim(parameters.values(), self)
             if optimizer is not None:
                 optimizer.follow(parameters)
-            self._drop_gradients()
-            self.__dict__["_slices"] = None
+            if self._slices is not None:  # what was not replaced keeps its gradient
+                self.__dict__["_slices"] = tuple(ActiveSlice(s.slice, parameters[s.name]) for s in self._slices)
             self._residency.rebind(parameters)
-        self._watch.look()
+        self._look()
         self._gate.guard(parameters)
         if changes.frozen or changes.unfrozen:
             self.__dict__["_is_due"] = True
@@ -116,6 +134,13 @@ class Following(StandIn):
                     ChunkFTWarning,
                     stacklevel=4,
                 )
+
+    def _look(self) -> None:
+        """Remember the model as it is now; parameters that it has no more are their user's own again."""
+        before = self._watch.parameters
+        self._watch.look()
+        kept = {id(p) for p in self._watch.parameters.values()}
+        ownership.release([p for p in before.values() if id(p) not in kept], self)
 
     @property
     def has_begun(self) -> bool:
@@ -168,6 +193,8 @@ class Following(StandIn):
                 raise ModelChanged(
                     f"a model that trains on {device} cannot be moved to {move.device}; compile the plain model there"
                 )
+            if move.device not in (device, None):
+                compute_device(self._model, move.device)  # refuses what no model can run on, before a tensor moves
             placed = (
                 set(self._watch.parameters) if self._plan is None or not self._plan.batch else self._residency.streamed
             )

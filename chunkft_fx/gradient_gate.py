@@ -37,13 +37,13 @@ class GradientGate:
         self._handles: dict[int, tuple[weakref.ref[nn.Parameter], Any]] = {}  # by the parameter's id
 
     def guard(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Be there for exactly these parameters: those that need gradients."""
-        wanted = {id(p): (name, p) for name, p in parameters.items() if p.requires_grad}
+        """Be there for exactly these parameters: those that need gradients, or did and may hold one."""
+        known = {id(p): (name, p) for name, p in parameters.items()}
         for key, (held, _) in list(self._handles.items()):
-            if key not in wanted or held() is not wanted[key][1]:
+            if key not in known or held() is not known[key][1]:
                 self._remove(key)
-        for key, (name, p) in wanted.items():
-            if key not in self._handles:
+        for key, (name, p) in known.items():
+            if key not in self._handles and p.requires_grad:
                 self._handles[key] = (weakref.ref(p), _admit_through(self._owner, name, p))
 
     def close(self) -> None:

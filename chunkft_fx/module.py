@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from chunkft_fx.gradient_gate import GradientGate
 from chunkft_fx.head_rewrite import chunk_head
 from chunkft_fx.host_memory import HostMemory
 from chunkft_fx.model_watch import ModelWatch
+from chunkft_fx.moves import gradients_aside
 from chunkft_fx.outline import Template, outline
 from chunkft_fx.plan import Plan
 from chunkft_fx.planner import Options, first_plan
@@ -51,7 +53,7 @@ class CompiledModule(Following):
     _schedule: ChunkSchedule | None
     _calls: dict[bool, Callable[..., Any]]
     _is_planning: bool
-    arrivals: Arrivals
+    _unseen: contextlib.ExitStack
 
     def __init__(
         self, model: nn.Module, options: Options, backend: str, plan: Plan | None, device: torch.device
@@ -87,17 +89,30 @@ class CompiledModule(Following):
         # Two backends, so that neither ever runs what was captured for the other; the plain model keeps them alive.
         ours = weakref.ref(self)
         own["_calls"] = {f: trace(model, functools.partial(_new_session, ours, f)) for f in (True, False)}
-        self._watch.look()
+        self._look()
         self._gate.guard(self._watch.parameters)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self.lock:
             self.check()
             is_training = self._model.training and torch.is_grad_enabled()
-            with self._residency.presented():
+            with self._residency.presented(), self._gradients_unseen():
                 if is_training:
                     self._plan_ahead(self._calls[True], args, kwargs)
                 return self._calls[is_training](*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _gradients_unseen(self) -> Iterator[None]:
+        """While inside, until a session is called: Dynamo traces no parameter that has a wider gradient."""
+        wide = [p for p in self._watch.parameters.values() if p.grad is not None and p.grad.dtype != p.dtype]
+        with contextlib.ExitStack() as unseen:
+            unseen.enter_context(gradients_aside(wide))
+            self.__dict__["_unseen"] = unseen
+            yield
+
+    def _run_session(self, session: Session, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        self._unseen.close()
+        return session(*arguments)
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
@@ -326,11 +341,18 @@ def _is_apart(t: Tensor, held: set[int]) -> bool:
 
 def _new_session(
     module: weakref.ref[CompiledModule], is_training: bool, gm: fx.GraphModule, inputs: Sequence[Any]
-) -> Session:
+) -> Callable[..., Any]:
     """Dynamo's backend: a session of a module, which is alive while it is called."""
     owner = module()
     assert owner is not None
-    return owner._new_session(gm, inputs, is_training)
+    session = owner._new_session(gm, inputs, is_training)
+
+    def run(*arguments: Any) -> tuple[Any, ...]:
+        called = module()
+        assert called is not None
+        return called._run_session(session, arguments)
+
+    return run
 
 
 def _rebuild(model: nn.Module, options: Options, backend: str, device: torch.device) -> CompiledModule:

@@ -52,6 +52,13 @@ def claim(parameters: Iterable[Tensor], owner: Owner) -> None:
         _OWNERS[p] = weakref.ref(owner)
 
 
+def release(parameters: Iterable[Tensor], owner: Owner) -> None:
+    """Let parameters that a compiled module owns be their user's own again."""
+    for p in parameters:
+        if p in _OWNERS and _OWNERS[p]() is owner:
+            del _OWNERS[p]
+
+
 def _others(parameters: Iterable[Tensor], owner: Owner) -> list[Owner]:
     """The other living owners of these parameters, each once."""
     known = [_OWNERS[p]() for p in parameters if p in _OWNERS]

@@ -38,7 +38,7 @@ from chunkft_fx.specialize import Specializer, Variant
 from chunkft_fx.state_policy import policy_of
 from chunkft_fx.step_cost import Saving, StepTimes
 from chunkft_fx.step_memory import storages_nbytes
-from chunkft_fx.torch_internals import hint, keeps_graph, version
+from chunkft_fx.torch_internals import as_traced, hint, keeps_graph, version
 
 
 class Owner(Protocol):
@@ -146,6 +146,10 @@ class Session:
 
     def __call__(self, *arguments: Any) -> tuple[Any, ...]:
         """Run the model on the captured graph's flat inputs; returns its flat outputs."""
+        with as_traced():
+            return self._called(arguments)
+
+    def _called(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         if self.owner.is_planning:
             self.plans.prepare(arguments, self.expected)
             raise PlanMade
@@ -427,7 +431,7 @@ class _StepFunction(torch.autograd.Function):
             )
         session: Session = ctx.session
         came = {name: g for name, i in session.capture.tangents.items() if (g := gradients[i]) is not None}
-        with ctx.owner.lock, explained(session.plans.needed):
+        with ctx.owner.lock, explained(session.plans.needed), as_traced():
             return (None, None, None, None, *session.finish(ctx.step, came, ctx.asked))
 
 

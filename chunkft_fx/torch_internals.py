@@ -61,6 +61,12 @@ def below_autograd(target: Callable[..., Any], *args: Any) -> Any:
         return target(*args)
 
 
+def as_traced() -> contextlib.AbstractContextManager[Any]:
+    """While inside, autocast casts nothing: what it does is in a traced graph already, where the trace had it do so."""
+    guard: contextlib.AbstractContextManager[Any] = torch._C._DisableAutocast()
+    return guard
+
+
 def is_operator(target: Any) -> bool:
     """True for the target of a node that is an overload of a registered operator."""
     return isinstance(target, torch._ops.OpOverload)

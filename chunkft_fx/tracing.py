@@ -117,7 +117,9 @@ def _settings() -> dict[str, Any]:
     warning_once = getattr(logging.Logger, "warning_once", None)
     if warning_once is not None:
         ignored.add(warning_once)
-    return {option: ignored, "recompile_limit": _NO_LIMIT, "accumulated_recompile_limit": _NO_LIMIT}
+    limits = {"recompile_limit": _NO_LIMIT, "accumulated_recompile_limit": _NO_LIMIT}
+    # By default Dynamo takes it that nobody adds hooks to a module once it is traced, and goes on without them.
+    return {option: ignored, "skip_nnmodule_hook_guards": False, **limits}
 
 
 @contextlib.contextmanager
