@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -29,37 +30,49 @@ class GateOwner(Protocol):
     def came_to_parameter(self) -> None: ...
 
 
+@dataclass
+class _Guarded:
+    """A parameter with a hook of the gate's, under the name that it has now."""
+
+    name: str
+    parameter: weakref.ref[nn.Parameter]
+    handle: Any = None
+
+
 class GradientGate:
     """The hooks on the parameters of one compiled module, which it removes with itself."""
 
     def __init__(self, owner: GateOwner) -> None:
         self._owner = weakref.ref(owner)
-        self._handles: dict[int, tuple[weakref.ref[nn.Parameter], Any]] = {}  # by the parameter's id
+        self._guarded: dict[int, _Guarded] = {}  # by the parameter's id
 
     def guard(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Be there for exactly these parameters: those that need gradients, or did and may hold one."""
         known = {id(p): (name, p) for name, p in parameters.items()}
-        for key, (held, _) in list(self._handles.items()):
-            if key not in known or held() is not known[key][1]:
+        for key, guarded in list(self._guarded.items()):
+            if key not in known or guarded.parameter() is not known[key][1]:
                 self._remove(key)
         for key, (name, p) in known.items():
-            if key not in self._handles and p.requires_grad:
-                self._handles[key] = (weakref.ref(p), _admit_through(self._owner, name, p))
+            if key in self._guarded:
+                self._guarded[key].name = name  # it may have moved to another module
+            elif p.requires_grad:
+                self._guarded[key] = _Guarded(name, weakref.ref(p))
+                self._guarded[key].handle = _admit_through(self._owner, self._guarded[key], p)
 
     def close(self) -> None:
         """Leave the parameters as they were."""
-        for key in list(self._handles):
+        for key in list(self._guarded):
             self._remove(key)
 
     def _remove(self, key: int) -> None:
-        held, handle = self._handles.pop(key)
-        handle.remove()
-        parameter = held()
+        guarded = self._guarded.pop(key)
+        guarded.handle.remove()
+        parameter = guarded.parameter()
         if parameter is not None:
             _set_gradient_dtype(parameter, parameter.dtype)
 
 
-def _admit_through(owner: weakref.ref[Any], name: str, parameter: nn.Parameter) -> Any:
+def _admit_through(owner: weakref.ref[Any], guarded: _Guarded, parameter: nn.Parameter) -> Any:
     _set_gradient_dtype(parameter, torch.promote_types(parameter.dtype, torch.float32))
 
     def admit(p: Tensor) -> None:
@@ -67,7 +80,7 @@ def _admit_through(owner: weakref.ref[Any], name: str, parameter: nn.Parameter) 
         if module is None:
             return
         module.came_to_parameter()
-        part = module.active_slice(name)
+        part = module.active_slice(guarded.name)
         if isinstance(p.grad, SliceGradient) or (part is not None and part.slice.is_whole):
             return
         gradient, p.grad = p.grad, None

@@ -120,9 +120,9 @@ class CompiledModule(Following):
             return value
         return through_compiled(value, self._model, self.forward, self._residency, self.lock)
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """Copies and pickles carry the wrapped model and the options; the copy is traced and planned anew."""
-        return _rebuild, (self._model, self._options, self._backend, self._residency.device)
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+        """Copies and pickles carry the wrapped model, the options and hooks; the copy is traced and planned anew."""
+        return _rebuild, (self._model, self._options, self._backend, self._residency.device), self.call_hooks
 
     @property
     def plan(self) -> Plan:

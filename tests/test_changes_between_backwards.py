@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn.utils import parametrize
 
 import chunkft_fx
 from chunkft_fx import errors
@@ -162,3 +163,40 @@ def test_a_new_kind_of_call_is_traced_while_a_wide_gradient_waits(chunks: int) -
         alone.zero_grad()
     for s in compiled.active_slices():
         torch.testing.assert_close(s.grad, sums[s.name], rtol=1e-6, atol=1e-6)
+
+
+def _rename_head(m: Any) -> None:
+    m.renamed = m.head
+    m.head = nn.Identity()
+    m.layers.append(m.renamed)
+    del m.renamed
+    m.layers[2] = nn.Sequential(m.layers[2], nn.Linear(13, 8, bias=False, dtype=torch.float64))
+    nn.init.constant_(m.layers[2][1].weight, 0.1)
+
+
+def _parametrize_head(m: Any) -> None:
+    parametrize.register_parametrization(m.head, "weight", nn.Softmax(-1))
+
+
+@pytest.mark.parametrize("move", [_parametrize_head, _rename_head])
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_a_parameter_that_moved_to_another_module_is_trained_under_its_new_name(move: Change, chunks: int) -> None:
+    compiled, plain = lm_compiled(tiny_lm().double(), chunks), tiny_lm().double()
+    seen: set[str] = set()
+    for m in (compiled, plain):
+        m(**lm_batch()).backward()
+        m.zero_grad()
+        move(m)
+    plain(ids=lm_batch()["ids"]).square().sum().backward()
+    compiled(ids=lm_batch()["ids"])
+    for chunk in range(chunks):
+        compiled.activate(chunk)
+        compiled(ids=lm_batch()["ids"]).square().sum().backward()
+        for s in compiled.active_slices():
+            dense = plain.get_parameter(s.name).grad
+            assert (dense is None) == (s.grad is None)
+            if dense is not None:
+                torch.testing.assert_close(s.grad, dense.narrow(s.dim, s.start, s.length))
+                seen.add(s.name)
+        compiled.zero_grad()
+    assert seen == {n for n, p in plain.named_parameters() if p.grad is not None}
