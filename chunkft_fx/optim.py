@@ -18,7 +18,14 @@ from torch.optim.optimizer import Optimizer
 from chunkft_fx import ownership
 from chunkft_fx.budget import parse_bytes
 from chunkft_fx.cuts import cut_dim
-from chunkft_fx.errors import ChunkFTWarning, NotPlanned, OptimizerConflict, OptionError, OutsideGradient
+from chunkft_fx.errors import (
+    ChunkFTWarning,
+    NotPlanned,
+    OptimizerConflict,
+    OptimizerMismatch,
+    OptionError,
+    OutsideGradient,
+)
 from chunkft_fx.optim_checkpoint import ENTRY, HYPERPARAMETERS, describe, exported, fill_masters, read
 from chunkft_fx.optim_groups import (
     ChunkedModule,
@@ -198,6 +205,22 @@ class AdamW(Optimizer):
         """Drop the gradients, or fill them with zeros in place."""
         self._model.check()
         super().zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused with `OptionError` once this optimizer is made: its parameters are those that the model trains."""
+        if hasattr(self, "_kept"):
+            raise OptionError(
+                "a group cannot be added: this optimizer holds exactly the parameters that the compiled module trains; "
+                "give other parameters an optimizer of their own"
+            )
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refused with `OptimizerMismatch`: a copy would have no model."""
+        raise OptimizerMismatch(
+            "an optimizer of a compiled module cannot be copied or pickled, since it belongs to that module; save its "
+            "state_dict(), and load it into a chunkft_fx.AdamW made for the other module"
+        )
 
     @property
     def has_begun(self) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from chunkft_fx import random_state
 from chunkft_fx.batch_plan import BatchPlans
 from chunkft_fx.capture import Capture, OutputName
-from chunkft_fx.errors import DoubleBackward
+from chunkft_fx.errors import DoubleBackward, UnsupportedGraph
 from chunkft_fx.executable import Executable, assemble, exchanged
 from chunkft_fx.kernel_choice import chooser
 from chunkft_fx.memory_limit import explained
@@ -38,7 +38,7 @@ from chunkft_fx.specialize import Specializer, Variant
 from chunkft_fx.state_policy import policy_of
 from chunkft_fx.step_cost import Saving, StepTimes
 from chunkft_fx.step_memory import storages_nbytes
-from chunkft_fx.torch_internals import as_traced, hint, keeps_graph, version
+from chunkft_fx.torch_internals import as_traced, hint, is_in_forward_mode, keeps_graph, version
 
 
 class Owner(Protocol):
@@ -157,6 +157,11 @@ class Session:
             outputs, mutated, _ = self._evaluated(arguments)
             self._write_back(arguments, mutated)
         else:
+            if is_in_forward_mode():
+                raise UnsupportedGraph(
+                    "tangents of forward-mode differentiation (torch.autograd.forward_ad) do not go through a compiled "
+                    "module while gradients are enabled; call it under torch.no_grad(), or call the plain model"
+                )
             if self.trains:  # before slices are asked for, which a plan can change
                 with explained(self.plans.needed):
                     self.plans.prepare(arguments, self.expected)

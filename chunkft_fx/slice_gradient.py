@@ -35,7 +35,9 @@ _IN_PLACE = {aten.abs_, aten.neg_, aten.sqrt_, aten.pow_, aten.clamp_, aten.mul_
     aten.nan_to_num_, aten.zero_, aten.copy_
 }  # fmt: skip
 _REDUCTIONS = {aten.linalg_vector_norm, aten.norm, aten.sum, aten.all, aten.any, aten.max, aten.min, aten.equal} | {
-    aten.count_nonzero
+    aten.count_nonzero,
+    aten._is_any_true,
+    aten._is_all_true,
 }
 # Of many gradients at once, in place or to a number each.
 _OF_LISTS = {aten._foreach_norm, aten._foreach_mul_, aten._foreach_zero_, aten._foreach_clamp_min_} | {

@@ -13,11 +13,13 @@ import torch
 import torch._functorch.config as functorch_config
 import torch._functorch.partitioners as partitioners
 import torch._inductor.config as inductor_config
+import torch.utils._python_dispatch as python_dispatch
 from torch import Tensor, fx, nn
 from torch._functorch._aot_autograd.descriptors import PlainAOTOutput
 from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils._pytree import tree_flatten as tree_flatten
@@ -65,6 +67,24 @@ def as_traced() -> contextlib.AbstractContextManager[Any]:
     """While inside, autocast casts nothing: what it does is in a traced graph already, where the trace had it do so."""
     guard: contextlib.AbstractContextManager[Any] = torch._C._DisableAutocast()
     return guard
+
+
+def untraced_because() -> str | None:
+    """Why Dynamo would run a function as it is now instead of what was traced of it; None if it would not."""
+    stance = torch._dynamo.eval_frame._stance
+    if stance.stance not in ("default", "fail_on_recompile") or stance.backend is not None:
+        return f"torch.compiler.set_stance({stance.stance!r})"
+    if torch._dynamo.config.disable:
+        return "TORCH_COMPILE_DISABLE"
+    in_mode = getattr(python_dispatch, "any_torch_dispatch_mode_on_stack", python_dispatch.is_in_torch_dispatch_mode)
+    if in_mode():
+        return "a TorchDispatchMode, such as FlopCounterMode"
+    return None
+
+
+def is_in_forward_mode() -> bool:
+    """Whether values may carry tangents of forward-mode differentiation."""
+    return forward_ad._current_level >= 0
 
 
 def is_operator(target: Any) -> bool:

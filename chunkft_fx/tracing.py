@@ -25,6 +25,7 @@ from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, Guar
 
 from chunkft_fx.errors import ChunkFTError, UnsupportedGraph
 from chunkft_fx.output_hooks import install_output_hooks
+from chunkft_fx.torch_internals import untraced_because
 
 Backend = Callable[[fx.GraphModule, list[Any]], Any]
 
@@ -49,6 +50,12 @@ def trace(model: nn.Module, backend: Backend) -> Callable[..., Any]:
             return compiled(*args, **kwargs)
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        reason = untraced_because()
+        if reason is not None:
+            raise UnsupportedGraph(
+                f"{reason} is in effect, under which torch runs the plain model instead of the compiled one; call the "
+                "compiled module outside of it, or the plain model inside"
+            )
         try:
             return run(*args, **kwargs)
         except BackendCompilerFailed as error:
