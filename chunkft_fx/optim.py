@@ -26,10 +26,11 @@ from chunkft_fx.errors import (
     OptionError,
     OutsideGradient,
 )
-from chunkft_fx.optim_checkpoint import ENTRY, HYPERPARAMETERS, describe, exported, fill_masters, read
+from chunkft_fx.optim_checkpoint import ENTRY, describe, exported, fill_masters, read
 from chunkft_fx.optim_groups import (
     ChunkedModule,
     check_clipping,
+    check_group,
     check_hyperparameters,
     check_slices,
     parameter_groups,
@@ -164,7 +165,7 @@ class AdamW(Optimizer):
         if not graded and not arrivals.through:
             return
         for group in self.param_groups:
-            check_hyperparameters(*(group[key] for key in HYPERPARAMETERS))
+            check_group(group)
         check_clipping(self.max_grad_norm)
         check_slices(active, self.param_groups, self._model.compute_device)
         if not graded:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from chunkft_fx.errors import NoTrainableParameters, OptimizerMismatch, OptionError
+from chunkft_fx.optim_checkpoint import HYPERPARAMETERS
 from chunkft_fx.optim_state import master_dtype
 from chunkft_fx.plan import Plan
 from chunkft_fx.slices import ActiveSlice, Arrivals, ChunkSchedule
@@ -76,6 +77,14 @@ def check_hyperparameters(lr: float | Tensor, betas: tuple[float, float], eps: f
         raise OptionError(f"eps={eps!r} must be a number, 0 or more")
     if not _is_at_least_0(weight_decay):
         raise OptionError(f"weight_decay={weight_decay!r} must be a number, 0 or more")
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Raise `OptionError` for an option of a group that is out of its range, or that only ``torch.optim.AdamW`` has."""
+    check_hyperparameters(*(group[key] for key in HYPERPARAMETERS))
+    for key in ("maximize", "amsgrad", "differentiable"):
+        if group.get(key):
+            raise OptionError(f"{key}={group[key]!r} was set in a parameter group, but chunkft_fx.AdamW has no {key}")
 
 
 def check_clipping(max_grad_norm: float | None) -> None:

@@ -86,3 +86,18 @@ def test_a_copy_of_the_optimizer_is_refused(how: Callable[[Any], Any]) -> None:
         how(optimizer)
     compiled(**lm_batch()).backward()
     optimizer.step()
+
+
+@pytest.mark.parametrize("option", ["maximize", "amsgrad"])
+def test_an_option_that_only_torchs_optimizer_has_is_refused_before_a_weight_changes(option: str) -> None:
+    compiled = lm_compiled(tiny_lm())
+    optimizer = chunkft_fx.AdamW(compiled)
+    compiled(**lm_batch()).backward()
+    before = copy.deepcopy(compiled.state_dict())
+    optimizer.param_groups[0][option] = True
+    with pytest.raises(errors.OptionError, match=option):
+        optimizer.step()
+    assert all(map(torch.equal, before.values(), compiled.state_dict().values()))
+    optimizer.param_groups[0][option] = False
+    optimizer.step()
+    assert not all(map(torch.equal, before.values(), compiled.state_dict().values()))
