@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import chunkft_fx
-from chunkft_fx import kernel_choice, session
+from chunkft_fx import kernel_choice, session_programs
 from chunkft_fx.kernel_choice import choice, chooser, fastest, operand_nbytes
 from chunkft_fx.kernels import weight_gradient
 from chunkft_fx.kernels.weight_gradient import LIBRARY, Problem
@@ -166,7 +166,7 @@ def choose_everywhere(monkeypatch: pytest.MonkeyPatch, by: str = LIBRARY) -> lis
     def always(_: torch.device) -> Choose:
         return choose
 
-    monkeypatch.setattr(session, "chooser", always)
+    monkeypatch.setattr(session_programs, "chooser", always)
     return asked
 
 
