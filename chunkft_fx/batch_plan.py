@@ -27,7 +27,8 @@ from chunkft_fx.step_cost import StepTimes
 from chunkft_fx.step_memory import step_timeline, storages_nbytes
 
 if TYPE_CHECKING:
-    from chunkft_fx.session import Owner, Session
+    from chunkft_fx.session import Session
+    from chunkft_fx.session_programs import Owner
 
 # Of a session's plans the newest are kept; a plan that is asked for again is made again.
 KEPT_PLANS = 64

@@ -18,7 +18,7 @@ from chunkft_fx.step_cost import Saving
 from chunkft_fx.step_memory import Moment
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Part:
     """A slice in a region, so many regions above the chunk's lowest, of the parameter at one place of its inputs."""
 
@@ -45,6 +45,11 @@ class Kind:
 
     regions: tuple[Where, ...]
     parts: tuple[Part, ...]
+
+    @property
+    def order(self) -> tuple[tuple[tuple[int, int], ...], tuple[Part, ...]]:
+        """Puts kinds side by side that have slices of the same parameters."""
+        return tuple((p.above, p.place) for p in self.parts), self.parts
 
 
 @dataclass(frozen=True)
@@ -92,8 +97,8 @@ class Kinds:
             Where(i - lowest, self._templates[i], i < saving.save_from, i < saving.offload_below)
             for i in sorted({i for i, _, _ in used})
         )
-        parts = sorted((i - lowest, place, s.dim, s.length, s.size) for i, place, s in used)
-        return Example(Kind(tuple(regions), tuple(Part(*p) for p in parts)), lowest, chunk)
+        parts = sorted(Part(i - lowest, place, s.dim, s.length, s.size) for i, place, s in used)
+        return Example(Kind(tuple(regions), tuple(parts)), lowest, chunk)
 
     def joined(self, examples: Sequence[Example]) -> Chunk:
         """A chunk, of no sweep, that demands of the lowest regions of these whatever any of them demands.
@@ -113,22 +118,33 @@ class Kinds:
 
 
 def sweep_peak(
-    kinds: Kinds, chunks: Sequence[Chunk], saving: Saving, peak: Callable[[Chunk], Moment], can_join: bool = True
+    kinds: Kinds,
+    chunks: Sequence[Chunk],
+    saving: Saving,
+    peak: Callable[[Chunk], Moment],
+    enough: int = 0,
+    can_join: bool = True,
 ) -> Moment:
     """The largest moment of the steps of a sweep; the first chunk's unless another needs more.
 
-    ``can_join`` says that a longer slice of a gradient never needs less than a shorter one.
+    Where it has up to ``enough`` bytes it can be a joined chunk's, which none of the sweep exceeds. ``can_join`` says
+    that a longer slice of a gradient never needs less than a shorter one.
     """
     groups: dict[tuple[Where, ...], list[Example]] = {}
-    for example in kinds.examples(chunks, saving):
+    for example in sorted(kinds.examples(chunks, saving), key=lambda e: e.kind.order):
         groups.setdefault(example.kind.regions, []).append(example)
     largest = peak(chunks[0])
-    waiting = list(reversed(groups.values()))
+    waiting = list(groups.values())
     while waiting:
         group = waiting.pop()
-        if len(group) == 1:
-            largest = max(largest, peak(group[0].chunk), key=lambda m: m.nbytes)
-        elif not can_join or peak(kinds.joined(group)).nbytes > largest.nbytes:
+        if len(group) > 1 and not can_join:
+            waiting += [[e] for e in group]
+            continue
+        found = peak(kinds.joined(group) if len(group) > 1 else group[0].chunk)
+        if len(group) > 1 and found.nbytes > max(enough, largest.nbytes):
+            # neighbours demand much the same
             middle = len(group) // 2
-            waiting += [group[middle:], group[:middle]]
+            waiting += [group[:middle], group[middle:]]
+        elif found.nbytes > largest.nbytes:
+            largest = found
     return largest

@@ -32,7 +32,7 @@ class Predicts(Protocol):
 
     def peak(self, chunk: Chunk, saving: Saving) -> Moment: ...
 
-    def sweep_peak(self, chunks: Sequence[Chunk], saving: Saving) -> Moment: ...
+    def sweep_peak(self, chunks: Sequence[Chunk], saving: Saving, enough: int = 0) -> Moment: ...
 
     def times(self, deepest: Chunk) -> StepTimes | None: ...
 
@@ -47,6 +47,11 @@ class Choice:
     streamed: int
     depth: int
     saving: Saving
+
+    @property
+    def steps(self) -> tuple[tuple[Chunk, ...], Saving]:
+        """What the steps of a sweep depend on."""
+        return self.chunks, self.saving
 
 
 @dataclass(frozen=True)

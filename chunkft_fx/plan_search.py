@@ -52,8 +52,8 @@ class Search:
         self.head = predictor.head()
         self.considered: list[Considered] = []
         self.smallest: Fit | None = None
-        # by number of chunks and saving, bytes that other steps of a sweep need more than the first
-        self._extra: dict[tuple[int, Saving], int] = {}
+        # by number of chunks and saving, what no step of a sweep exceeds, where that was looked at
+        self._sweeps: dict[tuple[int, Saving], Moment] = {}
         self.finest = chunks or cut(parameters, min(max_chunks(parameters), MOST_CHUNKS))
         self.times = predictor.times(self.finest[0])
         self.costs = ChoiceCosts(model, parameters, predictor, self.times, policy)
@@ -72,14 +72,17 @@ class Search:
             found = find()
             checked = found or self.smallest
             assert checked is not None
-            key = key_of(checked.choice)
-            moment = self._largest(checked.choice)
-            more = moment.nbytes - self._first(checked.choice).nbytes
-            if more <= self._extra.get(key, 0):
-                exact = self._exactly(checked.choice, moment)
-                self.smallest = exact if found is None else self.smallest
-                return exact if found is not None else None
-            self._extra[key] = more
+            key, first = key_of(checked.choice), self._first(checked.choice)
+            is_known = key in self._sweeps
+            if not is_known:
+                room = 0 if found is None else self.budget - checked.nbytes + first.nbytes
+                self._sweeps[key] = self.predictor.sweep_peak(*checked.choice.steps, room)
+            exact = self._exactly(checked.choice, self._sweeps[key])
+            if found is not None and exact.nbytes <= self.budget:
+                return exact
+            if found is None and (is_known or exact.nbytes <= checked.nbytes):
+                self.smallest = exact
+                return None
 
     def _cheapest(self) -> Fit | None:
         best: Fit | None = None
@@ -226,9 +229,9 @@ class Search:
         """
         moment, key = self._first(choice), key_of(choice)
         has_few_cuts = self.times is None or self.given is not None
-        if has_few_cuts and key not in self._extra and self._exactly(choice, moment).nbytes <= self.budget:
-            self._extra[key] = self._largest(choice).nbytes - moment.nbytes
-        more = self._extra.get(key, 0)
+        if has_few_cuts and key not in self._sweeps and self._exactly(choice, moment).nbytes <= self.budget:
+            self._sweeps[key] = self.predictor.sweep_peak(*choice.steps)
+        more = self._sweeps[key].nbytes - moment.nbytes if key in self._sweeps else 0
         return self._exactly(choice, Moment(moment.label, moment.terms | ({LATER: more} if more else {})))
 
     def _exactly(self, choice: Choice, moment: Moment) -> Fit:
@@ -238,10 +241,6 @@ class Search:
     def _first(self, choice: Choice) -> Moment:
         """The largest moment of the first chunk's step."""
         return self.predictor.peak(choice.chunks[0], choice.saving)
-
-    def _largest(self, choice: Choice) -> Moment:
-        """The largest moment of the steps of a sweep."""
-        return self.predictor.sweep_peak(choice.chunks, choice.saving)
 
     def _note(self, fit: Fit) -> None:
         self.considered.append(fit.considered())

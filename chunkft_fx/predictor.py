@@ -85,10 +85,13 @@ class Predictor:
             self._peaks[key] = Moment(largest.label, largest.terms | besides)
         return self._peaks[key]
 
-    def sweep_peak(self, chunks: Sequence[Chunk], saving: Saving) -> Moment:
-        """The largest moment of the steps of a sweep; the first chunk's unless another needs more."""
+    def sweep_peak(self, chunks: Sequence[Chunk], saving: Saving, enough: int = 0) -> Moment:
+        """The largest moment of the steps of a sweep, the first chunk's unless another needs more.
+
+        Where that fits into ``enough`` bytes it can be a moment that no step exceeds, which is found sooner.
+        """
         can_join = not self._session.specializer.is_asked
-        return sweep_peak(self._kinds, chunks, saving, lambda chunk: self.peak(chunk, saving), can_join)
+        return sweep_peak(self._kinds, chunks, saving, lambda chunk: self.peak(chunk, saving), enough, can_join)
 
     def times(self, deepest: Chunk) -> StepTimes | None:
         """Predicted times of the regions, by a step whose backward reaches all; None where no rates are known."""

@@ -115,7 +115,7 @@ def test_gradients_are_right_whatever_plan_a_length_runs_under() -> None:
         module.zero_grad()
 
 
-@pytest.mark.parametrize("kind", ["real", "meta"])
+@pytest.mark.parametrize("kind", [pytest.param("real", marks=pytest.mark.slow), "meta"])
 def test_an_example_of_the_largest_batch_is_planned_for_first(kind: str) -> None:
     model = Text()
     large = text(4, 64)

@@ -24,7 +24,7 @@ from tests.test_heavy_chunk import BATCH, Scaled
 def _llama() -> tuple[nn.Module, dict[str, Tensor]]:
     """With one weight for the embedding and the head, and the keys of several heads in one."""
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=4,
+        hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3,
         vocab_size=96, use_cache=False, tie_word_embeddings=True,
     )  # fmt: skip
     ids = torch.arange(24)[None] % 96
@@ -60,6 +60,9 @@ def test_the_steps_that_are_looked_at_tell_what_all_need(
     chunks = cut(parameter_specs(model), count)
     each = [predictor.peak(chunk, saving).nbytes for chunk in chunks]
     assert predictor.sweep_peak(chunks, saving).nbytes == max(each)
+    for enough in (max(each) - 1, max(each) * 2):
+        bound = predictor.sweep_peak(chunks, saving, enough).nbytes
+        assert max(each) <= bound <= max(enough, max(each))
     by_regions: dict[object, list[Example]] = {}
     for example in kinds.examples(chunks, saving):
         by_regions.setdefault(example.kind.regions, []).append(example)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import chunkft_fx
-from chunkft_fx import kernel_choice, session
+from chunkft_fx import kernel_choice, session_programs
 from chunkft_fx.kernel_choice import choice, chooser, fastest, operand_nbytes
 from chunkft_fx.kernels import weight_gradient
 from chunkft_fx.kernels.weight_gradient import LIBRARY, Problem
@@ -56,7 +56,10 @@ def test_on_the_cpu_it_is_always_the_library(measured: list[Problem]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_wide_dtypes_have_no_kernel(measured: list[Problem], dtype: torch.dtype) -> None:
+def test_wide_dtypes_have_no_kernel(
+    measured: list[Problem], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(kernel_choice.SWITCH, "1")
     choose = chooser(CUDA)
     assert choose is not None
     assert choose(Problem(1024, 256, 4096, 0, dtype)) is None
@@ -166,7 +169,7 @@ def choose_everywhere(monkeypatch: pytest.MonkeyPatch, by: str = LIBRARY) -> lis
     def always(_: torch.device) -> Choose:
         return choose
 
-    monkeypatch.setattr(session, "chooser", always)
+    monkeypatch.setattr(session_programs, "chooser", always)
     return asked
 
 
@@ -190,7 +193,7 @@ def test_a_step_with_the_operator_gives_the_librarys_gradients(backend: str, mon
 def test_the_memory_model_follows_a_step_with_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     """To the byte, with gradients that are kept as they come; what the CPU widens inside is seen by no tracker."""
     choose_everywhere(monkeypatch)
-    monkeypatch.setattr(weight_gradient, "workspace", lambda node: 0)
+    monkeypatch.setattr(weight_gradient, "workspace", lambda node, sizes: 0)
     model, batch = tiny("mlp", dtype=torch.bfloat16)
     compiled = chunkft_fx.compile(model, "8GB", chunks=3, backend="eager")
     for chunk in range(3):

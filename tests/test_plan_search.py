@@ -72,7 +72,7 @@ class Predicted:
         head = Moment("head", terms | {"workspace": self.logits // saving.head_split})
         return max(top, head, key=lambda m: m.nbytes)
 
-    def sweep_peak(self, chunks: Sequence[Chunk], saving: Saving) -> Moment:
+    def sweep_peak(self, chunks: Sequence[Chunk], saving: Saving, enough: int = 0) -> Moment:
         return max((self.peak(c, saving) for c in chunks), key=lambda m: m.nbytes)
 
     def times(self, deepest: Chunk) -> StepTimes | None:
