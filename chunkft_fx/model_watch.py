@@ -7,6 +7,8 @@ compares by identity, which costs a few microseconds a layer; only a difference 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 # What a plan depends on: shape, dtype.
 _Look = tuple[torch.Size, torch.dtype]
+_FLAGS = attrgetter("requires_grad", "dtype", "shape")
 
 
 @dataclass(frozen=True)
@@ -65,17 +68,20 @@ class ModelWatch:
     def look(self) -> None:
         """Remember the model as it is now."""
         modules = list(self._model.modules())
-        self._registries = [(m._modules, tuple(m._modules.items())) for m in modules]
-        self._places = [(m._parameters, tuple(m._parameters.items())) for m in modules]
+        self._modules, self._places = (
+            _Registries([m._modules for m in modules]),
+            _Registries([m._parameters for m in modules]),
+        )
         self.parameters = dict(self._model.named_parameters())
+        self._held = list(self.parameters.values())
         self._looks = {name: _look(p) for name, p in self.parameters.items()}
         self._trained = {name: p.requires_grad for name, p in self.parameters.items()}
-        self._flags = list(zip(self.parameters.values(), self._looks.values(), self._trained.values(), strict=True))
+        self._flags = [*map(_FLAGS, self._held)]
 
     def changes(self) -> ModelChanges | None:
         """What is different from what was remembered; None if nothing is."""
-        same = all(_holds(registry, held) for registry, held in self._registries)
-        if same and all(_holds(registry, held) for registry, held in self._places) and self._flags_hold():
+        same = self._modules.hold()
+        if same and self._places.hold() and [*map(_FLAGS, self._held)] == self._flags:
             return None
         now = dict(self._model.named_parameters())
         both = [n for n in now if n in self.parameters]
@@ -95,15 +101,22 @@ class ModelWatch:
             modules=not same,
         )
 
-    def _flags_hold(self) -> bool:
-        return all(
-            p.requires_grad is trained and p.dtype is look[1] and p.shape == look[0] for p, look, trained in self._flags
-        )
 
+class _Registries:
+    """What dictionaries held. They are compared whole, by identities, since it is done several times a step."""
 
-def _holds(registry: dict[str, Any], held: tuple[tuple[str, Any], ...]) -> bool:
-    """Whether a registry has these entries and no others."""
-    return len(registry) == len(held) and all(registry.get(name) is value for name, value in held)
+    def __init__(self, registries: list[dict[str, Any]]) -> None:
+        self._registries = registries
+        self._values = [*chain.from_iterable(map(dict.values, registries))]  # held, so that no id is given again
+        self._seen = self._look()
+
+    def hold(self) -> bool:
+        """Whether they hold the same objects under the same names, in the same order."""
+        return self._look() == self._seen
+
+    def _look(self) -> tuple[list[int], list[str], list[int]]:
+        flat = chain.from_iterable(map(dict.values, self._registries))
+        return [*map(len, self._registries)], [*chain.from_iterable(self._registries)], [*map(id, flat)]
 
 
 def _look(parameter: Tensor) -> _Look:
