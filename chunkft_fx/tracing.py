@@ -111,7 +111,9 @@ def _drop_watchers(code: types.CodeType) -> None:
         found = finalizer.peek()
         invalidate = getattr(found[1], "func", None) if found else None
         watcher = getattr(invalidate, "__self__", None)
-        if isinstance(watcher, CheckFunctionManager) and any(watcher.guard_manager is g for g in guards):
+        if isinstance(watcher, CheckFunctionManager) and any(
+            getattr(watcher, "guard_manager", None) is g for g in guards
+        ):
             finalizer.detach()
 
 
