@@ -111,16 +111,6 @@ def test_an_optimizer_over_another_model_is_refused() -> None:
             chunkft_fx.AdamW(other)  # type: ignore[arg-type]
 
 
-def test_a_gradient_scaler_is_refused() -> None:
-    model, batch = tiny("mlp")
-    compiled = chunkft_fx.compile(model, "1GB", chunks=2, backend="eager")
-    optimizer = chunkft_fx.AdamW(compiled)
-    scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(compiled(**batch(2, 4, 0))[0]).backward()
-    with pytest.raises(errors.OptionError, match="bfloat16"):
-        scaler.step(optimizer)
-
-
 def test_the_plan_is_asked_for_too_early() -> None:
     model, _ = tiny("mlp")
     compiled = chunkft_fx.compile(model, "1GB")
