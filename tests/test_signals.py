@@ -25,6 +25,16 @@ from tests.tiny_text import tiny_folder
 RUN = ["--steps", "3", "--seq-len", "16", "--batch-size", "2", "--lr", "0.01"]
 
 
+@pytest.fixture(autouse=True)
+def usual_signals() -> Iterator[None]:
+    """Signals do what they do in a shell, also where tests run in the background, with some of them ignored."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def arguments(tmp_path: Path) -> list[str]:
     """A run on the command line, all but its output."""
