@@ -28,7 +28,11 @@ RUN = ["--steps", "3", "--seq-len", "16", "--batch-size", "2", "--lr", "0.01"]
 @pytest.fixture(autouse=True)
 def usual_signals() -> Iterator[None]:
     """Signals do what they do in a shell, also where tests run in the background, with some of them ignored."""
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    usual: dict[int, Any] = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
     before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
     for number, handler in before.items():

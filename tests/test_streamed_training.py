@@ -40,13 +40,12 @@ STEPS: tuple[Callable[[], None], ...] = (
     test_runtime.test_running_statistics_are_updated_as_in_the_plain_model,
     test_runtime.test_varying_lengths_are_captured_at_most_twice,
     test_runtime.test_autocast_matches_the_plain_model,
-    test_errors.test_a_gradient_scaler_is_refused,
     test_errors.test_a_checkpoint_of_another_model_is_refused,
 )
 QUICK_STEPS = {
     (test_runtime.test_evaluation_between_forward_and_backward, "all"),
     (test_runtime.test_running_statistics_are_updated_as_in_the_plain_model, "mixed"),
-    (test_errors.test_a_gradient_scaler_is_refused, "all"),
+    (test_errors.test_a_checkpoint_of_another_model_is_refused, "all"),
 }
 
 
