@@ -22,7 +22,7 @@ from chunkft_fx.distribution import refuse_ranks
 from chunkft_fx.errors import AlreadyCompiled, ChunkFTWarning, ModelChanged
 from chunkft_fx.gradient_gate import GradientGate
 from chunkft_fx.model_watch import ModelChanges, ModelWatch
-from chunkft_fx.moves import Move, gradients_aside
+from chunkft_fx.moves import Move, gradients_aside, warn_of_dropped_gradients
 from chunkft_fx.plan import Plan
 from chunkft_fx.planner import Options, first_plan
 from chunkft_fx.residency import Residency, compute_device
@@ -154,7 +154,12 @@ class Following(StandIn):
         return None if self._optimizer is None else self._optimizer()
 
     def _begin_anew(self, device: torch.device) -> None:
-        """Capture and plan the model as it is now; an optimizer keeps the states of parameters that are still there."""
+        """Capture and plan the model as it is now; an optimizer keeps the states of parameters that are still there.
+
+        Gradients that were gathered for a step are of the model as it was: they are dropped, with a `ChunkFTWarning`.
+        """
+        if any(s.grad is not None for s in self._slices or ()):
+            warn_of_dropped_gradients()
         plan = first_plan(self._model, self._options)
         parameters, optimizer = dict(self._model.named_parameters()), self.optimizer
         if optimizer is not None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from chunkft_fx.errors import ChunkFTWarning
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,32 @@ class Move:
 
 @contextlib.contextmanager
 def gradients_aside(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Take the gradients off parameters while these are moved; they come back to those that kept shape and dtype."""
-    held = [(p, p.grad, p.dtype) for p in parameters if p.grad is not None]
-    for p, _, _ in held:
+    """Take the gradients off parameters while these are moved, and give them back after.
+
+    A parameter that got another dtype, or left the device of its gradient, gets none back, with a `ChunkFTWarning`.
+    """
+    held = [(p, p.grad, p.dtype, p.device) for p in parameters if p.grad is not None]
+    for p, *_ in held:
         p.grad = None
+    dropped = 0
     try:
         yield
     finally:
-        for p, gradient, dtype in held:
-            if p.dtype == dtype and gradient is not None and gradient.device == p.device:
+        for p, gradient, dtype, device in held:
+            assert gradient is not None
+            if p.dtype == dtype and p.device in (device, gradient.device):
                 p.grad = gradient
+            else:
+                dropped += 1
+        if dropped:
+            warn_of_dropped_gradients()
+
+
+def warn_of_dropped_gradients() -> None:
+    """Say that gradients which waited for their step are gone, since the model is another one now."""
+    warnings.warn(
+        "the model was changed or moved while gradients waited for their optimizer step: they belong to the model as "
+        "it was, and are dropped; change the model before the backward, or after the step",
+        ChunkFTWarning,
+        stacklevel=5,
+    )

@@ -166,6 +166,7 @@ class AdamW(Optimizer):
             return
         for group in self.param_groups:
             check_group(group)
+            self._refuse_strangers(group)
         check_clipping(self.max_grad_norm)
         check_slices(active, self.param_groups, self._model.compute_device)
         if not graded:
@@ -189,6 +190,14 @@ class AdamW(Optimizer):
             self._announce(self._model.active_slices())
         if written is not None:
             written.synchronize()
+
+    def _refuse_strangers(self, group: Mapping[str, Any]) -> None:
+        for i, p in enumerate(group["params"]):
+            if not any(states.holds(p) for states in self._kept):
+                raise OptionError(
+                    f"param_groups has a tensor of shape {list(p.shape)} (number {i} of its group) which the compiled "
+                    "module does not train, and which would stay as it is; give it an optimizer of its own"
+                )
 
     def _warn_without_gradient(self, active: Sequence[ActiveSlice]) -> None:
         names = tuple(s.name for s in active)

@@ -30,6 +30,20 @@ def changed(compiled: Any, optimizer: torch.optim.Optimizer, steps: int) -> set[
     return {n for n, p in compiled.named_parameters() if n not in before or not torch.equal(p, before[n])}
 
 
+@pytest.mark.parametrize("change", [lambda c: c.double(), lambda c: setattr(c, "head", nn.Linear(WIDTH, 64))])
+def test_a_change_that_drops_gradients_says_so(change: Callable[[Any], None]) -> None:
+    compiled = lm_compiled(tiny_lm(), 1)
+    compiled(**lm_batch()).backward()
+
+    def change_and_call() -> None:
+        change(compiled)
+        compiled(**lm_batch())
+
+    with pytest.warns(errors.ChunkFTWarning, match="are dropped"):
+        change_and_call()
+    assert all(s.grad is None for s in compiled.active_slices())
+
+
 @pytest.mark.parametrize("when", ["before the first call", "between sweeps", "within a sweep"])
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_what_is_unfrozen_is_trained_from_the_next_sweep_on(when: str, chunks: int) -> None:
@@ -150,6 +164,8 @@ def test_before_the_first_step_any_change_is_followed(change: Callable[[Any], No
     compiled(**lm_batch()).backward()
     change(compiled)
     plain = copy.deepcopy(compiled._model)
+    with pytest.warns(errors.ChunkFTWarning, match="are dropped"):
+        compiled.check()
     optimizer = optimizer or chunkft_fx.AdamW(compiled, lr=1e-2)
     optimizer.zero_grad()
     assert changed(compiled, optimizer, 2) == set(dict(compiled.named_parameters()))

@@ -78,6 +78,22 @@ def test_a_group_of_other_parameters_is_refused(named: bool) -> None:
     assert len(optimizer.param_groups) == 1
 
 
+@pytest.mark.parametrize("how", ["a group", "into a group"])
+def test_other_parameters_put_into_the_groups_by_hand_are_refused(how: str) -> None:
+    compiled = lm_compiled(tiny_lm())
+    optimizer = chunkft_fx.AdamW(compiled, lr=1e-2)
+    compiled(**lm_batch()).backward()
+    before = {n: p.detach().clone() for n, p in compiled.named_parameters()}
+    group, other = optimizer.param_groups[0], nn.Parameter(torch.ones(3))
+    if how == "a group":
+        optimizer.param_groups.append(group | {"params": [other], "param_names": ["other"]})
+    else:
+        group["params"].append(other)
+    with pytest.raises(errors.OptionError, match="optimizer of its own"):
+        optimizer.step()
+    assert all(torch.equal(p, before[n]) for n, p in compiled.named_parameters())
+
+
 @pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_a_copy_of_the_optimizer_is_refused(how: Callable[[Any], Any]) -> None:
     compiled = lm_compiled(tiny_lm())
