@@ -122,6 +122,10 @@ class OutsideGradient(ChunkFTError, RuntimeError):
     """The gradients of a step did not come through the compiled module."""
 
 
+class NoGradientToScale(ChunkFTError, RuntimeError):
+    """A gradient scaler was to step for a chunk of which no slice got a gradient."""
+
+
 class OptimizerConflict(ChunkFTError, RuntimeError):
     """Another optimizer is to update parameters that a compiled module trains."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,10 +67,7 @@ class ModelWatch:
     def look(self) -> None:
         """Remember the model as it is now."""
         modules = list(self._model.modules())
-        self._modules, self._places = (
-            _Registries([m._modules for m in modules]),
-            _Registries([m._parameters for m in modules]),
-        )
+        self._modules, self._places = _Registries(modules, "_modules"), _Registries(modules, "_parameters")
         self.parameters = dict(self._model.named_parameters())
         self._held = list(self.parameters.values())
         self._looks = {name: _look(p) for name, p in self.parameters.items()}
@@ -103,11 +99,15 @@ class ModelWatch:
 
 
 class _Registries:
-    """What dictionaries held. They are compared whole, by identities, since it is done several times a step."""
+    """What dictionaries of modules held. They are compared whole, by identities, since it is done several times a step.
 
-    def __init__(self, registries: list[dict[str, Any]]) -> None:
-        self._registries = registries
-        self._values = [*chain.from_iterable(map(dict.values, registries))]  # held, so that no id is given again
+    A dictionary is asked for at its module each time: ``del`` of a list's module puts another one in its place.
+    """
+
+    def __init__(self, modules: list[nn.Module], name: str) -> None:
+        self._modules, self._of = modules, attrgetter(name)
+        # held, so that no id is given again
+        self._values = [*chain.from_iterable(self._of(m).values() for m in modules)]
         self._seen = self._look()
 
     def hold(self) -> bool:
@@ -115,8 +115,9 @@ class _Registries:
         return self._look() == self._seen
 
     def _look(self) -> tuple[list[int], list[str], list[int]]:
-        flat = chain.from_iterable(map(dict.values, self._registries))
-        return [*map(len, self._registries)], [*chain.from_iterable(self._registries)], [*map(id, flat)]
+        registries = [*map(self._of, self._modules)]
+        flat = chain.from_iterable(map(dict.values, registries))
+        return [*map(len, registries)], [*chain.from_iterable(registries)], [*map(id, flat)]
 
 
 def _look(parameter: Tensor) -> _Look:

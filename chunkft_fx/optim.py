@@ -20,6 +20,7 @@ from chunkft_fx.budget import parse_bytes
 from chunkft_fx.cuts import cut_dim
 from chunkft_fx.errors import (
     ChunkFTWarning,
+    NoGradientToScale,
     NotPlanned,
     OptimizerConflict,
     OptimizerMismatch,
@@ -190,6 +191,22 @@ class AdamW(Optimizer):
             self._announce(self._model.active_slices())
         if written is not None:
             written.synchronize()
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by `torch.amp.GradScaler.step`, which ends in a bare assertion where no parameter has a gradient.
+
+        Raises `NoGradientToScale` where that is because the batch has no part for the active chunk's slices.
+        """
+        active = self._active_slices()
+        if self._model.arrivals.through and all(s.grad is None for s in active):
+            raise NoGradientToScale(
+                f"no gradient reached the active chunk ({', '.join(s.name for s in active[:5])}): its weights have no "
+                "part in the loss of this batch, and a gradient scaler cannot step without one; for such a batch call "
+                "optimizer.step() itself, and neither scaler.step nor scaler.update: the sweep then moves on (any(s.grad is "
+                "not None for s in model.active_slices()) tells), or train in bfloat16, which needs no scaler"
+            )
+        return False
 
     def _refuse_strangers(self, group: Mapping[str, Any]) -> None:
         for i, p in enumerate(group["params"]):

@@ -130,13 +130,14 @@ def attempt(module: CompiledModule, batch: dict[str, Tensor]) -> bool:
 
 
 def evaluate(module: CompiledModule, batch: dict[str, Tensor]) -> None:
-    """Evaluate a batch without gradients, within the budget or refused, as soon as there is a plan."""
+    """Evaluate a batch without gradients, within the budget or refused, as soon as a training batch was planned."""
     module.eval()
     before = state_of(module)
     with watched(module, batch) as most, torch.no_grad():
         try:
             module(**batch)
-            assert module.known_plan is None or most() <= module.plan.budget_bytes
+            planned = module.known_plan is not None and module.known_plan.batch
+            assert not planned or most() <= module.plan.budget_bytes
         except BudgetInfeasible:
             assert is_same(before, state_of(module))
     module.train()

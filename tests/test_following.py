@@ -176,6 +176,18 @@ def test_before_the_first_step_any_change_is_followed(change: Callable[[Any], No
     assert all(map(torch.equal, compiled.state_dict().values(), reference.state_dict().values()))
 
 
+def test_a_list_that_was_grown_and_shrunk_between_two_calls_is_still_watched() -> None:
+    """``del`` gives a module list another dictionary, which holds what the one before held at the latest call."""
+    compiled = lm_compiled(chunks=2)
+    optimizer = chunkft_fx.AdamW(compiled, lr=1e-2)
+    grown(compiled)
+    del compiled.layers[-1]
+    step(compiled, optimizer)
+    grown(compiled)
+    with pytest.raises(errors.ModelChanged, match=r"layers\.2.*was added"):
+        compiled(**lm_batch())
+
+
 @pytest.mark.parametrize("change", [resized, grown, shrunk, tied, cast])
 def test_after_the_first_step_another_model_is_refused_by_name(change: Callable[[Any], None]) -> None:
     compiled = lm_compiled(chunks=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import os
@@ -266,6 +267,25 @@ def test_chunks_without_gradient_count_their_steps_with_one_warning(how: str) ->
     named = [m for m in ours if "heads.1" in m and "no gradient reached" in m]
     assert named and len(named) == len(set(named))
     assert set(visited) == set(range(5)) if how == "unused" else set(visited[:5]) == set(range(5))
+
+
+def test_a_gradient_scaler_is_told_of_a_chunk_without_gradient_and_the_sweep_moves_on_without_it() -> None:
+    compiled = lm_compiled(TwoHeads(), chunks=5)
+    optimizer = chunkft_fx.AdamW(compiled, lr=1e-2)
+    scaler, x, visited = torch.amp.GradScaler("cpu", init_scale=4.0), torch.randn(3, 4), []
+    for _ in range(10):
+        visited.append(compiled.chunk)
+        scaler.scale(compiled(x, 0)).backward()
+        if any(s.grad is not None for s in compiled.active_slices()):
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            with pytest.raises(errors.NoGradientToScale, match=r"heads\.1.*optimizer\.step\(\)"):
+                scaler.step(optimizer)
+            with pytest.warns(errors.ChunkFTWarning) if len(visited) <= 5 else contextlib.nullcontext():
+                optimizer.step()
+        optimizer.zero_grad()
+    assert visited == [*range(5)] * 2
 
 
 class Turning(nn.Module):
