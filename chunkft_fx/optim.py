@@ -203,8 +203,8 @@ class AdamW(Optimizer):
             raise NoGradientToScale(
                 f"no gradient reached the active chunk ({', '.join(s.name for s in active[:5])}): its weights have no "
                 "part in the loss of this batch, and a gradient scaler cannot step without one; for such a batch call "
-                "optimizer.step() itself, and neither scaler.step nor scaler.update: the sweep then moves on (any(s.grad is "
-                "not None for s in model.active_slices()) tells), or train in bfloat16, which needs no scaler"
+                "optimizer.step() itself, and neither scaler.step nor scaler.update: the sweep then moves on "
+                "(any(s.grad is not None for s in model.active_slices()) tells); or train in bfloat16, without a scaler"
             )
         return False
 
