@@ -20,7 +20,7 @@ from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
-from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils._pytree import tree_flatten as tree_flatten
 from torch.utils._pytree import tree_leaves as tree_leaves
@@ -164,7 +164,9 @@ def partition(
     # Weights are alive anyway: save them rather than a view of them, which would hide that it is a weight.
     primals = [node for node in graph.find_nodes(op="placeholder") if node.meta["partitioner_tag"] == "is_forward"]
     weights = [i for i, node in enumerate(primals) if node.meta.get("is_parameter")]
-    with functorch_config.patch(activation_memory_budget=budget, recompute_views=True), _no_random_replay():
+    settings = functorch_config.patch(activation_memory_budget=budget, recompute_views=True)
+    # without code for graphs that nobody runs: torch keeps the text of all code that it generates for good
+    with settings, _no_random_replay(), _use_lazy_graph_module(True):
         return partitioners.min_cut_rematerialization_partition(
             module, None, num_fwd_outputs=num_forward_outputs, static_lifetime_input_indices=weights
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import subprocess
+import sys
 import weakref
 from collections import Counter
 
@@ -112,11 +114,22 @@ def test_dropping_a_model_leaves_another_compiled() -> None:
     assert len(kept._sessions) == 1
 
 
-@pytest.mark.slow
-def test_memory_stays_flat_over_200_models() -> None:
+def _grown() -> None:
+    """What `test_memory_stays_flat_over_200_models` runs in a process of its own."""
+    torch.set_num_threads(1)
     for _ in range(WARM_UP):
         one_model()
     before = resident_bytes()
     for _ in range(200 - WARM_UP):
         one_model()
-    assert resident_bytes() < 1.05 * before
+    print(before, resident_bytes())  # noqa: T201 - read by the test
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_200_models() -> None:
+    """In a process of its own: pytest keeps what torch logs in a test, 0.7 MB a model."""
+    command = [sys.executable, "-c", "from tests.test_many_models import _grown; _grown()"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    before, after = map(int, done.stdout.split())
+    assert after < 1.05 * before
