@@ -34,8 +34,8 @@ import torch
 
 import chunkft_fx
 from benchmarks.shapes import batches, build
-from chunkft_fx.budget import parse_bytes
-from chunkft_fx.rates import rates
+from chunkft_fx.bytes import parse_bytes
+from chunkft_fx.machine.rates import rates
 
 GIB = 2**30
 SPOTS = 4

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from chunkft_fx import head
+from chunkft_fx.head import operators as head
 
 MIB = 2**20
 

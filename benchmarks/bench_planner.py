@@ -15,11 +15,11 @@ import typer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import chunkft_fx
-from chunkft_fx.budget import format_bytes
+from chunkft_fx.bytes import format_bytes
 from chunkft_fx.errors import BudgetInfeasible
-from chunkft_fx.planner import Options, plan_for_batch
-from chunkft_fx.predictor import Predictor
-from chunkft_fx.rates import Rates
+from chunkft_fx.machine.rates import Rates
+from chunkft_fx.planning.planner import Options, plan_for_batch
+from chunkft_fx.predict.predictor import Predictor
 
 H200 = Rates({"bfloat16": 6.79e14, "float32": 5.0e13}, 3.92e12, 5.49e10, 5.49e10, 4.56e10, 7.3)
 SHARES = (1.05, 1.3, 2.0)

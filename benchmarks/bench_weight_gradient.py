@@ -4,9 +4,9 @@
 
 ``as traced`` copies the slice, multiplies in bf16 and widens the product to float32, which is what a step does without
 the operator; the others read the slice in place and give float32. Medians of ``--rounds`` measurements as
-`chunkft_fx.kernel_choice` takes them, for the weights of a Llama-2-7B block; a slice of 1 is a whole weight (cut from
-a slightly wider one, so that it is copied too). ``best`` is what a session would choose, and what the fastest saves.
-Needs one CUDA GPU.
+`chunkft_fx.machine.kernel_choice` takes them, for the weights of a Llama-2-7B block; a slice of 1 is a whole weight
+(cut from a slightly wider one, so that it is copied too). ``best`` is what a session would choose, and what the fastest
+saves. Needs one CUDA GPU.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from chunkft_fx.kernel_choice import fastest, measure
 from chunkft_fx.kernels.weight_gradient import LIBRARY, TILINGS, Problem
+from chunkft_fx.machine.kernel_choice import fastest, measure
 
 TOKENS = (8192, 1024)
 # Output and input features: attention's projections; gate and up; down.

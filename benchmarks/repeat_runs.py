@@ -18,8 +18,8 @@ import torch
 
 import chunkft_fx
 from benchmarks.shapes import batches, build
-from chunkft_fx.budget import format_bytes, parse_bytes
-from chunkft_fx.optim_host import available_nbytes
+from chunkft_fx.bytes import format_bytes, parse_bytes
+from chunkft_fx.optim.host_states import available_nbytes
 
 SPOTS = 5
 

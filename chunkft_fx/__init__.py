@@ -2,10 +2,10 @@
 
 from chunkft_fx import errors
 from chunkft_fx.api import compile
-from chunkft_fx.module import CompiledModule
-from chunkft_fx.observe import enable_logs
-from chunkft_fx.optim import AdamW
-from chunkft_fx.plan import Chunk, Plan, Slice
+from chunkft_fx.logs import enable_logs
+from chunkft_fx.module.module import CompiledModule
+from chunkft_fx.optim.adamw import AdamW
+from chunkft_fx.plan.plan import Chunk, Plan, Slice
 
 __all__ = ["AdamW", "Chunk", "CompiledModule", "Plan", "Slice", "compile", "errors"]
 

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from chunkft_fx.budget import parse_bytes
-from chunkft_fx.distribution import refuse_ranks
+from chunkft_fx.bytes import parse_bytes
+from chunkft_fx.copies.residency import compute_device
 from chunkft_fx.errors import AlreadyCompiled, OptionError
-from chunkft_fx.example_batch import arguments_of
-from chunkft_fx.module import CompiledModule
-from chunkft_fx.planner import Options, first_plan
-from chunkft_fx.residency import compute_device
-from chunkft_fx.slices import ChunkSchedule
+from chunkft_fx.gradients.slices import ChunkSchedule
+from chunkft_fx.module.distribution import refuse_ranks
+from chunkft_fx.module.module import CompiledModule
+from chunkft_fx.planning.example_batch import arguments_of
+from chunkft_fx.planning.planner import Options, first_plan
 from chunkft_fx.torch_internals import is_torch_compiled
 
 BACKENDS = ("inductor", "eager")

@@ -6,15 +6,15 @@ if __name__ != "chunkft_fx.passes":
     # Two copies of this package would mean two sets of rules and classes that do not know each other.
     raise ImportError(f"import this package as chunkft_fx.passes, not as {__name__}")
 
-from chunkft_fx.passes.canonicalize import Canonicalize
-from chunkft_fx.passes.chunk_logits import ChunkLogits
-from chunkft_fx.passes.eliminate import Eliminate
-from chunkft_fx.passes.lower_triton import Choices, LowerTriton
-from chunkft_fx.passes.prune_tangents import PruneTangents
-from chunkft_fx.passes.select_slices import SelectSlices
-from chunkft_fx.passes.sink_slices import SinkSlices
-from chunkft_fx.passes.split_head import SplitHead
-from chunkft_fx.region import OutputDemand, Pass
+from chunkft_fx.graph.region import OutputDemand, Pass
+from chunkft_fx.passes.region.canonicalize import Canonicalize
+from chunkft_fx.passes.region.chunk_logits import ChunkLogits
+from chunkft_fx.passes.region.eliminate import Eliminate
+from chunkft_fx.passes.region.lower_triton import Choices, LowerTriton
+from chunkft_fx.passes.region.prune_tangents import PruneTangents
+from chunkft_fx.passes.region.select_slices import SelectSlices
+from chunkft_fx.passes.region.sink_slices import SinkSlices
+from chunkft_fx.passes.region.split_head import SplitHead
 
 __all__ = [
     "Canonicalize",

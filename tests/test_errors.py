@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import chunkft_fx
 from chunkft_fx import errors
 from chunkft_fx.tools.zoo import tiny
-from tests.equivalence import smallest_budget
+from tests.support.equivalence import smallest_budget
 
 
 @pytest.mark.parametrize("budget", ["", "lots", "24", "-3GB", "0GB", 0, -5, "nanGB", 1.5, None, True])

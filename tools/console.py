@@ -13,10 +13,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from chunkft_fx.budget import format_bytes
+from chunkft_fx.bytes import format_bytes
 from chunkft_fx.errors import BudgetParseError, ChunkCountError, ChunkFTError, ChunkFTWarning, OptionError
-from chunkft_fx.tools import signals
-from chunkft_fx.tools.loop import StepInfo
+from chunkft_fx.tools.training import signals
+from chunkft_fx.tools.training.loop import StepInfo
 
 # Where there is no terminal to draw a bar on, this many lines report a run.
 LINES = 10

@@ -17,15 +17,15 @@ import torch
 import typer
 
 import chunkft_fx
-from chunkft_fx.budget import format_bytes
+from chunkft_fx.bytes import format_bytes
 from chunkft_fx.errors import OptionError
-from chunkft_fx.module import CompiledModule
+from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.tools.console import progress, quiet, run_command
-from chunkft_fx.tools.data import pack
-from chunkft_fx.tools.folder import claimed, save_model
 from chunkft_fx.tools.load import load_model, load_tokenizer, pick_device, pick_dtype
-from chunkft_fx.tools.loop import evaluate, train
-from chunkft_fx.tools.options import TrainOptions, check_compile_options, chunk_count
+from chunkft_fx.tools.training.data import pack
+from chunkft_fx.tools.training.folder import claimed, save_model
+from chunkft_fx.tools.training.loop import evaluate, train
+from chunkft_fx.tools.training.options import TrainOptions, check_compile_options, chunk_count
 
 # Every tenth topic is held out; their first sequences are enough to see the loss fall.
 HELD_OUT_EVERY = 10

@@ -11,17 +11,17 @@ import typer
 from torch import Tensor, fx, nn
 
 import chunkft_fx
-from chunkft_fx import pipeline
-from chunkft_fx.budget import format_bytes
+from chunkft_fx.bytes import format_bytes
+from chunkft_fx.capture.outline import Template
 from chunkft_fx.errors import NotPlanned, OptionError
-from chunkft_fx.module import CompiledModule
-from chunkft_fx.outline import Template
+from chunkft_fx.graph.region import DenseGradient, Pass, RegionGraph, SliceDemand
+from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.passes import Eliminate, PruneTangents, default_pipeline
-from chunkft_fx.region import DenseGradient, Pass, RegionGraph, SliceDemand
-from chunkft_fx.specialize import Variant
+from chunkft_fx.program import run_passes as pipeline
+from chunkft_fx.program.variants import Variant
 from chunkft_fx.tools.console import quiet, run_command
 from chunkft_fx.tools.load import check_config, pick_device, pick_dtype, reasons, source
-from chunkft_fx.tools.options import at_least, check_compile_options, chunk_count, json_object
+from chunkft_fx.tools.training.options import at_least, check_compile_options, chunk_count, json_object
 
 # Smaller weight gradients (norms, biases) cost nothing worth reporting when they stay dense.
 REPORTED_NUMEL = 4096

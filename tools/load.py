@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from chunkft_fx.errors import ChunkFTError, ChunkFTWarning, ModelUnusable, OptionError
-from chunkft_fx.tools.data import check_vocabulary
+from chunkft_fx.tools.training.data import check_vocabulary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 import chunkft_fx
-from chunkft_fx.budget import format_bytes
-from chunkft_fx.step_memory import Moment
+from chunkft_fx.bytes import format_bytes
+from chunkft_fx.predict.step_memory import Moment
 from chunkft_fx.tools.console import quiet
 from chunkft_fx.tools.inspect import build, forward
 from chunkft_fx.tools.load import pick_device, pick_dtype
-from chunkft_fx.tools.options import check_compile_options, chunk_count
+from chunkft_fx.tools.training.options import check_compile_options, chunk_count
 
 
 def command(

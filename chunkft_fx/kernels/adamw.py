@@ -245,7 +245,7 @@ def _layout(u: SliceUpdate) -> _Layout:
     """How the kernel walks this update's operands.
 
     Raises `OptionError` if that takes more than three dimensions: a parameter that is contiguous, in any memory
-    format, takes three at most where `chunkft_fx.cuts.cut_dim` cuts it.
+    format, takes three at most where `chunkft_fx.plan.cuts.cut_dim` cuts it.
     """
     walked = [u.weight, u.weight if u.host_weight is None else u.host_weight, u.gradient]
     sizes, strides = join_dims(walked)

@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
 from chunkft_fx.errors import OptionError
-from chunkft_fx.optim_state import reconcile
+
+# Elements compared at once when a master is checked against its weight: bounds the temporary memory.
+PIECE_NUMEL = 2**24
 
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 MASK32 = 0xFFFFFFFF
@@ -169,3 +171,14 @@ def random_words(seed: int, slice_index: int, numel: int, device: torch.device) 
         ]
         key = [(k + increment) & MASK32 for k, increment in zip(key, PHILOX_INCREMENTS, strict=True)]
     return torch.stack(counter, dim=-1).view(-1)[:numel]
+
+
+def reconcile(master: Tensor, weight: Tensor) -> None:
+    """Make each weight that is not its master rounded, being new or changed from outside, the master.
+
+    Both are seen through ``front``; ``master`` is written in place.
+    """
+    indices = max(1, PIECE_NUMEL * len(weight) // weight.numel())
+    for start in range(0, len(weight), indices):
+        m, w = master[start : start + indices], weight[start : start + indices]
+        torch.where(m.to(w.dtype) == w, m, w.to(m.dtype), out=m)

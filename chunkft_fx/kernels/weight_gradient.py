@@ -5,13 +5,13 @@ where they are, sums in float32 and returns float32. What it replaces makes a co
 rounds the product to the operands' dtype, and is widened again where gradients are added up.
 
 ``by`` says who computes it: one of `TILINGS` is a Triton kernel, `LIBRARY` the library's matrix product on strided
-operands. `chunkft_fx.kernel_choice` measures which is fastest, `passes.lower_triton` writes it into the graph.
+operands. `chunkft_fx.machine.kernel_choice` measures which is fastest, `passes.lower_triton` writes it into the graph.
 On the CPU, and for float32 and float64, it is always the library.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,8 @@ from torch import Tensor, fx
 from torch.utils.flop_counter import register_flop_formula
 
 from chunkft_fx.errors import OptionError
+from chunkft_fx.graph.sizes import AS_TRACED, Sizes
 from chunkft_fx.kernels.launch import ACCESS_NBYTES, current_device
-from chunkft_fx.sizes import AS_TRACED, Sizes
 
 LIBRARY = "library"
 # What the kernel multiplies; its sums are float32.
@@ -41,6 +41,10 @@ class Problem:
     columns: int
     dim: int
     dtype: torch.dtype
+
+
+# Who computes a weight gradient (`chunkft_fx.machine.kernel_choice`); None: the library's matrix product, as traced.
+Choose = Callable[[Problem], str | None]
 
 
 @dataclass(frozen=True)

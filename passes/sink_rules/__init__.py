@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from chunkft_fx import head as chunked_head
+from chunkft_fx.head import operators as chunked_head
 from chunkft_fx.passes.sink_rules import contraction, head, indexing, layout, normalization
 from chunkft_fx.passes.sink_rules.elementwise import elementwise_rule
 from chunkft_fx.passes.sink_rules.table import RULES, Cut, Rule

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from chunkft_fx.passes.rewrite import same, shape
+from chunkft_fx.graph.rewrite import same, shape
 from chunkft_fx.passes.sink_rules.table import Cut, Rule, replaced, rule
 from chunkft_fx.torch_internals import is_operator, writes_memory
 

@@ -10,7 +10,7 @@ import operator
 
 from torch import fx
 
-from chunkft_fx import head
+from chunkft_fx.head import operators as head
 from chunkft_fx.passes.sink_rules.table import Cut
 
 # Arguments of the operator before its output mask.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from chunkft_fx.passes.rewrite import same, shape
+from chunkft_fx.graph.rewrite import same, shape
 from chunkft_fx.passes.sink_rules.table import Cut, replaced, rule
 
 aten = torch.ops.aten

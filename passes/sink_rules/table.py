@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import fx
 
-from chunkft_fx.ops import narrow
-from chunkft_fx.passes.rewrite import insert_before
+from chunkft_fx.graph.ops import narrow
+from chunkft_fx.graph.rewrite import insert_before
 
 
 @dataclass

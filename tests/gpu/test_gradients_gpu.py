@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 
 import chunkft_fx
-from chunkft_fx import errors, rates
-from chunkft_fx.module import CompiledModule
-from chunkft_fx.runtime import Machine
-from chunkft_fx.streams import CudaRing
+from chunkft_fx import errors
+from chunkft_fx.copies.weight_ring import CudaRing
+from chunkft_fx.machine import rates
+from chunkft_fx.module.module import CompiledModule
+from chunkft_fx.runtime.step import Machine
 from chunkft_fx.tools.zoo import tiny
-from tests.equivalence import dense_gradients, loss_of, relative_error
-from tests.forced_streaming import streaming
 from tests.gpu.test_step_gpu import on_cuda
 from tests.gpu.test_weight_streaming_gpu import tight
+from tests.support.equivalence import dense_gradients, loss_of, relative_error
+from tests.support.forced_streaming import streaming
 
 pytestmark = pytest.mark.gpu
 

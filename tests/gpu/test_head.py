@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn import functional
 
 import chunkft_fx
-from chunkft_fx import head
-from chunkft_fx.missing_logits import MissingLogits
+from chunkft_fx.head import operators as head
+from chunkft_fx.head.missing_logits import MissingLogits
 from chunkft_fx.tools.zoo import tiny
-from tests.equivalence import assert_same_gradients
 from tests.kernels.interpreted_cross_entropy import CLASSES, compare
+from tests.support.equivalence import assert_same_gradients
 
 pytestmark = pytest.mark.gpu
 

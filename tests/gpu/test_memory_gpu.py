@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import chunkft_fx
 from chunkft_fx.errors import BudgetInfeasible
-from chunkft_fx.memory_limit import LIMITS, PAGE_NBYTES, PAGES_NBYTES
+from chunkft_fx.machine.memory_limit import LIMITS, PAGE_NBYTES, PAGES_NBYTES
 
 pytestmark = pytest.mark.gpu
 

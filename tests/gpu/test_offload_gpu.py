@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 import chunkft_fx
-from chunkft_fx import ops
-from chunkft_fx.host_memory import HostMemory
-from chunkft_fx.module import CompiledModule
-from chunkft_fx.passes import offload_saved
-from chunkft_fx.saved_copies import CudaSavedCopies
-from chunkft_fx.step_memory import step_timeline
+from chunkft_fx.copies.host_memory import HostMemory
+from chunkft_fx.copies.saved_values import CudaSavedCopies
+from chunkft_fx.graph import ops
+from chunkft_fx.module.module import CompiledModule
+from chunkft_fx.passes.program import offload_saved
+from chunkft_fx.predict.step_memory import step_timeline
 from chunkft_fx.tools.zoo import tiny
-from tests.equivalence import assert_same_gradients, loss_of
 from tests.gpu.test_step_gpu import on_cuda
-from tests.test_structure import deep_llama
+from tests.program.test_structure import deep_llama
+from tests.support.equivalence import assert_same_gradients, loss_of
 
 pytestmark = pytest.mark.gpu
 

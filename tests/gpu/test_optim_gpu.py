@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 import chunkft_fx
-from chunkft_fx import streaming
+from chunkft_fx.copies import state_stage as streaming
+from chunkft_fx.copies.state_stage import CudaStage
 from chunkft_fx.errors import ModelChanged
-from chunkft_fx.optim import AdamW
-from chunkft_fx.optim_host import HostStates
-from chunkft_fx.streaming import CudaStage
+from chunkft_fx.optim.adamw import AdamW
+from chunkft_fx.optim.host_states import HostStates
 from chunkft_fx.torch_internals import release_idle_pinned
-from tests.small_net import compiled, feed, net
+from tests.support.small_net import compiled, feed, net
 
 pytestmark = pytest.mark.gpu
 

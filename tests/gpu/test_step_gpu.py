@@ -11,7 +11,7 @@ from torch import Tensor
 
 import chunkft_fx
 from chunkft_fx.tools.zoo import tiny
-from tests.equivalence import assert_same_gradients, loss_of
+from tests.support.equivalence import assert_same_gradients, loss_of
 
 pytestmark = pytest.mark.gpu
 

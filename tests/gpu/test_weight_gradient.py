@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 import chunkft_fx
-from chunkft_fx import kernel_choice
 from chunkft_fx.kernels import weight_gradient as kernel
 from chunkft_fx.kernels.weight_gradient import LIBRARY, TILINGS, Problem, weight_gradient
+from chunkft_fx.machine import kernel_choice
 from chunkft_fx.tools.zoo import tiny
-from tests.equivalence import chunk_gradients
 from tests.kernels.operands import product_operands
-from tests.test_kernel_choice import choose_everywhere
+from tests.machine.test_kernel_choice import choose_everywhere
+from tests.support.equivalence import chunk_gradients
 
 pytestmark = pytest.mark.gpu
 
@@ -65,7 +65,7 @@ def test_a_step_gives_the_librarys_gradients(backend: Any, by: str, monkeypatch:
     model, batch = tiny("llama", dtype=torch.bfloat16)
     model.cuda()
     values = {name: value.cuda() for name, value in batch(2, 12, 0).items()}
-    monkeypatch.setattr("chunkft_fx.session_programs.chooser", lambda device: lambda problem: None)
+    monkeypatch.setattr("chunkft_fx.program.programs.chooser", lambda device: lambda problem: None)
     usual = chunk_gradients(chunkft_fx.compile(copy.deepcopy(model), "8GB", chunks=5, backend=backend), values)
     asked = choose_everywhere(monkeypatch, by)
     lowered = chunkft_fx.compile(copy.deepcopy(model), "8GB", chunks=5, backend=backend)

@@ -11,10 +11,10 @@ from torch import nn
 
 import chunkft_fx
 from chunkft_fx.errors import BudgetInfeasible
-from chunkft_fx.module import CompiledModule
+from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.tools.zoo import tiny
-from tests.equivalence import assert_same_gradients, loss_of
 from tests.gpu.test_step_gpu import on_cuda
+from tests.support.equivalence import assert_same_gradients, loss_of
 
 pytestmark = pytest.mark.gpu
 

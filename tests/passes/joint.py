@@ -13,8 +13,9 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from chunkft_fx import passes, pipeline
-from chunkft_fx.region import OutputDemand, RegionGraph, SliceDemand
+from chunkft_fx import passes
+from chunkft_fx.graph.region import OutputDemand, RegionGraph, SliceDemand
+from chunkft_fx.program import run_passes as pipeline
 
 # A cut of one weight, or what else may be demanded of its gradient.
 Cut = tuple[int, int, int]

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from chunkft_fx import pipeline
 from chunkft_fx.passes import Canonicalize
+from chunkft_fx.program import run_passes as pipeline
 from tests.passes.joint import Joint, count, joint
 
 aten = torch.ops.aten

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from chunkft_fx import head
-from chunkft_fx.region import RegionGraph
+from chunkft_fx.graph.region import RegionGraph
+from chunkft_fx.head import operators as head
 from tests.passes.joint import Joint, assert_sunk, check, count, joint
 
 aten = torch.ops.aten

@@ -12,15 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from chunkft_fx import passes, pipeline
-from chunkft_fx.cost_model import graph_cost
+from chunkft_fx import passes
 from chunkft_fx.errors import OptionError, VerificationError
+from chunkft_fx.graph.ops import narrow
+from chunkft_fx.graph.region import RegionGraph
 from chunkft_fx.kernels.weight_gradient import LIBRARY, TILINGS, Problem, compute, weight_gradient, workspace
-from chunkft_fx.memory_model import allocated_peak
-from chunkft_fx.ops import narrow
-from chunkft_fx.passes.eliminate import Eliminate
-from chunkft_fx.passes.lower_triton import problems
-from chunkft_fx.region import RegionGraph
+from chunkft_fx.passes.region.eliminate import Eliminate
+from chunkft_fx.passes.region.lower_triton import problems
+from chunkft_fx.predict.region_memory import allocated_peak
+from chunkft_fx.predict.region_time import graph_cost
+from chunkft_fx.program import run_passes as pipeline
 from tests.passes.joint import Asked, Joint, count, joint, rewritten
 
 aten = torch.ops.aten

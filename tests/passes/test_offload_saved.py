@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from chunkft_fx import ops
 from chunkft_fx.errors import VerificationError
-from chunkft_fx.passes import offload_saved
-from chunkft_fx.passes.insert_streams import InsertStreams
-from chunkft_fx.passes.offload_saved import OffloadSaved
-from chunkft_fx.passes.schedule_prefetch import SchedulePrefetch
-from chunkft_fx.stream_verifier import verify_streams
+from chunkft_fx.graph import ops
+from chunkft_fx.passes.program import offload_saved
+from chunkft_fx.passes.program.insert_streams import InsertStreams
+from chunkft_fx.passes.program.offload_saved import OffloadSaved
+from chunkft_fx.passes.program.schedule_prefetch import SchedulePrefetch
+from chunkft_fx.program.verify_streams import verify_streams
 
 CPU = torch.device("cpu")
 WEIGHTS = [f"weight_{i}" for i in range(3)]
@@ -77,7 +77,7 @@ def models(draw: Callable[..., Any]) -> list[Region]:
 
 
 def program(regions: list[Region], lowest: int) -> fx.GraphModule:
-    """Forward calls of all regions, then backward calls down to ``lowest``, as `chunkft_fx.program` writes them."""
+    """Forward calls of all regions, then backward calls down to ``lowest``, as `program.program` writes them."""
     graph, root = fx.Graph(), nn.Module()
     env: dict[Any, fx.Node] = {name: graph.placeholder(name) for name in WEIGHTS}
     for name in WEIGHTS:

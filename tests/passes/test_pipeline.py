@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from chunkft_fx import passes, pipeline
+from chunkft_fx import passes
 from chunkft_fx.errors import VerificationError
-from chunkft_fx.region import RegionGraph
+from chunkft_fx.graph.region import RegionGraph
+from chunkft_fx.program import run_passes as pipeline
 from tests.passes.joint import demands, joint
 
 

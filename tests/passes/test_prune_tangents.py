@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from chunkft_fx import pipeline
+from chunkft_fx.graph.region import RegionGraph
 from chunkft_fx.passes import Eliminate, PruneTangents
-from chunkft_fx.region import RegionGraph
+from chunkft_fx.program import run_passes as pipeline
 
 aten = torch.ops.aten
 

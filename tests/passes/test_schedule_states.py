@@ -12,13 +12,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from chunkft_fx import ops
 from chunkft_fx.errors import VerificationError
-from chunkft_fx.passes.insert_streams import InsertStreams
-from chunkft_fx.passes.schedule_prefetch import SchedulePrefetch
-from chunkft_fx.passes.schedule_states import ScheduleStates
-from chunkft_fx.step_cost import HIDDEN_SHARE, Saving, StepTimes, bare_steps
-from chunkft_fx.stream_verifier import verify_streams
+from chunkft_fx.graph import ops
+from chunkft_fx.passes.program.insert_streams import InsertStreams
+from chunkft_fx.passes.program.schedule_prefetch import SchedulePrefetch
+from chunkft_fx.passes.program.schedule_states import ScheduleStates
+from chunkft_fx.predict.step_time import HIDDEN_SHARE, Saving, StepTimes, bare_steps
+from chunkft_fx.program.verify_streams import verify_streams
 
 CPU = torch.device("cpu")
 DEPTH = 2

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from chunkft_fx import head, passes, pipeline
-from chunkft_fx.passes.split_head import SplitHead
-from chunkft_fx.region import RegionGraph
+from chunkft_fx import passes
+from chunkft_fx.graph.region import RegionGraph
+from chunkft_fx.head import operators as head
+from chunkft_fx.passes.region.split_head import SplitHead
+from chunkft_fx.program import run_passes as pipeline
 from tests.passes.joint import Joint, demands, joint
 
 TOKENS, CLASSES, FEATURES = 24, 13, 5

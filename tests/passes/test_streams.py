@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from chunkft_fx import ops
 from chunkft_fx.errors import VerificationError
-from chunkft_fx.passes.insert_streams import InsertStreams
-from chunkft_fx.passes.schedule_prefetch import SchedulePrefetch
-from chunkft_fx.stream_verifier import verify_streams
+from chunkft_fx.graph import ops
+from chunkft_fx.passes.program.insert_streams import InsertStreams
+from chunkft_fx.passes.program.schedule_prefetch import SchedulePrefetch
+from chunkft_fx.program.verify_streams import verify_streams
 
 CPU = torch.device("cpu")
 WEIGHTS = 5

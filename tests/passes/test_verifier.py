@@ -11,11 +11,11 @@ import torch
 from torch import fx
 from torch.nn import functional
 
-from chunkft_fx import pipeline
 from chunkft_fx.errors import VerificationError
+from chunkft_fx.graph.region import OutputDemand, RegionGraph
+from chunkft_fx.graph.rewrite import fake_value
 from chunkft_fx.passes import SelectSlices
-from chunkft_fx.passes.rewrite import fake_value
-from chunkft_fx.region import OutputDemand, RegionGraph
+from chunkft_fx.program import run_passes as pipeline
 from tests.passes.joint import demands, joint
 
 aten = torch.ops.aten

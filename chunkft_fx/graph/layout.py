@@ -1,0 +1,38 @@
+"""How tensors lie in memory: rows of a stage, runs without gaps, the cut dimension in front."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+# Staged tensors start at multiples of this many bytes, as the CUDA allocator's own do.
+STAGE_ALIGNMENT = 256
+
+
+def stage_nbytes(nbytes: int) -> int:
+    """The bytes that a tensor of ``nbytes`` takes on the stage."""
+    return -(-nbytes // STAGE_ALIGNMENT) * STAGE_ALIGNMENT
+
+
+def run_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
+    """The strides of one run of memory, without gaps, in which dimensions come in the order of ``strides``.
+
+    They equal ``strides``, except in dimensions of size 1, for a tensor that is such a run itself.
+    """
+    found = [0] * len(shape)
+    step = 1
+    for d in sorted(range(len(shape)), key=lambda d: (strides[d], -d)):
+        found[d] = step
+        step *= shape[d]
+    return tuple(found)
+
+
+def size_along(parameter: Tensor, dim: int) -> int:
+    """The number of indices along ``dim``; a scalar has one."""
+    return parameter.shape[dim] if parameter.ndim else 1
+
+
+def front(t: Tensor, dim: int) -> Tensor:
+    """A view with the cut dimension in front, without autograd; a scalar becomes one index."""
+    return t.detach().movedim(dim, 0) if t.ndim else t.detach().view(1)

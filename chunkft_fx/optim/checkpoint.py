@@ -1,0 +1,222 @@
+"""Optimizer checkpoints: how states are completed for saving, and how they are read, checked before anything changes.
+
+The layout is that of ``torch.optim.AdamW``: ``{"state": {index: {"step", "exp_avg", "exp_avg_sq"}},
+"param_groups": [...]}``. This library adds ``master`` (float32 weights of low-precision parameters) and
+``slice_steps`` (``[start, length, step]`` along the cut dimension) per parameter, and a top-level
+entry ``chunkft`` with names, shapes and cut dimensions of the parameters, the schedule's position and the number
+of updates made, which seeds stochastic rounding. Moments are in the dtype in which the optimizer keeps them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chunkft_fx.errors import CheckpointMismatch
+from chunkft_fx.graph.layout import front, size_along
+from chunkft_fx.kernels.adamw_reference import reconcile
+from chunkft_fx.optim.step_counts import Counts, Run, is_partition, uniform
+from chunkft_fx.plan.cuts import cut_dim
+from chunkft_fx.plan.state_spec import MOMENTS, master_dtype, state_dtypes
+
+ENTRY = "chunkft"
+HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
+# Switches of torch.optim.AdamW that choose an implementation; ours is chosen by the device.
+_IGNORED_OPTIONS = {"params", "param_names", "foreach", "capturable", "differentiable", "fused"} | {
+    "decoupled_weight_decay",
+    "amsgrad",
+    "maximize",
+}
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """One parameter's state as it was saved: tensors of the parameter's shape, and its step counts."""
+
+    tensors: dict[str, Tensor]
+    counts: Counts
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checked checkpoint: options per group, states by the flat index of the parameter, and the position."""
+
+    options: list[dict[str, Any]]
+    states: dict[int, SavedState]
+    position: dict[str, Any] | None
+    updates: int
+
+
+def describe(groups: Sequence[Mapping[str, Any]], position: dict[str, Any] | None, updates: int) -> dict[str, Any]:
+    """The entry that this library adds to a checkpoint: plain data only."""
+    named = [(n, p) for g in groups for n, p in zip(g["param_names"], g["params"], strict=True)]
+    return {
+        "parameters": [[n, list(p.shape), cut_dim(p.shape)] for n, p in named],
+        "position": position,
+        "updates": updates,
+    }
+
+
+def fill_masters(states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    """Give the masters of slices that were never updated, so far without values, those of the weights."""
+    for parameter, state in states.items():
+        dim = cut_dim(parameter.shape)
+        for run in state["slice_steps"] if "master" in state else ():
+            if run.step == 0:
+                weight = front(parameter, dim).narrow(0, run.start, run.length)
+                reconcile(front(state["master"], dim).narrow(0, run.start, run.length), weight.cpu())
+
+
+def exported(states: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The states of updated parameters as a checkpoint has them: steps as torch counts them, runs as lists."""
+    found: dict[int, dict[str, Any]] = {}
+    for index, state in states.items():
+        step = max(run.step for run in state["slice_steps"])
+        if step:
+            runs = [list(run) for run in state["slice_steps"]]
+            found[index] = {"step": torch.tensor(float(step)), **state, "slice_steps": runs}
+    return found
+
+
+def read(
+    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], moments: torch.dtype = torch.float32
+) -> Checkpoint:
+    """Check a checkpoint of this library or of ``torch.optim.AdamW`` against the optimizer's groups.
+
+    ``moments`` is the dtype in which the optimizer keeps moments. Raises `CheckpointMismatch` when the
+    checkpoint belongs to another model, optimizer or layout.
+    """
+    if not isinstance(state_dict.get("state"), Mapping) or not isinstance(state_dict.get("param_groups"), Sequence):
+        raise CheckpointMismatch('this is no optimizer checkpoint: entries "state" and "param_groups" are missing')
+    saved_groups = state_dict["param_groups"]
+    if len(saved_groups) != len(groups):
+        raise CheckpointMismatch(
+            f"the checkpoint has {len(saved_groups)} parameter group(s), this optimizer {len(groups)}; "
+            "make the optimizer with the same no_decay patterns"
+        )
+    options = [_options(i, saved, group) for i, (saved, group) in enumerate(zip(saved_groups, groups, strict=True))]
+    named = [(n, p) for g in groups for n, p in zip(g["param_names"], g["params"], strict=True)]
+    entry = state_dict.get(ENTRY)
+    dims = _check_entry(entry, named) if entry is not None else [cut_dim(p.shape) for _, p in named]
+    indices = {key: i for i, key in enumerate(k for g in saved_groups for k in g["params"])}
+    unknown = [key for key in state_dict["state"] if key not in indices]
+    if unknown:
+        raise CheckpointMismatch(
+            f"the checkpoint has state for parameters {unknown[:5]} that are in none of its groups"
+        )
+    states = {
+        i: _state(named[i][0], named[i][1], dims[i], state_dict["state"][key], moments)
+        for key, i in indices.items()
+        if key in state_dict["state"]
+    }
+    if entry is not None:
+        _require_masters([(*named[i], saved) for i, saved in states.items()])
+    if entry is None:
+        return Checkpoint(options, states, None, 0)
+    return Checkpoint(options, states, entry["position"], int(entry.get("updates", 0)))
+
+
+def _options(index: int, saved: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved group's options, once its parameters are known to be this group's."""
+    where = f"parameter group {index} of the checkpoint"
+    missing = [key for key in ("params", *HYPERPARAMETERS) if key not in saved]
+    if missing:
+        raise CheckpointMismatch(f"{where} lacks {', '.join(missing)}; it was not saved by an AdamW optimizer")
+    if len(saved["params"]) != len(group["params"]):
+        raise CheckpointMismatch(
+            f"{where} has {len(saved['params'])} parameters, the optimizer's has {len(group['params'])}: "
+            "it belongs to another model"
+        )
+    for theirs, ours in zip(saved.get("param_names", ()), group["param_names"], strict=False):
+        if theirs != ours:
+            raise CheckpointMismatch(f"{where} has parameter {theirs!r} where this model has {ours!r}")
+    for switch in ("amsgrad", "maximize"):
+        if saved.get(switch):
+            raise CheckpointMismatch(f"{where} was trained with {switch}=True, which this optimizer does not do")
+    return {key: deepcopy(value) for key, value in saved.items() if key not in _IGNORED_OPTIONS}
+
+
+def _check_entry(entry: Any, named: Sequence[tuple[str, Tensor]]) -> list[int]:
+    """The saved cut dimensions, once names and shapes are known to be this model's."""
+    try:
+        saved = [(str(name), tuple(shape), int(dim)) for name, shape, dim in entry["parameters"]]
+        entry["position"], int(entry.get("updates", 0))
+    except (TypeError, ValueError, KeyError, IndexError) as error:
+        raise CheckpointMismatch(f"the checkpoint's entry {ENTRY!r} is not readable: {error!r}") from error
+    if len(saved) != len(named):
+        raise CheckpointMismatch(f"the checkpoint describes {len(saved)} parameters, this model has {len(named)}")
+    for (name, shape, _), (ours, parameter) in zip(saved, named, strict=True):
+        if (name, shape) != (ours, tuple(parameter.shape)):
+            raise CheckpointMismatch(
+                f"the checkpoint has parameter {name!r} of shape {shape} where this model has {ours!r} "
+                f"of shape {tuple(parameter.shape)}"
+            )
+    return [dim for _, _, dim in saved]
+
+
+def _state(name: str, parameter: Tensor, dim: int, saved: Mapping[str, Any], moments: torch.dtype) -> SavedState:
+    dtypes = state_dtypes(parameter, moments)
+    tensors = {key: value for key, value in saved.items() if key not in ("step", "slice_steps")}
+    expected = set(MOMENTS)
+    if not expected <= tensors.keys() <= expected | {"master"}:
+        raise CheckpointMismatch(f"the state of {name!r} holds {sorted(tensors)}, not {sorted(expected)}")
+    if not tensors.keys() <= dtypes.keys():
+        raise CheckpointMismatch(
+            f"the state of {name!r} has a master weight, but the parameter is {master_dtype(parameter)} "
+            "and its own master; load into a model of the dtype that was trained"
+        )
+    for key, value in tensors.items():
+        if not isinstance(value, Tensor) or value.shape != parameter.shape:
+            raise CheckpointMismatch(
+                f"{key} of {name!r} has shape {tuple(getattr(value, 'shape', ()))}, "
+                f"the parameter {tuple(parameter.shape)}"
+            )
+        if torch.promote_types(value.dtype, dtypes[key]) != dtypes[key]:
+            raise CheckpointMismatch(
+                f"{key} of {name!r} is {value.dtype}, which {dtypes[key]} would round; load into a model of the "
+                "dtype, and an optimizer of the state_dtype, that was trained"
+            )
+    return SavedState(tensors, _counts(name, parameter, dim, saved))
+
+
+def _require_masters(states: Sequence[tuple[str, Tensor, SavedState]]) -> None:
+    """Where this library trained in low precision it saved a master: without one, the weights were the masters."""
+    for name, parameter, saved in states:
+        if "master" not in saved.tensors and master_dtype(parameter) != parameter.dtype:
+            raise CheckpointMismatch(
+                f"the state of {name!r} has no master weight, but the parameter is {parameter.dtype}: it was trained "
+                "in a wider dtype; load into a model of that dtype"
+            )
+
+
+def _counts(name: str, parameter: Tensor, dim: int, saved: Mapping[str, Any]) -> Counts:
+    """The saved step counts along today's cut dimension."""
+    ours = cut_dim(parameter.shape)
+    size = size_along(parameter, ours)
+    try:
+        if "slice_steps" not in saved:
+            return _whole(name, saved["step"], size)
+        runs = tuple(Run(*run) for run in saved["slice_steps"])
+    except (TypeError, ValueError, KeyError) as error:
+        raise CheckpointMismatch(f"the step counts of {name!r} are not readable: {error!r}") from error
+    if not is_partition(runs, size_along(parameter, dim) if dim < max(parameter.ndim, 1) else -1):
+        raise CheckpointMismatch(
+            f"the step counts of {name!r} do not cover dimension {dim} of {tuple(parameter.shape)}"
+        )
+    if dim == ours:
+        return runs
+    if len(runs) > 1:
+        raise CheckpointMismatch(f"{name!r} was cut along dimension {dim} when it was saved, now it is along {ours}")
+    return uniform(size, runs[0].step)
+
+
+def _whole(name: str, step: Any, size: int) -> Counts:
+    count = float(step)
+    if count < 0 or not count.is_integer():
+        raise CheckpointMismatch(f"the step count of {name!r} is {count}, not a whole number")
+    return uniform(size, int(count))

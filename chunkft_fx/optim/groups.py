@@ -1,0 +1,153 @@
+"""What the optimizer is made from: the compiled module, its parameters in groups, checked hyperparameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from fnmatch import fnmatchcase
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from chunkft_fx.errors import NoTrainableParameters, OptimizerMismatch, OptionError
+from chunkft_fx.gradients.slices import ActiveSlice, Arrivals, ChunkSchedule
+from chunkft_fx.optim.checkpoint import HYPERPARAMETERS
+from chunkft_fx.plan.plan import Plan
+from chunkft_fx.plan.state_spec import master_dtype
+
+
+class ChunkedModule(Protocol):
+    """What the optimizer needs of the module that `chunkft_fx.compile` returns."""
+
+    @property
+    def plan(self) -> Plan: ...
+
+    @property
+    def schedule(self) -> ChunkSchedule: ...
+
+    @property
+    def compute_device(self) -> torch.device: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def active_slices(self) -> tuple[ActiveSlice, ...]: ...
+
+    @property
+    def lock(self) -> AbstractContextManager[Any]: ...
+
+    @property
+    def arrivals(self) -> Arrivals: ...
+
+    @property
+    def optimizer(self) -> object: ...
+
+    def check(self) -> None: ...
+
+    def advance(self) -> bool: ...
+
+    def expect(self, optimizer: Any) -> None: ...
+
+    def resume(self, position: Mapping[str, Any]) -> None: ...
+
+    def schedule_position(self) -> dict[str, Any] | None: ...
+
+
+def require_chunked(model: object) -> None:
+    """Raise `OptimizerMismatch` unless ``model`` is a `ChunkedModule`."""
+    # Looked up on the class: on the object, properties would run, and they raise before there is a plan.
+    if all(hasattr(type(model), name) for name in ("plan", "schedule", "active_slices", "advance", "resume")):
+        return
+    raise OptimizerMismatch(
+        f"AdamW was given a {type(model).__module__}.{type(model).__qualname__}; pass the module returned by "
+        "chunkft_fx.compile itself, not its parameters, the plain model, or what torch.compile returned"
+    )
+
+
+def check_hyperparameters(lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """Raise `OptionError` for a value out of its range; NaN is out of every range.
+
+    The value of a rate that is a tensor on a GPU is not looked at: that would wait for the GPU.
+    """
+    if not (isinstance(lr, Tensor) and lr.is_cuda) and not _is_at_least_0(lr):
+        raise OptionError(f"lr={lr!r} must be a number, 0 or more")
+    if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(_is_at_least_0(b) and b < 1 for b in betas):
+        raise OptionError(f"betas={betas!r} must be two numbers from 0 up to, but not, 1")
+    if not _is_at_least_0(eps):
+        raise OptionError(f"eps={eps!r} must be a number, 0 or more")
+    if not _is_at_least_0(weight_decay):
+        raise OptionError(f"weight_decay={weight_decay!r} must be a number, 0 or more")
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Raise `OptionError` for an option of a group that is out of its range, or that only ``torch.optim.AdamW`` has."""
+    check_hyperparameters(*(group[key] for key in HYPERPARAMETERS))
+    for key in ("maximize", "amsgrad", "differentiable"):
+        if group.get(key):
+            raise OptionError(f"{key}={group[key]!r} was set in a parameter group, but chunkft_fx.AdamW has no {key}")
+
+
+def check_clipping(max_grad_norm: float | None) -> None:
+    """Raise `OptionError` unless this is a norm to clip to, or None."""
+    if max_grad_norm is not None and not (_is_at_least_0(max_grad_norm) and max_grad_norm > 0):
+        raise OptionError(f"max_grad_norm={max_grad_norm!r} must be above 0, or None for no clipping")
+
+
+def _is_at_least_0(value: Any) -> bool:
+    is_number = isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
+    return is_number and not isinstance(value, bool) and 0 <= float(value) < float("inf")
+
+
+def parameter_groups(model: ChunkedModule, no_decay: Sequence[str]) -> list[dict[str, Any]]:
+    """One group with all trainable parameters, and a second without weight decay where patterns ask for it."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    if not named:
+        raise NoTrainableParameters(
+            "no parameter of this model has requires_grad=True, so there is nothing to optimize"
+        )
+    for pattern in no_decay:
+        if not any(fnmatchcase(n, pattern) for n, _ in named):
+            raise OptionError(f"no_decay pattern {pattern!r} matches no trainable parameter, such as {named[0][0]!r}")
+    kept = [(n, p) for n, p in named if any(fnmatchcase(n, pattern) for pattern in no_decay)]
+    decayed = [(n, p) for n, p in named if not any(n == k for k, _ in kept)]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
+    return [g for g in groups if g["params"]]
+
+
+def regrouped(
+    groups: Sequence[Mapping[str, Any]], parameters: Mapping[str, nn.Parameter], no_decay: Sequence[str]
+) -> list[list[str]]:
+    """For each group the names that it is to hold, in the model's order: those it has, and new trainable ones.
+
+    New ones that a pattern of ``no_decay`` matches go to the second group where there is one, the others to the first.
+    """
+    known = {n: i for i, g in enumerate(groups) for n in g["param_names"]}
+    members: list[list[str]] = [[] for _ in groups]
+    for name, p in parameters.items():
+        spared = any(fnmatchcase(name, pattern) for pattern in no_decay)
+        if name in known:
+            members[known[name]].append(name)
+        elif p.requires_grad:
+            members[min(int(spared), len(groups) - 1)].append(name)
+    return members
+
+
+def check_slices(active: Sequence[ActiveSlice], groups: Sequence[Mapping[str, Any]], device: torch.device) -> None:
+    """Raise `OptimizerMismatch` for what an update on ``device`` could not finish, before it begins."""
+    known = {id(p): n for g in groups for n, p in zip(g["param_names"], g["params"], strict=True)}
+    for s in active:
+        if known.get(id(s.parameter)) != s.name:
+            raise OptimizerMismatch(
+                f"{s.name!r} became trainable or was replaced after this optimizer was made; make a new optimizer"
+            )
+        if s.parameter.device not in (device, torch.device("cpu")):
+            raise OptimizerMismatch(
+                f"{s.name!r} is on {s.parameter.device}, the model runs on {device}; "
+                "a weight must be there or in host memory"
+            )
+        expected = (s.weight().shape, master_dtype(s.parameter), device)
+        if s.grad is not None and (s.grad.shape, s.grad.dtype, s.grad.device) != expected:
+            raise OptimizerMismatch(
+                f"the gradient of {s.name!r} is {tuple(s.grad.shape)}, {s.grad.dtype} on {s.grad.device}; "
+                f"it must be {tuple(expected[0])}, {expected[1]} on {device}"
+            )

@@ -1,0 +1,150 @@
+"""Optimizer states that host memory keeps: where each tensor lies, how much all take, and whether they fit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from chunkft_fx.bytes import format_bytes
+from chunkft_fx.copies.host_memory import LARGEST_SLAB
+from chunkft_fx.errors import HostMemoryExceeded
+from chunkft_fx.graph.layout import front, stage_nbytes
+from chunkft_fx.plan.cuts import cut_dim
+from chunkft_fx.plan.state_spec import state_dtypes
+from chunkft_fx.torch_internals import release_idle_pinned
+
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
+# Of a control group: its limit, its use, and in its memory.stat the files' pages, which give way when asked for.
+_LIMITS = (
+    ("memory.max", "memory.current", "memory.stat", ("active_file", "inactive_file")),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        ("total_active_file", "total_inactive_file"),
+    ),
+)
+
+
+class HostStates:
+    """The state tensors of all parameters, their places planned together, their memory taken as it is needed.
+
+    Pinned tensors lie in slabs, each a power of two of bytes (torch's pinned allocator rounds up to them), in the
+    order of the parameters, so that neighbours move in one copy. Pinning costs about 0.5 s a GiB: a slab is
+    pinned when its first tensor is asked for.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], moments: torch.dtype) -> None:
+        self._dtypes = [state_dtypes(p, moments) for p in parameters]
+        self._index = {id(p): i for i, p in enumerate(parameters)}
+        sizes = [[p.numel() * d.itemsize for d in ds.values()] for p, ds in zip(parameters, self._dtypes, strict=True)]
+        self._sizes = list(chain.from_iterable(sizes))
+        self._first = [sum(len(s) for s in sizes[:i]) for i in range(len(sizes))]
+        self._places, self._slab_sizes = pack(self._sizes)
+        self._slabs: dict[int, Tensor] = {}
+
+    def nbytes(self, pinned: bool) -> int:
+        """Bytes of host memory that the states of all parameters take."""
+        return sum(self._slab_sizes) if pinned else sum(self._sizes)
+
+    def holds(self, parameter: Tensor) -> bool:
+        """Whether a parameter's states have their place here."""
+        return id(parameter) in self._index
+
+    def rename(self, parameter: Tensor, other: Tensor) -> None:
+        """Let another parameter of the same shape and dtype have the places of this one, if they are here."""
+        if id(parameter) in self._index:
+            self._index[id(other)] = self._index.pop(id(parameter))
+
+    def zeros(self, parameter: Tensor, pinned: bool) -> dict[str, Tensor]:
+        """The state tensors of one parameter by name, with its shape and the cut dimension outermost in memory."""
+        dim = cut_dim(parameter.shape)
+        shape = front(parameter, dim).shape
+        index = self._index[id(parameter)]
+        tensors: dict[str, Tensor] = {}
+        for at, (key, dtype) in enumerate(self._dtypes[index].items(), start=self._first[index]):
+            host = self._pinned(at).view(dtype).view(shape) if pinned else torch.zeros(shape, dtype=dtype)
+            tensors[key] = host.movedim(0, dim) if parameter.ndim else host.view(())
+        return tensors
+
+    def _pinned(self, at: int) -> Tensor:
+        slab, offset = self._places[at]
+        if slab not in self._slabs:
+            self._slabs[slab] = torch.zeros(self._slab_sizes[slab], dtype=torch.uint8, pin_memory=True)
+        return self._slabs[slab][offset : offset + self._sizes[at]]
+
+
+def pack(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], list[int]]:
+    """First fit: the slab and the offset of each of these tensors, in bytes, and the sizes of the slabs.
+
+    A slab is a power of two, and larger than `LARGEST_SLAB` only for a tensor that is.
+    """
+    places: list[tuple[int, int]] = []
+    used: list[int] = []
+    limits: list[int] = []
+    for nbytes in sizes:
+        taken = stage_nbytes(nbytes)
+        slab = next((i for i, u in enumerate(used) if u + taken <= limits[i]), len(used))
+        if slab == len(used):
+            used.append(0)
+            limits.append(max(LARGEST_SLAB, _power_of_two(taken)))
+        places.append((slab, used[slab]))
+        used[slab] += taken
+    return places, [_power_of_two(u) for u in used]
+
+
+def require_room(states: HostStates, pinned: bool, host_budget: int | None, moments: torch.dtype) -> None:
+    """Raise `HostMemoryExceeded` if the states do not fit ``host_budget`` or, without one, available memory."""
+    needed = states.nbytes(pinned)
+    limit = available_nbytes() if host_budget is None else host_budget
+    if needed > limit and host_budget is None and pinned:
+        release_idle_pinned()  # of an optimizer that is gone, say
+        limit = available_nbytes()
+    if needed <= limit:
+        return
+    what = "available physical memory is" if host_budget is None else "host_budget is"
+    choices = ['states="reset" (keeps none in host memory)']
+    if moments == torch.float32:
+        choices.append('state_dtype="bfloat16"')
+    choices.append("a larger host_budget" if host_budget is not None else "a machine with more memory")
+    kind = "pinned host memory" if pinned else "host memory"
+    raise HostMemoryExceeded(
+        f"the optimizer states of all parameters take {format_bytes(needed)} ({needed} bytes) of {kind}, "
+        f"{what} {format_bytes(limit)}; use {', or '.join(choices)}",
+        needed,
+        limit,
+    )
+
+
+def available_nbytes() -> int:
+    """Bytes of physical memory that can still be taken: the system's, or what a control group leaves of its limit."""
+    left = [_left(*names) for names in _LIMITS]
+    return min([_system_nbytes(), *(nbytes for nbytes in left if nbytes is not None)])
+
+
+def _system_nbytes() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # not Linux: all memory, since what is free says little about what can be had
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _left(limit: str, usage: str, statistics: str, files: Sequence[str]) -> int | None:
+    """What a control group leaves, None when there is none or it has no limit."""
+    try:
+        most = int((CONTROL_GROUPS / limit).read_text())
+        taken = int((CONTROL_GROUPS / usage).read_text())
+        lines = dict(line.split() for line in (CONTROL_GROUPS / statistics).read_text().splitlines())
+    except (OSError, ValueError):  # ValueError: the limit is "max"
+        return None
+    return max(0, most - taken + sum(int(lines.get(f, 0)) for f in files))
+
+
+def _power_of_two(nbytes: int) -> int:
+    return 1 << max(nbytes - 1, 0).bit_length()

@@ -1,0 +1,246 @@
+"""Plans for the batches that come: before a batch runs, it is known how, or refused.
+
+A session can be called with batches of other sizes than it was captured for. Each is compared with those that plans
+were made for: a batch that is no larger in any size runs as the larger one would; any other is planned first, with its
+sizes rounded up where that fits the budget, so that few of many lengths are. While no sweep has begun everything is
+chosen anew for the largest batch so far; then chunks and streamed weights stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from chunkft_fx.bytes import format_bytes
+from chunkft_fx.errors import BudgetInfeasible
+from chunkft_fx.graph.sizes import Sizes, size_reader
+from chunkft_fx.machine.memory_limit import LIMITS, overhead, take_workspaces
+from chunkft_fx.plan.plan import Plan
+from chunkft_fx.plan.state_policy import StatePolicy, policy_of
+from chunkft_fx.planning.planner import plan_again, plan_for_batch
+from chunkft_fx.predict.fixed_memory import chunk_terms, resident_nbytes, weight_terms
+from chunkft_fx.predict.predictor import BATCH, Predictor
+from chunkft_fx.predict.step_memory import step_timeline, storages_nbytes
+from chunkft_fx.predict.step_time import StepTimes
+
+if TYPE_CHECKING:
+    from chunkft_fx.program.programs import Owner
+    from chunkft_fx.runtime.session import Session
+
+# Of a session's plans the newest are kept; a plan that is asked for again is made again.
+KEPT_PLANS = 64
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a call asks of a plan: its sizes, the bytes of its batch, and the tangents that are expected."""
+
+    sizes: Sizes
+    nbytes: int
+    expected: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A plan, the need that it was made for, and what regions take then, where that is known."""
+
+    need: Need
+    plan: Plan
+    times: StepTimes | None
+
+    @property
+    def policy(self) -> StatePolicy:
+        return StatePolicy(self.plan.state_dtype, self.plan.states)
+
+
+class BatchPlans:
+    """The plans of one session; ``batch`` are the positions of its arguments that are neither weights nor buffers."""
+
+    def __init__(self, session: Session, batch: Sequence[int]) -> None:
+        self._session, self._batch = session, tuple(batch)
+        self._reader = size_reader(session.capture.graph, session.capture.primals)
+        by_name = {n.name: n for n in session.capture.graph.find_nodes(op="placeholder")}
+        self._values = [by_name[session.capture.primals[i]].meta["val"] for i in self._batch]
+        self._made: list[Made] = []  # the newest first
+        self._refused: list[tuple[Plan, Need]] = []  # rounded needs that a plan's chunks have no room for
+        self._evaluated: list[tuple[Plan, Need, int]] = []
+        self._in_force: Made | None = None
+
+    def prepare(self, arguments: Sequence[Any], expected: frozenset[str]) -> None:
+        """Have a plan in force that a training step on these arguments fits; nothing has run of it yet.
+
+        Raises `BudgetInfeasible`, with the plan in force and everything else as before, if there is none.
+        """
+        need = self._need(arguments, expected)
+        fit = next((made for made in self._made if self._holds(made, need)), None)
+        if fit is None:
+            fit = self._planned(need)
+            self._made = [fit, *(m for m in self._made if not self._outdone(m, fit))][:KEPT_PLANS]
+        if fit is not self._in_force:
+            self._put_in_force(fit)
+
+    def check_evaluation(self, arguments: Sequence[Any]) -> None:
+        """Raise `BudgetInfeasible` for a call without gradients that does not fit beside what training holds.
+
+        Before there is a plan nothing is refused: the budget holds from the first training batch on.
+        """
+        owner = self._session.owner
+        plan = owner.known_plan
+        if plan is None or not plan.batch:
+            return
+        need, room = self._need(arguments, frozenset()), plan.budget_bytes - owner.gradient_nbytes
+        known = [(k, n) for p, k, n in self._evaluated if _alike(p, plan) and self._covers(k, need)]
+        if any(nbytes <= room for _, nbytes in known):
+            return
+        # that a larger one was refused says nothing of this
+        peak = next((nbytes for k, nbytes in known if k == need), None)
+        if peak is None:
+            peak = self._evaluation_nbytes(owner, plan, need)
+            self._evaluated = [(plan, need, peak), *self._evaluated][:KEPT_PLANS]
+        peak += owner.gradient_nbytes
+        if peak > plan.budget_bytes:
+            raise BudgetInfeasible(
+                f"budget {format_bytes(plan.budget_bytes)} is too small to evaluate {self._described(need)} beside "
+                f"what training holds: it needs {format_bytes(peak)}; evaluate smaller batches, or raise the budget to "
+                f"at least {peak} bytes",
+                peak,
+                {"evaluation": peak},
+            )
+
+    def needed(self) -> str:
+        """What the plan in force says of memory, for an error that says it was not enough."""
+        if self._in_force is None:
+            return "no plan was made yet"
+        plan = self._in_force.plan
+        peak = 0 if plan.predicted_peak_bytes is None else plan.predicted_peak_bytes
+        return (
+            f"the plan for {plan.batch} needs {format_bytes(peak)} of the budget of {format_bytes(plan.budget_bytes)}, "
+            f"most of it in {plan.peak_at}"
+        )
+
+    def _put_in_force(self, made: Made) -> None:
+        session, plan = self._session, made.plan
+        session.save_from, session.offload_below = plan.save_from, plan.offload_below
+        session.head_split, session.times = plan.head_split, made.times
+        session.given = self._given(made.need)
+        self._in_force = made
+
+    def _need(self, arguments: Sequence[Any], expected: frozenset[str]) -> Need:
+        return Need(self._reader.read(arguments), storages_nbytes(arguments[i] for i in self._batch), expected)
+
+    def _covers(self, larger: Need, need: Need) -> bool:
+        is_alike = larger.expected == need.expected and larger.nbytes >= need.nbytes
+        return is_alike and self._reader.covers(larger.sizes, need.sizes)
+
+    def _holds(self, made: Made, need: Need) -> bool:
+        """Whether a plan still says what is done, and covers a need."""
+        owner = self._session.owner
+        if not _alike(made.plan, owner.known_plan) or not self._covers(made.need, need):
+            return False
+        policy = policy_of(owner.residency.stage_owner())
+        return made.policy == policy or (made.policy.covers(policy) and owner.is_bound)
+
+    def _outdone(self, made: Made, by: Made) -> bool:
+        return not _alike(made.plan, by.plan) or self._covers(by.need, made.need)
+
+    def _planned(self, need: Need) -> Made:
+        """Plan, for the rounded sizes if the budget has room for them, and settle the plan."""
+        rounded, known = self._rounded(need), self._session.owner.known_plan
+        refused = [n for plan, n in self._refused if _alike(plan, known)]
+        if rounded == need or any(self._covers(rounded, n) for n in refused):
+            made = self._chosen(need)
+        else:
+            try:
+                made = self._chosen(rounded)
+            except BudgetInfeasible:
+                if known is not None and known.batch:
+                    self._refused = [(known, rounded), *self._refused][:KEPT_PLANS]
+                made = self._chosen(need)
+        settle(self._session.owner, made.plan)
+        return made
+
+    def _chosen(self, need: Need) -> Made:
+        """The plan for a need, which changes nothing yet."""
+        session, owner = self._session, self._session.owner
+        predictor = Predictor(session, sizes=need.sizes, given=self._given(need))
+        before, session.expected = session.expected, need.expected
+        try:
+            plan = _choose(owner, predictor, self._described(need), need.nbytes)
+        finally:
+            session.expected = before
+        return Made(need, replace(plan, batch_nbytes=need.nbytes), predictor.known_times)
+
+    def _given(self, need: Need) -> dict[str, int]:
+        return {BATCH: self._session.constants_nbytes + need.nbytes}
+
+    def _rounded(self, need: Need) -> Need:
+        sizes = self._reader.rounded(need.sizes)
+        more = sum(sizes.nbytes(v) - need.sizes.nbytes(v) for v in self._values)
+        return replace(need, sizes=sizes, nbytes=need.nbytes + more)
+
+    def _described(self, need: Need) -> str:
+        shapes = [need.sizes.shape(v) for v in self._values if isinstance(v, Tensor)]
+        return f"a batch with inputs of shapes {shapes[:4]}"
+
+    def _evaluation_nbytes(self, owner: Owner, plan: Plan, need: Need) -> int:
+        session = self._session
+        moments = step_timeline(session.evaluation(), session.backend, sizes=need.sizes)
+        largest = max((m.nbytes for m in moments), default=0)
+        residency = owner.residency
+        resident = weight_terms(
+            residency.parameters, resident_nbytes(owner.plain), session.uses, frozenset(plan.streamed), plan.depth
+        )
+        states = chunk_terms(residency.parameters, plan.chunks, StatePolicy(plan.state_dtype))
+        terms = [*resident.values(), states["optimizer state of the active chunk"]]
+        terms += [session.constants_nbytes + need.nbytes, largest]
+        return sum(terms) + sum(overhead(residency.device, largest).values())
+
+
+def _alike(plan: Plan, other: Plan | None) -> bool:
+    """Whether two plans have the same chunks, and weights in the same places."""
+    if other is None or not other.batch or plan.chunks is not other.chunks:
+        return False
+    return plan.streamed == other.streamed and plan.depth == other.depth
+
+
+def _choose(owner: Owner, predictor: Predictor, batch: str, nbytes: int) -> Plan:
+    """The plan for a batch of so many bytes; while that loses nothing, all is chosen anew for the largest batch."""
+    model, options, known = owner.plain, owner.options, owner.known_plan
+    policy = policy_of(owner.residency.stage_owner())
+    if known is None or not known.batch:
+        return plan_for_batch(model, options, known, predictor, batch, policy)
+    if owner.is_bound:
+        return plan_again(model, options, known, predictor, batch, policy)
+    given = None if options.chunks == "auto" else known
+    if nbytes > known.batch_nbytes or policy != StatePolicy(known.state_dtype, known.states):
+        return plan_for_batch(model, options, given, predictor, batch, policy)
+    try:
+        return plan_again(model, options, known, predictor, batch, policy)
+    except BudgetInfeasible:
+        return plan_for_batch(model, options, given, predictor, batch, policy)
+
+
+def settle(owner: Owner, plan: Plan) -> None:
+    """Put weights, and memory that stays, where a plan wants them, and go by the plan.
+
+    Of plans with the same chunks, places and kind of states, the one that needs most is shown.
+    """
+    known, residency = owner.known_plan, owner.residency
+    if known is not None and _alike(plan, known):
+        is_larger = (plan.predicted_peak_bytes or 0) > (known.predicted_peak_bytes or 0)
+        if is_larger or (plan.state_dtype, plan.states) != (known.state_dtype, known.states):
+            owner.adopt(plan)
+        return
+    optimizer = residency.stage_owner()
+    if optimizer is not None and known is not None and plan.chunks is not known.chunks:
+        optimizer.drop_stage()
+    LIMITS.avoid_fragmentation(owner, residency.device)
+    residency.settle(plan.streamed, plan.depth)
+    LIMITS.hold(owner, residency.device, plan.budget_bytes)
+    owner.adopt(plan)
+    # what stays is taken before a step takes anything: between its blocks it would split their memory
+    take_workspaces(residency.device)
+    residency.take_stage()

@@ -1,0 +1,117 @@
+"""What a choice of the planner costs, and which bytes it needs whatever its steps do; each found once.
+
+A choice costs `predict.step_time.sweep_cost` of its predicted steps. Where no times are known (on the CPU) choices are
+compared by whether they offload, then by streamed regions, chunks, recomputing regions and the split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from chunkft_fx.plan.cuts import ParameterSpec, cut
+from chunkft_fx.plan.plan import Chunk
+from chunkft_fx.plan.state_policy import ASSUMED, StatePolicy
+from chunkft_fx.plan.state_spec import stage_capacity_nbytes
+from chunkft_fx.planning.choice import Choice, Cost, Predicts
+from chunkft_fx.planning.chunk_path import cheapest_chunks
+from chunkft_fx.predict.fixed_memory import DEPTH, Terms, chunk_terms, resident_nbytes, weight_terms
+from chunkft_fx.predict.step_time import (
+    BareSteps,
+    Saving,
+    StepTimes,
+    SweepWork,
+    Work,
+    bare_steps,
+    step_us,
+    streamed_regions,
+    sweep_cost,
+)
+
+
+class ChoiceCosts:
+    """Costs (microseconds, where ``times`` are known) and fixed terms (bytes) of one model's choices.
+
+    ``states`` is the bytes of all optimizer states that travel between host memory and the stage.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Sequence[ParameterSpec],
+        predictor: Predicts,
+        times: StepTimes | None,
+        policy: StatePolicy = ASSUMED,
+    ) -> None:
+        self.uses = predictor.uses()
+        self.regions = len(self.uses)
+        self.named, self.resident = dict(model.named_parameters()), resident_nbytes(model)
+        self._given: frozenset[str] | None = None  # weights to stream, by default those of `placed` regions
+        (whole,) = cut(parameters, 1)
+        self.states = stage_capacity_nbytes(whole, self.named, policy.dtype) if policy.travels else 0
+        self._policy = policy
+        self._parameters, self._predictor, self._times, self._nbytes = parameters, predictor, times, whole.nbytes
+        self._chunks: dict[int, tuple[Chunk, ...]] = {}
+        self._weights: dict[tuple[int, int], Terms] = {}
+        self._chunk_terms: dict[int, Terms] = {}
+        self._placed: dict[int, tuple[int, ...]] = {}
+        self._bare: dict[tuple[int, int, Saving], BareSteps] = {}
+        self._works: dict[int, SweepWork] = {}
+
+    def stream(self, names: frozenset[str]) -> int:
+        """Have every choice stream exactly these weights; returns how many regions read one of them."""
+        self._given = names
+        return len(self.placed(0))
+
+    def placed(self, streamed: int) -> tuple[int, ...]:
+        """Which regions stream their weights when that many do."""
+        if self._given is not None:
+            return tuple(i for i, use in enumerate(self.uses) if use & self._given)
+        if streamed not in self._placed:
+            self._placed[streamed] = streamed_regions(self.regions, streamed, self._times, DEPTH)
+        return self._placed[streamed]
+
+    def streamed_names(self, streamed: int) -> frozenset[str]:
+        """The weights that are streamed when that many regions do so."""
+        if self._given is not None:
+            return self._given
+        return frozenset().union(*(self.uses[i] for i in self.placed(streamed)))
+
+    def cut(self, count: int, times: StepTimes) -> tuple[Chunk, ...]:
+        """The parameters as that many chunks, where the steps of a sweep take least."""
+        if count not in self._chunks:
+            bare = bare_steps(times, Saving(0), frozenset(), DEPTH)
+            self._chunks[count] = cheapest_chunks(self._parameters, count, lambda c: step_us(bare, self.work(c, times)))
+        return self._chunks[count]
+
+    def work(self, chunk: Chunk, times: StepTimes) -> Work:
+        """What a chunk adds to a step."""
+        return self._predictor.work(chunk, times, self.states * chunk.nbytes // self._nbytes)
+
+    def cost(self, choice: Choice) -> tuple[Cost, float | None]:
+        """What choices are compared by, and microseconds of the mean step where times are known."""
+        saving, times = choice.saving, self._times
+        if times is None:
+            kept = saving.save_from, saving.head_split
+            return (saving.offload_below > 0, choice.streamed, len(choice.chunks), *kept, choice.depth), None
+        key = choice.streamed, choice.depth, saving
+        if key not in self._bare:
+            self._bare[key] = bare_steps(times, saving, frozenset(self.placed(choice.streamed)), choice.depth)
+        count = len(choice.chunks)
+        if count not in self._works:
+            self._works[count] = SweepWork.of([self.work(c, times) for c in choice.chunks])
+        steps = self._works[count].steps_us(self._bare[key])
+        # equal costs are told apart by what is simpler
+        simpler = choice.streamed, len(choice.chunks), saving.offload_below, saving.head_split, choice.depth
+        return (sweep_cost(steps), *simpler), float(steps.mean())
+
+    def fixed_terms(self, chunks: tuple[Chunk, ...], streamed: int, depth: int) -> Terms:
+        """Bytes of weights and their ring, of gradients and staged states."""
+        where = streamed, depth
+        if where not in self._weights:
+            names = self.streamed_names(streamed)
+            self._weights[where] = weight_terms(self.named, self.resident, self.uses, names, depth)
+        if len(chunks) not in self._chunk_terms:
+            self._chunk_terms[len(chunks)] = chunk_terms(self.named, chunks, self._policy)
+        return self._weights[where] | self._chunk_terms[len(chunks)]

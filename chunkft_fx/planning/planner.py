@@ -1,0 +1,179 @@
+"""Planner: from what the user asked and what a captured model predicts of itself to a plan.
+
+The search itself is `planning.search`; here its result becomes a `Plan`, or an error that says what would be enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from chunkft_fx.bytes import format_bytes
+from chunkft_fx.capture.blocks import block_paths, region_of_parameters
+from chunkft_fx.errors import BudgetInfeasible, NoTrainableParameters, UninitializedParameters, UnsupportedParameter
+from chunkft_fx.plan.cuts import ParameterSpec, cut
+from chunkft_fx.plan.plan import Considered, Plan
+from chunkft_fx.plan.state_policy import ASSUMED, StatePolicy
+from chunkft_fx.planning.choice import Fit, Predicts
+from chunkft_fx.planning.search import Search
+
+# Of the choices that were not taken, a plan keeps so many, those that came closest.
+KEPT_CHOICES = 40
+
+BEGUN = (
+    "; chunks and streamed weights are those of an earlier batch, because a sweep with them has begun: "
+    "give compile the largest batch (batch=...) to have them chosen for it"
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked of `chunkft_fx.compile`, checked and parsed; ``batch`` is an example of the largest batch."""
+
+    budget_bytes: int
+    chunks: int | str
+    order: str
+    interval: int
+    seed: int
+    return_logits: bool = False
+    batch: Any = field(default=None, compare=False)
+
+
+def refuse_untrainable(model: nn.Module) -> None:
+    """Raise for a model that cannot be trained: `NoTrainableParameters`; `UninitializedParameters` for lazy ones;
+    `UnsupportedParameter` for one that AdamW's update is not defined for."""
+    lazy = next((n for n, p in model.named_parameters() if isinstance(p, UninitializedParameter)), None)
+    if lazy is not None:
+        raise UninitializedParameters(
+            f"parameter {lazy} has no shape yet, because it belongs to a lazy module that was never called; "
+            "call the plain model once on a batch (under torch.no_grad()) before chunkft_fx.compile"
+        )
+    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    if not trainable:
+        raise NoTrainableParameters(
+            "no parameter of this model has requires_grad=True; call model.requires_grad_(True) before compile"
+        )
+    for name, p in trainable:
+        if p.is_complex():
+            raise UnsupportedParameter(
+                f"parameter {name!r} is {p.dtype}, and complex parameters cannot be trained; hold its real and "
+                "imaginary parts in a real parameter (torch.view_as_complex), or freeze it with requires_grad_(False)"
+            )
+
+
+def parameter_specs(model: nn.Module, policy: StatePolicy = ASSUMED) -> tuple[ParameterSpec, ...]:
+    """The trainable parameters as the planner sees them, in ``named_parameters`` order (tied ones once)."""
+    refuse_untrainable(model)
+    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    regions = region_of_parameters([n for n, _ in trainable], block_paths(model.named_modules()))
+    return tuple(
+        ParameterSpec(name, tuple(p.shape), p.dtype.itemsize + policy.nbytes(p.dtype), region)
+        for (name, p), region in zip(trainable, regions, strict=True)
+    )
+
+
+def first_plan(model: nn.Module, options: Options) -> Plan | None:
+    """The plan as far as it can be made before a batch is seen; None when ``chunks="auto"`` needs one."""
+    parameters = parameter_specs(model)
+    if options.chunks == "auto":
+        return None
+    chunks = cut(parameters, int(options.chunks))
+    return Plan(options.budget_bytes, chunks, options.order, options.interval, options.seed)
+
+
+def plan_for_batch(
+    model: nn.Module,
+    options: Options,
+    known: Plan | None,
+    predictor: Predicts,
+    batch: str,
+    policy: StatePolicy = ASSUMED,
+) -> Plan:
+    """Complete a plan for a batch: all that is still open in it, by what is predicted of its steps.
+
+    Raises `BudgetInfeasible`, with the smallest budget that is enough, when nothing fits.
+    """
+    chunks = None if known is None else known.chunks
+    search = Search(model, parameter_specs(model, policy), predictor, options.budget_bytes, chunks, policy)
+    best = search.run()
+    if best is None:
+        assert search.smallest is not None
+        raise _infeasible(options.budget_bytes, search.smallest, batch)
+    streamed = search.costs.streamed_names(best.choice.streamed)
+    plan = Plan(options.budget_bytes, best.choice.chunks, options.order, options.interval, options.seed)
+    return _completed(plan, best, batch, tuple(sorted(streamed)), _closest(search.considered, best), policy)
+
+
+def plan_again(
+    model: nn.Module,
+    options: Options,
+    known: Plan,
+    predictor: Predicts,
+    batch: str,
+    policy: StatePolicy = ASSUMED,
+) -> Plan:
+    """The plan for another batch: chunks and streamed weights stay as in ``known``, what is saved may change.
+
+    Raises `BudgetInfeasible` when that cannot be enough.
+    """
+    search = Search(model, parameter_specs(model, policy), predictor, options.budget_bytes, known.chunks, policy)
+    best = search.with_streamed(frozenset(known.streamed), known.depth)
+    if best.nbytes > options.budget_bytes:
+        raise _infeasible(options.budget_bytes, best, batch, BEGUN)
+    return _completed(known, best, batch, known.streamed, (), policy)
+
+
+def _completed(
+    plan: Plan,
+    best: Fit,
+    batch: str,
+    streamed: tuple[str, ...],
+    considered: Sequence[Considered],
+    policy: StatePolicy,
+) -> Plan:
+    saving, count = best.choice.saving, len(best.choice.chunks)
+    return replace(
+        plan,
+        streamed=streamed,
+        depth=best.choice.depth,
+        head_split=saving.head_split,
+        save_from=(saving.save_from,) * count,
+        offload_below=(saving.offload_below,) * count,
+        predicted_peak_bytes=best.nbytes,
+        predicted_step_us=best.step_us,
+        peak_at=best.peak_at,
+        terms=tuple(sorted(best.terms.items(), key=lambda item: -item[1])),
+        considered=tuple(considered),
+        batch=batch,
+        state_dtype=policy.dtype,
+        states=policy.states,
+    )
+
+
+def _closest(considered: Sequence[Considered], best: Fit) -> list[Considered]:
+    """The choices that were not taken, those first that the budget would have to grow least for."""
+    taken = _order(best.considered())
+    others = {c for c in considered if _order(c) != taken}
+    return sorted(others, key=lambda c: (c.nbytes, *_order(c)))[:KEPT_CHOICES]
+
+
+def _order(c: Considered) -> tuple[int, ...]:
+    return c.chunks, c.streamed, c.save_from, c.offload_below, c.depth, c.head_split
+
+
+def _infeasible(budget: int, smallest: Fit, batch: str, why: str = "") -> BudgetInfeasible:
+    needed, choice = smallest.nbytes, smallest.choice
+    largest = sorted(smallest.terms.items(), key=lambda item: -item[1])
+    listed = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in largest)
+    return BudgetInfeasible(
+        f"budget {format_bytes(budget)} is too small for {batch}: with {len(choice.chunks)} chunk(s), weights of "
+        f"{choice.streamed} regions streamed and all activations recomputed the step needs {format_bytes(needed)} "
+        f"({listed}); raise the budget to at least {needed} bytes, use more chunks, or a "
+        f"smaller batch or sequence{why}",
+        needed,
+        dict(largest),
+    )

@@ -1,0 +1,59 @@
+"""The bytes of a plan that need no batch: weights, the ring of streamed ones, gradients and staged optimizer states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from chunkft_fx.copies.weight_ring import ring_buffer_nbytes
+from chunkft_fx.plan.plan import Chunk
+from chunkft_fx.plan.state_policy import ASSUMED, StatePolicy
+from chunkft_fx.plan.state_spec import stage_capacity_nbytes
+
+# The parts of a predicted peak by name, in bytes.
+Terms = dict[str, int]
+
+# Buffers of the ring: one is read while the next is filled.
+DEPTH = 2
+
+
+def resident_nbytes(model: nn.Module) -> int:
+    """Bytes of all weights and buffers."""
+    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+
+
+def ring_nbytes(
+    parameters: Mapping[str, Tensor], uses: Sequence[frozenset[str]], streamed: frozenset[str], depth: int = DEPTH
+) -> int:
+    """Bytes of the buffers that streamed weights pass through, each as large as the largest region's."""
+    return depth * ring_buffer_nbytes([[parameters[n] for n in use & streamed] for use in uses])
+
+
+def weight_terms(
+    parameters: Mapping[str, Tensor],
+    resident: int,
+    uses: Sequence[frozenset[str]] = (),
+    streamed: frozenset[str] = frozenset(),
+    depth: int = DEPTH,
+) -> Terms:
+    """Weights and buffers on the device, of ``resident`` bytes in all (`resident_nbytes`).
+
+    ``uses`` says which parameters each region reads, ``streamed`` which stay in host memory and pass through a ring.
+    """
+    away = sum(parameters[n].numel() * parameters[n].itemsize for n in streamed)
+    ring = {"ring of streamed weights": ring_nbytes(parameters, uses, streamed, depth)} if streamed else {}
+    return {"weights and buffers": resident - away, **ring}
+
+
+def chunk_terms(parameters: Mapping[str, Tensor], chunks: Sequence[Chunk], policy: StatePolicy = ASSUMED) -> Terms:
+    """Gradients and staged states of the largest chunk."""
+    widths = {name: torch.promote_types(p.dtype, torch.float32).itemsize for name, p in parameters.items()}
+    sizes = {name: p.numel() for name, p in parameters.items()}
+    return {
+        "optimizer state of the active chunk": max(stage_capacity_nbytes(c, parameters, policy.dtype) for c in chunks),
+        "gradients of the active chunk": max(
+            sum(sizes[s.name] * s.length // s.size * widths[s.name] for s in c.slices) for c in chunks
+        ),
+    }

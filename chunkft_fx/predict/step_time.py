@@ -1,0 +1,162 @@
+"""How long a step of a plan takes: regions one after another, copies between host and device beside them.
+
+Compute runs region by region. A streamed weight must have arrived before its region runs, and its buffer is filled
+again once the region is done; states of the next chunk and offloaded activations share the link. A step takes as long
+as the slower of both sides. Times of regions come from the cost model (`predict.predictor`); here they are put
+together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Copies of states are planned to take at most this share of a step, so that jitter of the link stays hidden too.
+HIDDEN_SHARE = 0.8
+# A chunk more in a sweep lets every parameter wait a step longer for its update. How much that is worth depends on
+# the training; plans pay this share of a step for it, so that twice as many chunks are taken for a gain, not for noise.
+WAIT_SHARE = 1 / 2000
+# Regions at both ends that are left out, as far as there are enough others, when streamed ones are placed: forward and
+# backward begin there, with nothing that a fetch could hide under. Links that never rest do better without.
+MARGINS = (0, 1, 2, 3)
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Predicted microseconds of each region: forward, backward (input gradients), to recompute its activations, the
+    gradients of all its weights; ``fetch_us`` to bring all its weights from the host, ``keep_us`` to move what it
+    keeps between forward and backward one way. ``state_us_per_byte`` is of a chunk's states, both ways at once,
+    ``update_us_per_element`` of its update. ``split_us`` has for each split of the head what a step takes more."""
+
+    forward_us: tuple[float, ...]
+    backward_us: tuple[float, ...]
+    again_us: tuple[float, ...]
+    gradients_us: tuple[float, ...]
+    fetch_us: tuple[float, ...]
+    keep_us: tuple[float, ...]
+    state_us_per_byte: float
+    update_us_per_element: float
+    split_us: tuple[tuple[int, float], ...] = ((1, 0.0),)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one chunk adds to a step: its lowest region, microseconds of gradients and update, and of copying states."""
+
+    lowest: int
+    gradients_us: float
+    states_us: float
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What a step holds: regions below ``offload_below`` offload what they keep, those below ``save_from`` recompute.
+
+    A chunked head takes ``head_split`` times as many blocks of tokens as it would by itself.
+    """
+
+    save_from: int
+    offload_below: int = 0
+    head_split: int = 1
+
+
+@dataclass(frozen=True)
+class BareSteps:
+    """Steps without a chunk's own work, by the lowest region of backward: microseconds of compute and of the link."""
+
+    compute_us: NDArray[np.float64]
+    link_us: NDArray[np.float64]
+
+
+def bare_steps(times: StepTimes, saving: Saving, streamed: frozenset[int], depth: int) -> BareSteps:
+    """The two sides of a step; ``streamed`` are the regions whose weights are fetched for each use."""
+    last = len(times.forward_us)
+    fetch = [times.fetch_us[i] if i in streamed else 0.0 for i in range(last)]
+    again = [times.again_us[i] if i < saving.save_from else 0.0 for i in range(last)]
+    kept = [times.keep_us[i] if i < saving.offload_below else 0.0 for i in range(last)]
+    forward = _pipeline(times.forward_us, fetch, depth)[-1]
+    order = range(last - 1, -1, -1)
+    backward = _pipeline([times.backward_us[i] + again[i] for i in order], [fetch[i] for i in order], depth)
+    moved = np.cumsum(np.add(fetch, kept)[::-1])[::-1]  # from each region up
+    more = dict(times.split_us)[saving.head_split]
+    return BareSteps(forward + more + np.array(backward)[::-1], sum(fetch) + moved)
+
+
+def streamed_regions(regions: int, count: int, times: StepTimes | None, depth: int) -> tuple[int, ...]:
+    """Which ``count`` regions stream their weights: spread evenly, so that fetches have compute to hide under.
+
+    Where times are known a margin is left free at both ends, that with which steps wait least.
+    """
+    places = [_spread(regions, count, margin) for margin in MARGINS]
+    if times is None:
+        return places[0]
+    bare = [bare_steps(times, Saving(0), frozenset(place), depth) for place in places]
+    waits = [float(np.maximum(b.compute_us, b.link_us).mean()) for b in bare]
+    return places[waits.index(min(waits))]
+
+
+def step_us(bare: BareSteps, work: Work) -> float:
+    """Microseconds of one step on a chunk."""
+    compute = bare.compute_us[work.lowest] + work.gradients_us
+    return float(max(compute, bare.link_us[work.lowest] + work.states_us / HIDDEN_SHARE))
+
+
+@dataclass(frozen=True)
+class SweepWork:
+    """The work of all chunks of a sweep, column by column."""
+
+    lowest: NDArray[np.int64]
+    gradients_us: NDArray[np.float64]
+    states_us: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, works: Sequence[Work]) -> SweepWork:
+        columns = ([w.lowest for w in works], [w.gradients_us for w in works], [w.states_us for w in works])
+        return cls(*(np.array(c) for c in columns))
+
+    def steps_us(self, bare: BareSteps) -> NDArray[np.float64]:
+        """`step_us` of every chunk."""
+        compute, link = bare.compute_us[self.lowest], bare.link_us[self.lowest]
+        return np.maximum(compute + self.gradients_us, link + self.states_us / HIDDEN_SHARE)
+
+
+def sweep_cost(steps_us: NDArray[np.float64]) -> float:
+    """The mean step of a sweep with what waiting costs: the quantity that a plan minimises."""
+    return float(steps_us.mean() * (1 + WAIT_SHARE * len(steps_us)))
+
+
+def least_cost(times: StepTimes, state_nbytes: int, count: int) -> float:
+    """No plan of ``count`` chunks costs less: everything is resident and saved, and chunks are equal."""
+    regions = len(times.forward_us)
+    floor = sum(times.forward_us) + sum(us * (i + 1) for i, us in enumerate(times.backward_us)) / regions
+    states = state_nbytes * times.state_us_per_byte / HIDDEN_SHARE
+    # cuts at borders let backward end a region earlier: two regions of slack keep this a bound
+    slack = max(times.backward_us) * min(2.0, regions / 2)
+    return max(floor - slack + sum(times.gradients_us) / count, states / count) * (1 + WAIT_SHARE * count)
+
+
+def _spread(regions: int, count: int, margin: int) -> tuple[int, ...]:
+    """``count`` regions at even distances, and up to ``margin`` of the others before and behind them."""
+    others = regions - count
+    before, behind = min(margin, -(-others // 2)), min(margin, others // 2)
+    inner = regions - before - behind
+    return tuple(before + (2 * i + 1) * inner // (2 * count) for i in range(count))
+
+
+def _pipeline(compute_us: Sequence[float], fetch_us: Sequence[float], depth: int) -> list[float]:
+    """When each region ends, one after another, each after its fetch; ``depth`` buffers are filled in order."""
+    now = link = 0.0
+    free = [0.0] * depth
+    ends: list[float] = []
+    for compute, fetch in zip(compute_us, fetch_us, strict=True):
+        if fetch:
+            link = max(link, free.pop(0)) + fetch
+            now = max(now, link)
+        now += compute
+        if fetch:
+            free.append(now)
+        ends.append(now)
+    return ends

@@ -1,0 +1,249 @@
+"""The program: the outer FX graph of one step for one chunk, region calls in the order they run.
+
+Placeholders are the captured inputs (parameters, batch, constants), then the gradients that the caller
+provides. Each region is called once forward, and once backward if a gradient is asked of it. The
+output node holds three tuples: what the caller gets, the new values of mutated buffers, and the
+gradients named by ``Program.gradients``.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from chunkft_fx.capture.capture import Capture, OutputName
+from chunkft_fx.capture.outline import Outline, Region
+from chunkft_fx.graph.region import OutputDemand, SliceDemand
+from chunkft_fx.passes.program.insert_streams import InsertStreams
+from chunkft_fx.passes.program.offload_saved import OffloadSaved
+from chunkft_fx.passes.program.schedule_prefetch import SchedulePrefetch
+from chunkft_fx.passes.program.schedule_states import ScheduleStates
+from chunkft_fx.plan.plan import Slice
+from chunkft_fx.program.variants import Demand, Source, Specializer, Variant
+from chunkft_fx.program.verify_streams import verify_streams
+from chunkft_fx.torch_internals import graph_module
+
+
+class RegionCall(nn.Module):
+    """One direction of one region, as the program calls it: ``variant`` says what it computes."""
+
+    def __init__(self, region: Region, variant: Variant, is_backward: bool) -> None:
+        super().__init__()
+        self.region = region
+        self.variant = variant
+        self.is_backward = is_backward
+
+    def extra_repr(self) -> str:
+        return f"template={self.region.template.index}, variant={self.variant.index}"
+
+
+@dataclass(frozen=True)
+class Program:
+    """A step's graph and what its gradient outputs mean.
+
+    ``gradients`` gives for each gradient output the primal it belongs to (several outputs may name the
+    same one: contributions to add up). ``variants`` lists the variant of every region, in order;
+    ``lowest`` is the first region with a backward (the number of regions when there is none).
+    """
+
+    module: fx.GraphModule
+    gradients: tuple[str, ...]
+    variants: tuple[Variant, ...]
+    lowest: int
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    @property
+    def code(self) -> str:
+        """The program as Python text."""
+        return str(self.module.code)
+
+
+@dataclass(frozen=True)
+class ProgramSpec:
+    """What is asked of a program.
+
+    ``slices`` maps the names of parameters in the active chunk to their slices; ``absent`` names the
+    tangents that will not be provided; ``inputs`` the non-parameter primals whose gradient is wanted;
+    regions below ``save_from`` recompute their activations; ``streams`` says which weights are fetched, and the device.
+    Regions below ``offload_below`` keep for backward in host memory what `passes.offload_saved` lets go: with
+    ``offload_below <= save_from`` mostly their inputs. Without ``streams`` nothing is offloaded, and states are not
+    let in by the program, as ``states`` would have it. A chunked head takes ``head_split`` times as many blocks.
+    """
+
+    slices: Mapping[str, Slice]
+    absent: frozenset[str]
+    inputs: frozenset[str]
+    save_from: int = 0
+    streams: InsertStreams | None = None
+    offload_below: int = 0
+    states: ScheduleStates | None = None
+    head_split: int = 1
+
+
+def choose_variants(capture: Capture, outline: Outline, specializer: Specializer, spec: ProgramSpec) -> list[Variant]:
+    """Decide every region's demand, and get its variant."""
+    demands = region_demands(capture, outline, specializer, spec)
+    return [specializer.variant(r.template, d) for r, d in zip(outline.regions, demands, strict=True)]
+
+
+def build(capture: Capture, outline: Outline, spec: ProgramSpec, variants: list[Variant]) -> Program:
+    """Write the calls of these variants, as `choose_variants` gives them, down as one graph."""
+    program = _write(capture, outline, spec, variants)
+    if spec.streams is not None:
+        _stream(program.module, spec.streams, spec.offload_below, spec.states)
+    return program
+
+
+def _stream(module: fx.GraphModule, streams: InsertStreams, offload_below: int, states: ScheduleStates | None) -> None:
+    """Give a program its stream nodes, and prove that they are right."""
+    added = OffloadSaved(offload_below, streams.device)(module) + streams(module)
+    if added:
+        SchedulePrefetch()(module)
+    if states is not None:
+        added += states(module)
+    if not added:
+        return
+    verify_streams(module, streams.streamed, streams.depth)
+    module.recompile()
+
+
+def region_demands(capture: Capture, outline: Outline, specializer: Specializer, spec: ProgramSpec) -> list[Demand]:
+    """For each region what the step asks of it; see `program.variants` for the two directions demand flows."""
+    zero = set(spec.absent)
+    absent: dict[int, tuple[bool, ...]] = {}
+    dead: dict[int, tuple[bool, ...]] = {}
+    for region in reversed(outline.regions):
+        absent[region.index] = tuple(name in zero for name in region.tangents)
+        dead[region.index] = specializer.zero_outputs(region.template, absent[region.index])
+        values_dead = dead[region.index][len(region.gradients) :]
+        zero |= {name for name, is_zero in zip(region.values, values_dead, strict=True) if is_zero}
+    wanted: set[str] = set()
+    demands: list[Demand] = []
+    for region in outline.regions:
+        asked: list[OutputDemand] = [_gradient_demand(capture, primal, spec) for _, primal in region.gradients]
+        asked += ["whole" if name in wanted else None for name in region.values]
+        backward = tuple(None if z else d for d, z in zip(asked, dead[region.index], strict=True))
+        split = spec.head_split if region.template.has_head else 1
+        demand = Demand(backward, absent[region.index], region.index < spec.save_from, split)
+        if demand.forward_only:
+            demand = Demand(backward, (False,) * len(region.tangents))
+        else:
+            reads = specializer.specialize(region.template, backward, demand.absent).tangents
+            wanted |= {name for name, is_read in zip(region.tangents, reads, strict=True) if is_read}
+        demands.append(demand)
+    return demands
+
+
+def _gradient_demand(capture: Capture, primal: str, spec: ProgramSpec) -> OutputDemand:
+    name = capture.parameters.get(primal)
+    if name is None:
+        return "whole" if primal in spec.inputs else None
+    part = spec.slices.get(name)
+    if part is None:
+        return None
+    return "whole" if part.is_whole else SliceDemand(part.dim, part.length)
+
+
+def _write(capture: Capture, outline: Outline, spec: ProgramSpec, variants: list[Variant]) -> Program:
+    graph = fx.Graph()
+    modules: dict[str, nn.Module] = {}
+    env: dict[str, fx.Node] = {}
+    for name in [*capture.primals, *capture.constants]:
+        env[name] = graph.placeholder(_readable(capture.parameters.get(name, name)))
+        env[name].meta["parameter"] = capture.parameters.get(name)
+    for name in capture.tangents:
+        if name not in spec.absent:
+            env[name] = graph.placeholder(name)
+    saved: dict[int, fx.Node] = {}
+    for region, variant in zip(outline.regions, variants, strict=True):
+        given: list[Any] = [env[name] for name in region.primals]
+        given += [_start(capture, region, i, spec) for i in variant.forward_starts]
+        call = _call(graph, modules, region, variant, given, is_backward=False)
+        saved[region.index] = call
+        for i, name in enumerate(region.forward):
+            env[name] = _item(graph, call, i, variant)
+    outputs = tuple(env[str(o)] if isinstance(o, OutputName) else o for o in capture.outputs)
+    mutations = tuple(env[new] for _, new in capture.mutations)
+    gradients: list[tuple[str, fx.Node]] = []
+    for region, variant in reversed(list(zip(outline.regions, variants, strict=True))):
+        if variant.backward is None:
+            continue
+        arguments = [
+            _argument(graph, capture, region, saved[region.index], variant, source, env, spec)
+            for source in variant.sources
+        ]
+        call = _call(graph, modules, region, variant, arguments, is_backward=True)
+        asked = [i for i, d in enumerate(variant.demand.backward) if d is not None]
+        for position, i in enumerate(asked):
+            item = _item(graph, call, position)
+            if i < len(region.gradients):
+                gradients.append((region.gradients[i][1], item))
+            else:
+                env[region.values[i - len(region.gradients)]] = item
+    graph.output((outputs, mutations, tuple(node for _, node in gradients)))
+    for node in list(graph.nodes):
+        if node.target is operator.getitem and not node.users:
+            graph.erase_node(node)
+    lowest = next((i for i, v in enumerate(variants) if v.backward is not None), len(variants))
+    root = nn.Module()
+    for name, module in modules.items():
+        root.add_module(name, module)
+    return Program(graph_module(root, graph), tuple(p for p, _ in gradients), tuple(variants), lowest)
+
+
+def _call(
+    graph: fx.Graph, modules: dict[str, nn.Module], region: Region, variant: Variant, args: list[Any], is_backward: bool
+) -> fx.Node:
+    name = f"{_readable(region.label)}_{region.index}_{'backward' if is_backward else 'forward'}"
+    modules[name] = RegionCall(region, variant, is_backward)
+    call = graph.call_module(name, tuple(args))
+    call.meta["region"] = region.index
+    return call
+
+
+def _item(graph: fx.Graph, call: fx.Node, index: int, variant: Variant | None = None) -> fx.Node:
+    """An item of a region call; with the variant of a forward call, its ``meta["val"]`` says what it looks like."""
+    getitem: Callable[..., Any] = operator.getitem
+    item = graph.call_function(getitem, (call, index))
+    if variant is not None:
+        results: Any = variant.forward.graph.output_node().args[0]
+        item.meta["val"] = results[index].meta["val"] if isinstance(results[index], fx.Node) else None
+    return item
+
+
+def _argument(
+    graph: fx.Graph,
+    capture: Capture,
+    region: Region,
+    forward: fx.Node,
+    variant: Variant,
+    source: Source,
+    env: dict[str, fx.Node],
+    spec: ProgramSpec,
+) -> Any:
+    kind, index = source.kind, source.index
+    if kind == "primal":
+        return env[region.primals[index]]
+    if kind == "saved":
+        return env[region.forward[index]] if index < len(region.forward) else _item(graph, forward, index, variant)
+    if kind == "tangent":
+        return env[region.tangents[index]]
+    return _start(capture, region, index, spec)
+
+
+def _start(capture: Capture, region: Region, index: int, spec: ProgramSpec) -> int:
+    """The start of the slice of a region's ``index``-th gradient."""
+    return spec.slices[capture.parameters[region.gradients[index][1]]].start
+
+
+def _readable(path: str) -> str:
+    name = re.sub(r"\W", "_", path)
+    return f"part_{name}" if name[:1].isdigit() else name

@@ -1,0 +1,289 @@
+"""A session: one captured graph of a model, with everything made from it, called once a step.
+
+Dynamo makes a session for each set of modes and shapes it has to tell apart (training, evaluation,
+static and dynamic lengths). A session takes the program of the active chunk (`program.programs`), runs it
+as one autograd function, and gives the gradients to the active slices.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chunkft_fx.capture.capture import Capture, OutputName
+from chunkft_fx.capture.outline import Outline
+from chunkft_fx.errors import DoubleBackward, UnsupportedGraph
+from chunkft_fx.gradients.slices import ActiveSlice
+from chunkft_fx.head.missing_logits import MissingLogits
+from chunkft_fx.machine.memory_limit import explained
+from chunkft_fx.planning.batch_plan import BatchPlans
+from chunkft_fx.planning.example_batch import PlanMade
+from chunkft_fx.predict.step_memory import storages_nbytes
+from chunkft_fx.program.instructions import Executable
+from chunkft_fx.program.programs import Owner, Programs
+from chunkft_fx.runtime import random_state
+from chunkft_fx.runtime.step import Machine, Step, run_backward, run_forward
+from chunkft_fx.torch_internals import as_traced, hint, is_in_forward_mode, keeps_graph, version
+
+
+class Session(Programs):
+    """The programs of one capture, run for whatever chunk is active.
+
+    ``batch`` are the positions of the arguments that are neither weights nor buffers. A session that does not
+    ``train`` by itself saves nothing for backward: should one come, it runs the forward again, and trains from then on.
+    """
+
+    def __init__(
+        self,
+        owner: Owner,
+        capture: Capture,
+        outline: Outline,
+        backend: str,
+        batch: Sequence[int] = (),
+        trains: bool = True,
+    ) -> None:
+        super().__init__(owner, capture, outline)
+        self.backend = backend
+        self.save_from: tuple[int, ...] = ()
+        self.offload_below: tuple[int, ...] = ()
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._parameters = [
+            (i, capture.parameters[p]) for i, p in enumerate(capture.primals) if p in capture.parameters
+        ]
+        self._constants = list(capture.constants.values())
+        self.constants_nbytes = storages_nbytes(self._constants)
+        self.given: dict[str, int] = {}  # bytes that are there before a step, by name; set with a plan
+        self.trains = trains
+        self._pending: list[weakref.ref[Step]] = []
+        self.plans = BatchPlans(self, batch)
+
+    def __call__(self, *arguments: Any) -> tuple[Any, ...]:
+        """Run the model on the captured graph's flat inputs; returns its flat outputs."""
+        with as_traced():
+            return self._called(arguments)
+
+    def _called(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        if self.owner.is_planning:
+            self.plans.prepare(arguments, self.expected)
+            raise PlanMade
+        if not torch.is_grad_enabled() or not self.capture.tangents:
+            outputs, mutated, _ = self._evaluated(arguments)
+            self._write_back(arguments, mutated)
+        else:
+            if is_in_forward_mode():
+                raise UnsupportedGraph(
+                    "tangents of forward-mode differentiation (torch.autograd.forward_ad) do not go through a compiled "
+                    "module while gradients are enabled; call it under torch.no_grad(), or call the plain model"
+                )
+            if self.trains:  # before slices are asked for, which a plan can change
+                with explained(self.plans.needed):
+                    self.plans.prepare(arguments, self.expected)
+            differentiable = [arguments[i] for i in self._inputs]
+            asked = self._asked()
+            trained = [s.parameter for s in asked]
+            outputs = list(_StepFunction.apply(self, arguments, asked, self._anchor, *differentiable, *trained))
+        for i, o in enumerate(self.capture.outputs):
+            # an output that is an input is the caller's own object, as in the plain model
+            if isinstance(o, OutputName) and str(o) in self.capture.primals:
+                outputs[i] = arguments[self.capture.primals.index(str(o))]
+            elif o is None:  # the rewrite of the head took it out (`head.rewrite`)
+                outputs[i] = MissingLogits()
+        return tuple(outputs)
+
+    def _forward(self, executable: Executable, values: Sequence[Any]) -> tuple[list[Any], list[Tensor], Any]:
+        return run_forward(executable, [*values, *self._constants], self._machine())
+
+    def _machine(self) -> Machine:
+        residency = self.owner.residency
+        ring, stage = residency.ring(self.uses), residency.stage()
+        return Machine(self.backend, self.capture.fake_mode, ring, residency.saved, stage)
+
+    def _private(self, arguments: Sequence[Any]) -> list[Any]:
+        """The arguments, with a copy of each buffer that forward writes: backward must see its old value.
+
+        A weight that is not on the device is taken from where it is.
+        """
+        written = {self.capture.primals.index(p) for p, _ in self.capture.mutations}
+        values = [a.clone() if i in written else a for i, a in enumerate(arguments)]
+        away = self.owner.residency.away()
+        for i, name in self._parameters:
+            if name in away:
+                values[i] = self.owner.residency.real(name)
+        return values
+
+    def _versions(self, values: Sequence[Any], slots: dict[int, Any]) -> list[tuple[Tensor, int]]:
+        """What backward reads, each with its version; a parameter stands for its weight in host memory."""
+        parameters = self.owner.residency.parameters
+        counted = {id(values[i]): parameters[name] for i, name in self._parameters}
+        tensors = [counted.get(id(v), v) for v in slots.values() if isinstance(v, Tensor)]
+        return [(t, version(t)) for t in tensors]
+
+    def _write_back(self, arguments: Sequence[Any], mutated: Sequence[Tensor]) -> None:
+        for (primal, _), value in zip(self.capture.mutations, mutated, strict=True):
+            arguments[self.capture.primals.index(primal)].copy_(value)
+
+    def begin(self, arguments: Sequence[Any], expected: frozenset[str]) -> tuple[list[Any], list[Tensor], Step]:
+        """Run forward for the active chunk; the step is what backward needs, given the expected tangents.
+
+        Raises `BudgetInfeasible`, before anything ran, for a batch that no plan fits.
+        """
+        self.plans.prepare(arguments, expected)
+        owner = self.owner.active_slices()
+        absent = frozenset(self.capture.tangents) - expected
+        chunk = self.owner.chunk
+        offload_below = self.offload_below[chunk] if self.offload_below else 0
+        executable = self.executable(owner, absent, self.save_from[chunk], offload_below)
+        device = self.owner.residency.device
+        draws = random_state.taken(device) if self.capture.is_random else None
+        values = self._private(arguments)
+        outputs, mutated, slots = self._forward(executable, values)
+        versions = self._versions(values, slots)
+
+        def replay(wanted: frozenset[str]) -> Step:
+            with random_state.restored(draws, device), torch.no_grad():
+                return self.begin(values, wanted)[2]
+
+        shapes = [(o.shape, o.dtype, o.device) if isinstance(o, Tensor) else None for o in outputs]
+        step = Step(executable, slots, owner, versions, replay, expected, shapes)
+        self._pending = [*self._still_pending(), weakref.ref(step)]
+        return outputs, mutated, step
+
+    def _asked(self) -> tuple[ActiveSlice, ...]:
+        """The slices that autograd is to ask for: those that are active, none before there is a plan."""
+        return () if self.owner.known_plan is None else self.owner.active_slices()
+
+    def start(self, arguments: Sequence[Any]) -> tuple[list[Any], list[Tensor], Step]:
+        """Run forward with gradients enabled; returns the outputs, new values of buffers, and what backward needs."""
+        if self.trains:
+            return self.begin(arguments, self.expected)
+        draws = random_state.taken(self.owner.residency.device) if self.capture.is_random else None
+        values = self._private(arguments)
+        outputs, mutated, _ = self._evaluated(values)
+        versions = self._versions(values, dict(enumerate(values)))
+
+        def replay(wanted: frozenset[str]) -> Step:
+            with random_state.restored(draws, self.owner.residency.device), torch.no_grad():
+                step = self.begin(values, wanted)[2]
+            self.trains = True
+            return step
+
+        step = Step(self.evaluation(), {}, (), versions, replay, frozenset(), [])
+        self._pending = [*self._still_pending(), weakref.ref(step)]
+        return outputs, mutated, step
+
+    def _evaluated(self, arguments: Sequence[Any]) -> tuple[list[Any], list[Tensor], Any]:
+        self.plans.check_evaluation(arguments)
+        with explained(self.plans.needed):
+            return self._forward(self.evaluation(), self._private(arguments))
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether a forward is held whose backward may still come."""
+        return bool(self._still_pending())
+
+    def _opened(self, step: Step, present: frozenset[str]) -> Step:
+        """The step of a forward that nothing was saved of, run again as one to train on.
+
+        Raises `StaleBackward` where it would not be the same, and `BudgetInfeasible` where it does not fit.
+        """
+        step.check(step.owner)
+        slots, step.slots = step.slots, None
+        try:
+            opened = step.replay(present)
+        except BaseException:
+            step.slots = slots
+            raise
+        step.slots = slots if keeps_graph() else None
+        return opened
+
+    def _still_pending(self) -> list[weakref.ref[Step]]:
+        return [ref for ref in self._pending if (step := ref()) is not None and step.slots is not None]
+
+    def finish(self, step: Step, gradients: dict[str, Tensor], asked: Sequence[ActiveSlice]) -> list[Tensor | None]:
+        """Run backward with the tangents that came.
+
+        Returns the gradients of the inputs that are no parameters, then those of the slices that autograd asks for, as
+        it is to give them to the parameters. Slices that were not known at the forward get theirs here.
+        """
+        present = frozenset(gradients)
+        if not step.owner:
+            step = self._opened(step, present)
+        step.check(self.owner.active_slices())
+        if not present <= step.provided:
+            # Saved for fewer gradients than came: run the forward again for exactly these.
+            step = step.replay(present)
+        self.expected = present
+        names = [n for n in self.capture.tangents if n in step.provided]
+        by_name = {n.name: n for n in self.capture.graph.find_nodes(op="placeholder")}
+        tangents = {}
+        for name, slot in zip(names, step.executable.tangents, strict=True):
+            like = by_name[name].meta["val"]
+            tangents[slot] = (
+                _restride(gradients[name], like) if name in gradients else step.zeros(self.capture.tangents[name])
+            )
+        totals = run_backward(step, tangents, self._machine())
+        self.owner.came_through()
+        active = {s.name: s for s in step.owner}
+        handed: dict[str, Tensor] = {}
+        for p in [p for p in totals if p in self.capture.parameters]:
+            name = self.capture.parameters[p]
+            handed[name] = active[name].handed(totals.pop(p))
+        given = [totals.get(self.capture.primals[i]) for i in self._inputs]
+        given += [handed.pop(s.name, None) if s is active.get(s.name) else None for s in asked]
+        if handed:
+            with self.owner.residency.presented():
+                for name, gradient in handed.items():
+                    active[name].add(gradient)
+        return given
+
+
+class _StepFunction(torch.autograd.Function):
+    """One step as one autograd node; the anchor makes autograd call backward.
+
+    Of the parameters only those with an active slice are inputs: the gradient that goes to each is its slice's.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        session: Session,
+        arguments: Sequence[Any],
+        asked: Sequence[ActiveSlice],
+        anchor: Tensor,
+        *inputs: Tensor,
+    ) -> tuple[Any, ...]:
+        with explained(session.plans.needed):
+            outputs, mutated, step = session.start(arguments)
+        session._write_back(arguments, mutated)
+        ctx.session, ctx.step, ctx.owner, ctx.asked = session, step, session.owner, asked
+        with_gradient = set(session.capture.tangents.values())
+        ctx.mark_non_differentiable(
+            *(o for i, o in enumerate(outputs) if isinstance(o, Tensor) and i not in with_gradient)
+        )
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise DoubleBackward(
+                "backward was called with create_graph=True, but the backward pass of a compiled module cannot be "
+                "differentiated twice (double backward), as a gradient penalty asks for; leave create_graph=True out, "
+                "or take the penalty's gradients through the plain model"
+            )
+        session: Session = ctx.session
+        came = {name: g for name, i in session.capture.tangents.items() if (g := gradients[i]) is not None}
+        with ctx.owner.lock, explained(session.plans.needed), as_traced():
+            return (None, None, None, None, *session.finish(ctx.step, came, ctx.asked))
+
+
+def _restride(gradient: Tensor, like: Tensor) -> Tensor:
+    """A gradient laid out in the dimension order that the graph was traced with."""
+    strides = like.stride()
+    order = sorted(range(like.ndim), key=lambda d: (-hint(strides[d]), d))
+    inverse = [order.index(d) for d in range(like.ndim)]
+    return gradient.to(like.dtype).permute(order).contiguous().permute(inverse)

@@ -1,0 +1,195 @@
+"""Run: execute a program inside autograd, keep what backward needs, and hand gradients to the active slices.
+
+Forward and backward are two parts of an `Executable`; the slots that are alive between them belong to one `Step`, which
+is everything that a pending backward owns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chunkft_fx import torch_internals
+from chunkft_fx.copies.saved_values import SavedCopies
+from chunkft_fx.copies.state_stage import Stage
+from chunkft_fx.copies.weight_ring import Ring
+from chunkft_fx.errors import StaleBackward
+from chunkft_fx.gradients.slices import ActiveSlice
+from chunkft_fx.graph import ops
+from chunkft_fx.program.instructions import Executable, Instruction, Slot, Slots, StreamNode
+from chunkft_fx.program.lower import lower
+from chunkft_fx.program.program import RegionCall
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What instructions run on: how regions are lowered, and what carries streamed weights, saved values and states."""
+
+    backend: str
+    fake_mode: Any
+    ring: Ring | None = None
+    saved: SavedCopies | None = None
+    stage: Stage | None = None
+
+    def run(self, instruction: Instruction, arguments: list[Any]) -> Sequence[Any]:
+        """Run one instruction; a region call may empty its arguments."""
+        call = instruction.call
+        if isinstance(call, RegionCall):
+            return lower(call.variant, self.backend, self.fake_mode, call.is_backward)(arguments)
+        if call.is_saved:
+            return self._carry(call, arguments)
+        if call.target is ops.admit:
+            if self.stage is not None:
+                self.stage.admit(call.share, () if self.ring is None else self.ring.streams())
+            return ()
+        assert self.ring is not None
+        if call.target is ops.fetch:
+            return self.ring.fetch(arguments, call.number)
+        if call.target is ops.wait:
+            self.ring.wait(call.number)
+        return ()
+
+    def abandon(self) -> None:
+        """Called when instructions failed halfway, before their values are dropped."""
+        if self.saved is not None:
+            self.saved.abandon()
+        if self.ring is not None:
+            self.ring.abandon()
+
+    def _carry(self, call: StreamNode, arguments: list[Any]) -> Sequence[Any]:
+        assert self.saved is not None
+        if call.target is ops.offload:
+            return self.saved.offload(arguments, call.number)
+        if call.target is ops.fetch:
+            return self.saved.fetch(arguments, call.number)
+        finish = self.saved.wait if call.target is ops.wait else self.saved.release
+        finish(call.number)
+        return ()
+
+
+def execute(
+    instructions: Sequence[Instruction],
+    slots: Slots,
+    machine: Machine,
+    after: Callable[[Slots, Instruction], None],
+) -> None:
+    """Run instructions over ``slots``, dropping each value with its last use; ``after`` sees every result."""
+    try:
+        _execute(instructions, slots, machine, after)
+    except BaseException:
+        machine.abandon()
+        raise
+
+
+def _execute(
+    instructions: Sequence[Instruction],
+    slots: Slots,
+    machine: Machine,
+    after: Callable[[Slots, Instruction], None],
+) -> None:
+    for instruction in instructions:
+        arguments = [slots[s] for s in instruction.inputs]
+        for s in instruction.last_use:
+            del slots[s]
+        results = machine.run(instruction, arguments)
+        arguments.clear()
+        for index, s in instruction.outputs:
+            slots[s] = results[index]
+        del results
+        after(slots, instruction)
+
+
+@dataclass
+class Step:
+    """What one forward leaves for its backward: live slots, and what must still hold when it comes.
+
+    ``owner`` is the tuple of active slices at forward time; a backward after a chunk switch has nowhere
+    to put its gradients. ``versions`` pairs the tensors that backward reads with their version
+    counters, as autograd's own saved tensors do. ``provided`` names the tangents that this step's
+    program takes, ``shapes`` describes the outputs; ``replay`` runs the forward again for others.
+    """
+
+    executable: Executable
+    slots: Slots | None
+    owner: tuple[ActiveSlice, ...]
+    versions: list[tuple[Tensor, int]]
+    replay: Callable[[frozenset[str]], Step]
+    provided: frozenset[str]
+    shapes: list[tuple[torch.Size, torch.dtype, torch.device] | None]
+
+    def zeros(self, output: int) -> Tensor:
+        """The gradient of an output that was expected to get one and did not."""
+        described = self.shapes[output]
+        assert described is not None
+        shape, dtype, device = described
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    def check(self, owner: tuple[ActiveSlice, ...]) -> None:
+        """Raise `StaleBackward` unless this step can still be run backward."""
+        if self.slots is None:
+            raise StaleBackward(
+                "backward was called a second time for the same forward, whose saved activations are freed; "
+                "call the model again, or pass retain_graph=True to the first backward"
+            )
+        if owner is not self.owner:
+            raise StaleBackward(
+                "the active chunk changed between this forward and its backward; "
+                "call backward before optimizer.step() or activate(), or call the model again"
+            )
+        for tensor, version in self.versions:
+            if torch_internals.version(tensor) != version:
+                raise StaleBackward(
+                    f"a tensor of shape {list(tensor.shape)} that backward needs was changed in place "
+                    "since the forward; call backward before optimizer.step(), or call the model again"
+                )
+
+
+def run_forward(
+    executable: Executable, arguments: Sequence[Any], machine: Machine
+) -> tuple[list[Any], list[Tensor], Slots]:
+    """Run the forward part; returns the outputs, the new values of mutated buffers, and the slots left for backward."""
+    slots: Slots = dict(zip(executable.inputs, arguments, strict=True)) | executable.constants
+    execute(executable.forward, slots, machine, lambda _slots, _instruction: None)
+    outputs = [slots[o] if isinstance(o, Slot) else o for o in executable.outputs]
+    mutated = [slots[m] for m in executable.mutations]
+    left = {s: v for s, v in slots.items() if s not in executable.unused}
+    return outputs, mutated, left | executable.constants
+
+
+def run_backward(step: Step, tangents: dict[int, Tensor], machine: Machine) -> dict[str, Tensor]:
+    """Run the backward part; returns the sum of the contributions to each primal's gradient.
+
+    Nothing outside is touched before all of it has run, so an exception leaves gradients as they were.
+    """
+    assert step.slots is not None
+    slots = dict(step.slots)
+    if not torch_internals.keeps_graph():
+        # from here on this frame alone holds the saved activations, and drops each with its last use
+        step.slots = None
+        step.versions.clear()
+    slots.update(tangents)
+    totals: dict[str, Tensor] = {}
+
+    def collect(values: Slots, instruction: Instruction) -> None:
+        for _, s in instruction.outputs:
+            for primal in step.executable.gradients.get(s, ()):
+                value = values[s]
+                if primal in totals:
+                    wide = torch.promote_types(value.dtype, torch.float32)
+                    totals[primal] = totals[primal].to(wide) + value
+                else:
+                    totals[primal] = value
+            if s in step.executable.gradients and s not in later:
+                del values[s]
+
+    later = {s for i in step.executable.backward for s in i.inputs}
+    execute(step.executable.backward, slots, machine, collect)
+    for s, primals in step.executable.gradients.items():
+        produced = any(s == o for i in step.executable.backward for _, o in i.outputs)
+        if not produced:
+            totals.update(dict.fromkeys(primals, slots[s]))
+    return totals

@@ -1,0 +1,142 @@
+"""The allocator settings that a budget asks for, beside those of the user."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from chunkft_fx.machine import memory_limit
+from chunkft_fx.machine.memory_limit import (
+    PAGE_NBYTES,
+    PAGE_ROUNDING_NBYTES,
+    Allocator,
+    Limits,
+    expandable,
+    explained,
+    overhead,
+)
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("environment", "settings"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": ""}, "expandable_segments:True"),
+        (
+            {"PYTORCH_CUDA_ALLOC_CONF": "garbage_collection_threshold:0.8"},
+            "garbage_collection_threshold:0.8,expandable_segments:True",
+        ),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, None),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64,expandable_segments:True"}, None),
+    ],
+)
+def test_the_users_settings_stay(environment: dict[str, str], settings: str | None) -> None:
+    assert expandable(environment) == settings
+
+
+def test_the_cpu_has_nothing_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("another device's allocator was changed")
+
+    monkeypatch.setattr(memory_limit, "set_allocator", refuse)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", refuse)
+    owner = nn.Module()
+    memory_limit.LIMITS.avoid_fragmentation(owner, torch.device("cpu"))
+    memory_limit.LIMITS.hold(owner, torch.device("cpu"), 2**30)
+
+
+class Recorded(Allocator):
+    """An allocator of devices of 100 GiB that remembers what was asked of it."""
+
+    def __init__(self) -> None:
+        self.fractions: dict[torch.device, float] = {}
+        self.settings: list[str] = []
+
+    def fraction(self, device: torch.device) -> float:
+        return self.fractions.get(device, 0.9)
+
+    def set_fraction(self, device: torch.device, fraction: float) -> None:
+        self.fractions[device] = fraction
+
+    def total_nbytes(self, device: torch.device) -> int:
+        return 100 * GIB
+
+    def is_native(self) -> bool:
+        return True
+
+    def set_up(self, settings: str) -> None:
+        self.settings.append(settings)
+
+    def give_back(self, device: torch.device) -> None:
+        pass
+
+    def give_back_workspaces(self, device: torch.device) -> None:
+        pass
+
+
+@pytest.fixture
+def allocator(monkeypatch: pytest.MonkeyPatch) -> Recorded:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    return Recorded()
+
+
+def _share(budget: int) -> float:
+    return (budget - PAGE_ROUNDING_NBYTES) / (100 * GIB)
+
+
+def test_models_side_by_side_may_take_the_sum_of_their_budgets(allocator: Recorded) -> None:
+    limits, device = Limits(allocator), torch.device("cuda", 0)
+    first, second = nn.Module(), nn.Module()
+    limits.hold(first, device, 10 * GIB)
+    limits.hold(second, device, 20 * GIB)
+    assert allocator.fractions[device] == _share(30 * GIB)
+    limits.hold(second, device, 5 * GIB)  # planned again
+    assert allocator.fractions[device] == _share(15 * GIB)
+    del second
+    assert allocator.fractions[device] == _share(10 * GIB)
+
+
+def test_limits_and_settings_end_with_the_last_model(allocator: Recorded) -> None:
+    limits, devices = Limits(allocator), [torch.device("cuda", i) for i in (0, 1)]
+    owners = [nn.Module(), nn.Module()]
+    for owner, device in zip(owners, devices, strict=True):
+        limits.avoid_fragmentation(owner, device)
+        limits.hold(owner, device, 10 * GIB)
+    assert allocator.settings == ["expandable_segments:True"]
+    del owner
+    owners.pop(0)
+    assert allocator.fractions == {devices[0]: 0.9, devices[1]: _share(10 * GIB)}
+    assert allocator.settings == ["expandable_segments:True"]
+    owners.clear()
+    assert allocator.fractions == dict.fromkeys(devices, 0.9)
+    assert allocator.settings == ["expandable_segments:True", "expandable_segments:False"]
+
+
+def test_a_hundred_models_one_after_the_other_leave_nothing(allocator: Recorded) -> None:
+    limits, device = Limits(allocator), torch.device("cuda", 0)
+    for _ in range(100):
+        owner = nn.Module()
+        limits.avoid_fragmentation(owner, device)
+        limits.hold(owner, device, GIB)
+        assert allocator.fractions[device] == _share(GIB)
+        del owner
+    assert allocator.fractions[device] == 0.9
+    assert not limits._budgets
+
+
+def test_an_out_of_memory_error_keeps_its_type_and_says_what_was_needed() -> None:
+    with pytest.raises(torch.OutOfMemoryError) as caught, explained(lambda: "the plan needs 3 bytes"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert "the plan needs 3 bytes" in caught.value.__notes__[0]
+
+
+def test_what_the_limit_holds_back_is_predicted() -> None:
+    """A step that needs what was predicted, and whose last page is nearly empty, must not meet the limit."""
+    predicted = overhead(torch.device("cuda"), 0)
+    assert predicted["fragmentation"] >= PAGE_ROUNDING_NBYTES + PAGE_NBYTES
+    assert overhead(torch.device("cuda"), 1000 * 2**20)["fragmentation"] > predicted["fragmentation"]
+    assert overhead(torch.device("cpu"), 1000 * 2**20) == {}

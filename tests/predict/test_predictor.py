@@ -1,0 +1,93 @@
+"""Predictions of a captured model: times of its regions, and what a chunk adds to a step."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import pytest
+
+import chunkft_fx
+from chunkft_fx.machine.rates import Rates
+from chunkft_fx.plan.cuts import cut
+from chunkft_fx.planning.planner import parameter_specs
+from chunkft_fx.predict.predictor import Predictor
+from chunkft_fx.predict.step_memory import step_timeline
+from chunkft_fx.predict.step_time import Saving
+from chunkft_fx.program.instructions import Executable
+from chunkft_fx.tools.zoo import tiny
+
+# Round figures: what is predicted with them is compared with itself.
+RATES = Rates({"float32": 1e12}, 1e11, 1e10, 2e10, 5e9, 3.0)
+
+
+def test_regions_get_times_where_rates_are_known() -> None:
+    model, batch = tiny("llama")
+    compiled = chunkft_fx.compile(model, "8GB", chunks=3, backend="eager")
+    compiled(**batch(2, 16, 0))
+    session = compiled._sessions[-1]
+    (whole,) = cut(parameter_specs(model), 1)
+    assert Predictor(session).times(whole) is None
+    predictor = Predictor(session, RATES)
+    times = predictor.times(whole)
+    assert times is not None
+    regions = len(predictor.uses())
+    for each in (
+        times.forward_us,
+        times.backward_us,
+        times.again_us,
+        times.gradients_us,
+        times.fetch_us,
+        times.keep_us,
+    ):
+        assert len(each) == regions
+        assert all(us >= 0 for us in each)
+    assert min(times.forward_us) > 0
+    # equal blocks share their variants, so their times; what comes first is kept for nobody
+    assert len({times.forward_us[i] for i in range(1, regions - 1)}) == 1
+    assert times.keep_us[0] == 0
+    assert min(times.keep_us[1:]) > 0
+    parameters = dict(model.named_parameters())
+    weights = sum(p.numel() * p.itemsize for p in parameters.values())
+    assert sum(times.fetch_us) == pytest.approx(weights / RATES.host_to_device_nbytes_per_s * 1e6)
+    works = [predictor.work(c, times, c.nbytes) for c in compiled.plan.chunks]
+    together = predictor.work(whole, times, whole.nbytes)
+    assert sum(w.gradients_us for w in works) == pytest.approx(together.gradients_us)
+    assert sum(w.states_us for w in works) == pytest.approx(together.states_us)
+    assert together.lowest == works[0].lowest == 0
+    assert [w.lowest for w in works] == sorted(w.lowest for w in works)
+
+
+def test_the_timeline_of_a_step_holds_its_peak() -> None:
+    model, batch = tiny("llama")
+    compiled = chunkft_fx.compile(model, "8GB", chunks=3, backend="eager")
+    compiled(**batch(2, 16, 0))
+    session = compiled._sessions[-1]
+    predictor = Predictor(session)
+    regions = len(predictor.uses())
+    for saving in (Saving(0), Saving(regions)):
+        moments = step_timeline(session.planned(compiled.plan.chunks[0], saving), "eager")
+        peak = predictor.peak(compiled.plan.chunks[0], saving)
+        assert peak.label in {m.label for m in moments}
+        given = session.given
+        assert peak.nbytes == max(m.nbytes for m in moments) + sum(given.values())
+    assert compiled.timeline == step_timeline(session.planned(compiled.plan.chunks[0], Saving(0)), "eager")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "cnn"])
+def test_a_step_that_looks_like_a_known_one_has_its_own_moments(family: str) -> None:
+    """Exchanged variants predict what a program written for the chunk predicts, and some programs are shared."""
+    model, batch = tiny(family)
+    compiled = chunkft_fx.compile(model, "8GB", chunks=3, backend="eager")
+    compiled(**batch(2, 16, 0))
+    session = compiled._sessions[-1]
+    known: dict[Hashable, Executable] = {}
+    asked = 0
+    for count in (3, 40, 60):
+        chunks = cut(parameter_specs(model), count)
+        for chunk in (chunks[0], chunks[1], chunks[count // 2]):
+            for saving in (Saving(0), Saving(2, 2)):
+                asked += 1
+                exchanged, written = session.planned(chunk, saving, known), session.planned(chunk, saving)
+                assert step_timeline(exchanged, "eager") == step_timeline(written, "eager")
+                assert exchanged.program.variants == written.program.variants
+    assert len(known) < asked

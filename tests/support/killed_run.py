@@ -1,0 +1,79 @@
+"""A program that tests kill: it forks a training run for each line it is given, after imports, which take longest.
+
+A line is a JSON object: ``out`` is the folder, ``fuse`` after how many steps of saving (``fsync`` and ``rename``) the
+run kills itself, 0 for never. Each run says ``start PID``, ``step N`` after every step, and ``end STATUS``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import chunkft_fx
+from chunkft_fx.tools.training.data import pack
+from chunkft_fx.tools.training.folder import CHECKPOINT, claimed, save_model
+from chunkft_fx.tools.training.loop import train
+from chunkft_fx.tools.training.options import TrainOptions
+from chunkft_fx.tools.zoo import tiny
+from tests.support.tiny_text import character_tokenizer
+
+STEPS = 8
+TEXT = "the quick brown fox jumps over the lazy dog. " * 4
+
+
+def say(what: str, value: object) -> None:
+    os.write(1, f"{what} {value}\n".encode())
+
+
+def light(fuse: int) -> None:
+    """Have the process end before its ``fuse``-th call that makes something lasting."""
+    left = [fuse]
+    for name in ("fsync", "replace"):
+        call = getattr(os, name)
+
+        def counted(*arguments: Any, call: Any = call) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments)
+
+        setattr(os, name, counted)
+
+
+def run(out: Path, fuse: int) -> None:
+    """Train to the end, from the checkpoint in the folder if there is one."""
+    light(fuse)
+    model, _ = tiny("llama", dropout=0.2)
+    module = chunkft_fx.compile(model, "1GB", chunks=3, order="random", backend="eager")
+    options = TrainOptions(STEPS, 2, lr=1e-2, warmup=2, save_every=2)
+    with claimed(out, ""):
+        resume = out if (out / CHECKPOINT).exists() else None
+        text = pack([TEXT], character_tokenizer(), 16)
+        train(module, text, options, out=out, resume=resume, on_step=lambda i: say("step", i.step))
+        save_model(out, module, character_tokenizer())
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        task = json.loads(line)
+        child = os.fork()
+        if not child:
+            say("start", os.getpid())
+            try:
+                run(Path(task["out"]), task["fuse"])
+            except BaseException as error:
+                say("failed", repr(error))
+                os._exit(1)
+            os._exit(0)
+        say("end", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+if __name__ == "__main__":
+    main()

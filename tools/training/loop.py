@@ -1,0 +1,176 @@
+"""The training loop of the tools: batches in, updated weights out, checkpoints on the way."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chunkft_fx.errors import OptionError, TrainingDiverged
+from chunkft_fx.module.module import CompiledModule
+from chunkft_fx.optim.adamw import AdamW
+from chunkft_fx.tools.training.checkpoint import Run
+from chunkft_fx.tools.training.data import Batches
+from chunkft_fx.tools.training.folder import CHECKPOINT
+from chunkft_fx.tools.training.options import TrainOptions
+from chunkft_fx.tools.training.signals import Stopped
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What there is to say after an optimizer step: ``chunk`` is the one that was updated, ``lr`` the rate used."""
+
+    step: int
+    loss: float
+    chunk: int
+    lr: float
+    tokens_per_s: float
+    peak_nbytes: int
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """A finished run: the loss of each step, wall-clock seconds, tokens seen, and the peak of memory."""
+
+    losses: tuple[float, ...]
+    seconds: float
+    tokens: int
+    peak_nbytes: int
+
+
+def train(
+    model: CompiledModule,
+    sequences: Tensor,
+    options: TrainOptions,
+    *,
+    on_step: Callable[[StepInfo], None] = lambda _: None,
+    out: Path | None = None,
+    resume: Path | None = None,
+    stop: Callable[[], int | None] = lambda: None,
+) -> TrainReport:
+    """Train a compiled causal language model on ``sequences`` (``i64[count, length]``) with AdamW.
+
+    ``out`` is the folder for checkpoints, ``resume`` a folder with one: the run then continues at its
+    step, as if it had never stopped. ``stop`` is asked after each step: given the number of a signal, the run is saved
+    in ``out`` and `Stopped` raised, unless that step was the last. Raises `OptionError` for a schedule that does not
+    exist, `DataError` for too few sequences, `CheckpointMismatch` for a checkpoint of another run or a damaged one,
+    `TrainingDiverged`, with the latest checkpoint as it was, for a loss or weights that are not finite numbers.
+    """
+    if options.save_every and out is None:
+        raise OptionError("checkpoints were asked for, but there is no folder to write them to; set out")
+    device = next(model.parameters()).device
+    torch.manual_seed(options.seed)
+    optimizer = AdamW(model, lr=options.lr, weight_decay=options.weight_decay, max_grad_norm=options.max_grad_norm)
+    scheduler = make_scheduler(optimizer, options)
+    run = Run(model, optimizer, scheduler, Batches(sequences, options.batch_size, options.seed), options)
+    first = 0 if resume is None else run.load(resume)
+    losses: list[float] = []
+    model.train()
+    begin = last = time.perf_counter()
+    for step in range(first, options.steps):
+        loss = float(_backward(run, device))
+        _require_finite(loss, step + 1)
+        chunk, lr = model.chunk, float(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss)
+        _advance(scheduler, loss)
+        now = time.perf_counter()
+        rate = options.accumulate * options.batch_size * sequences.shape[1] / (now - last)
+        last = now
+        on_step(StepInfo(step + 1, loss, chunk, lr, rate, peak_nbytes(device)))
+        is_last = step + 1 == options.steps
+        if out is not None and options.save_every and ((step + 1) % options.save_every == 0 or is_last):
+            run.save(out, step + 1)
+        signal = None if is_last else stop()
+        if signal is not None:
+            raise _stopped(signal, run, out, step + 1)
+    tokens = len(losses) * options.accumulate * options.batch_size * sequences.shape[1]
+    return TrainReport(tuple(losses), time.perf_counter() - begin, tokens, peak_nbytes(device))
+
+
+def _backward(run: Run, device: torch.device) -> Tensor:
+    """Give the active chunk the gradients of one optimizer step; returns the mean loss."""
+    total = torch.zeros((), device=device)
+    for _ in range(run.options.accumulate):
+        ids = next(run.batches).to(device)
+        part = run.model(input_ids=ids, labels=ids, use_cache=False).loss / run.options.accumulate
+        part.backward()
+        total += part.detach()
+    return total
+
+
+def _require_finite(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise TrainingDiverged(
+            f"the loss of step {step} is {loss}, and the run stops: what was saved before is as it was; lower --lr, "
+            "raise --warmup, or check the data"
+        )
+
+
+def _stopped(signal: int, run: Run, out: Path | None, step: int) -> Stopped:
+    done = f"after step {step} of {run.options.steps}"
+    if out is None:
+        return Stopped(signal, f"{done}; nothing was saved")
+    run.save(out, step)
+    return Stopped(signal, f"{done}, saved in {out / CHECKPOINT}; go on with --resume {out}")
+
+
+def check_schedule(options: TrainOptions) -> None:
+    """Raise `OptionError` for a schedule that does not exist or does not take its options, without a model."""
+    make_scheduler(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=options.lr), options)
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, options: TrainOptions) -> Any:
+    """A learning-rate scheduler of transformers, stepped once an optimizer step."""
+    from transformers import get_scheduler
+
+    try:
+        return get_scheduler(
+            options.schedule,
+            optimizer,
+            num_warmup_steps=options.warmup,
+            num_training_steps=options.steps,
+            scheduler_specific_kwargs=dict(options.schedule_options),
+        )
+    except (ValueError, TypeError) as error:
+        raise OptionError(f"schedule {options.schedule!r} with {dict(options.schedule_options)}: {error}") from error
+
+
+def _advance(scheduler: Any, loss: float) -> None:
+    """Some schedules react to the loss and take it as an argument."""
+    if "metrics" in inspect.signature(scheduler.step).parameters:
+        scheduler.step(loss)
+    else:
+        scheduler.step()
+
+
+@torch.no_grad()
+def evaluate(model: CompiledModule, sequences: Tensor, batch_size: int) -> float:
+    """The mean loss over all of ``sequences`` (``i64[count, length]``); training mode is restored after."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    total = 0.0
+    for batch in sequences.split(batch_size):
+        ids = batch.to(device)
+        total += float(model(input_ids=ids, labels=ids, use_cache=False).loss) * len(batch)
+    model.train(was_training)
+    return total / len(sequences)
+
+
+def peak_nbytes(device: torch.device) -> int:
+    """The most bytes that were held at once: reserved on the CUDA device, or of this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,91 @@
+"""The options of a training run and what they may be, found out before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from chunkft_fx.api import BACKENDS
+from chunkft_fx.bytes import parse_bytes
+from chunkft_fx.errors import OptionError
+from chunkft_fx.gradients.slices import ChunkSchedule
+
+# The data order multiplies the seed, and torch's generators take 64 bits.
+MAX_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What a run does; ``steps`` counts optimizer steps, each over ``accumulate`` batches of ``batch_size``.
+
+    ``schedule`` is a name that ``transformers.get_scheduler`` knows, ``schedule_options`` its own arguments.
+    ``save_every`` is in optimizer steps; 0 writes no checkpoints. Raises `OptionError` for a value out of range.
+    """
+
+    steps: int
+    batch_size: int = 1
+    accumulate: int = 1
+    lr: float = 1e-5
+    schedule: str = "cosine"
+    schedule_options: Mapping[str, Any] = field(default_factory=dict)
+    warmup: int = 0
+    weight_decay: float = 0.01
+    max_grad_norm: float | None = 1.0
+    seed: int = 0
+    save_every: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in {"steps": 1, "batch_size": 1, "accumulate": 1, "warmup": 0, "save_every": 0}.items():
+            at_least(name, getattr(self, name), least)
+        for name in ("lr", "weight_decay"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise OptionError(f"{name.replace('_', '-')} is {value}; it must be a finite number, 0 or more")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise OptionError(f"max-grad-norm is {self.max_grad_norm}; it must be above 0, or 0 to not clip")
+        if self.warmup > self.steps:
+            raise OptionError(f"warmup is {self.warmup}, more than all {self.steps} steps: lr would never be reached")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise OptionError(f"seed is {self.seed}; it must be from 0 to {MAX_SEED}")
+
+    def lasting(self) -> dict[str, Any]:
+        """What must be the same when a run is resumed: all but when it ends and how often it saves."""
+        kept = ("accumulate", "lr", "schedule", "warmup", "weight_decay", "max_grad_norm")
+        return {name: getattr(self, name) for name in kept} | {"schedule_options": dict(self.schedule_options)}
+
+
+def at_least(name: str, value: int, least: int) -> None:
+    """Raise `OptionError` for a count that is too small, called as the command line calls it."""
+    if value < least:
+        raise OptionError(f"{name.replace('_', '-')} is {value}; it must be {least} or more")
+
+
+def chunk_count(chunks: str) -> int | str:
+    """``"auto"`` or a number from 1 on; raises `OptionError` for anything else."""
+    if chunks == "auto":
+        return chunks
+    if not chunks.isdecimal() or int(chunks) < 1:
+        raise OptionError(f'chunks={chunks!r} is not known; give a number, 1 or more, or "auto"')
+    return int(chunks)
+
+
+def check_compile_options(budget: str, order: str, interval: int, backend: str) -> None:
+    """Raise what `chunkft_fx.compile` would raise for these, which takes a model to call."""
+    parse_bytes(budget)
+    ChunkSchedule(1, order, interval)
+    if backend not in BACKENDS:
+        raise OptionError(f"backend={backend!r} is not known; choose one of {', '.join(BACKENDS)}")
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object given on the command line."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise OptionError(f"{text!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise OptionError(f'{text!r} is not a JSON object such as {{"num_cycles": 2}}')
+    return value
