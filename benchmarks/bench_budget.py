@@ -139,8 +139,8 @@ def run(case: str, chunks: int | str, states: str, built_on: str) -> Result:
     result.reserved = max(result.reserved, torch.cuda.max_memory_reserved())
     result.budget, result.predicted = plan.budget_bytes, plan.predicted_peak_bytes or 0
     result.allocated = max(nbytes for _, nbytes in peaks)
-    result.chunks, result.recomputing, result.streamed = len(plan.chunks), plan.save_from[0], len(plan.streamed)
-    result.offloading, result.predicted_ms = plan.offload_below[0], (plan.predicted_step_us or 0.0) / 1e3
+    result.chunks, result.recomputing, result.streamed = len(plan.chunks), plan.policy.save_from, len(plan.streamed)
+    result.offloading, result.predicted_ms = plan.policy.offload_below, (plan.predicted_step_us or 0.0) / 1e3
     result.step_ms, result.losses = sum(times) / len(times) * 1e3, tuple(loss.item() for loss in losses)
     result.terms, result.steps = plan.terms, tuple(peaks)
     return result

@@ -46,8 +46,10 @@ def main(
         begin = time.perf_counter()
         try:
             options = Options(budget, "auto", "ascending", 1, 0)
-            plan = plan_for_batch(model, options, None, Predictor(session, H200), "this batch")
-            what = f"{len(plan.chunks)} chunks, {plan.save_from[0]} regions recompute, {len(plan.streamed)} streamed"
+            plan = plan_for_batch(model, options, None, Predictor(session.programs, known=H200), "this batch")
+            what = (
+                f"{len(plan.chunks)} chunks, {plan.policy.save_from} regions recompute, {len(plan.streamed)} streamed"
+            )
         except BudgetInfeasible as error:
             smallest = error.smallest_budget_bytes
             what = f"infeasible, at least {format_bytes(smallest)}"

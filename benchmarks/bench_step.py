@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import chunkft_fx
 from benchmarks.shapes import SHAPES, batches, build
-from chunkft_fx.predict.fixed_memory import DEPTH
+from chunkft_fx.plan.policy import DEPTH
 
 GIB = 2**30
 

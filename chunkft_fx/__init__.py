@@ -5,7 +5,8 @@ from chunkft_fx.api import compile
 from chunkft_fx.logs import enable_logs
 from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.optim.adamw import AdamW
-from chunkft_fx.plan.plan import Chunk, Plan, Slice
+from chunkft_fx.plan.chunk import Chunk, Slice
+from chunkft_fx.plan.plan import Plan
 
 __all__ = ["AdamW", "Chunk", "CompiledModule", "Plan", "Slice", "compile", "errors"]
 

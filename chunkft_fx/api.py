@@ -12,13 +12,12 @@ from chunkft_fx.bytes import parse_bytes
 from chunkft_fx.copies.residency import compute_device
 from chunkft_fx.errors import AlreadyCompiled, OptionError
 from chunkft_fx.gradients.slices import ChunkSchedule
+from chunkft_fx.graph.region import Pass, ProgramPass
 from chunkft_fx.module.distribution import refuse_ranks
 from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.planning.example_batch import arguments_of
-from chunkft_fx.planning.planner import Options, first_plan
+from chunkft_fx.planning.planner import BACKENDS, Options, first_plan
 from chunkft_fx.torch_internals import is_torch_compiled
-
-BACKENDS = ("inductor", "eager")
 
 
 def compile(
@@ -33,6 +32,8 @@ def compile(
     return_logits: bool = False,
     device: torch.device | str | None = None,
     batch: Mapping[str, Any] | Sequence[Any] | torch.Tensor | None = None,
+    region_passes: Sequence[Pass] = (),
+    program_passes: Sequence[ProgramPass] = (),
 ) -> CompiledModule:
     """Compile a model for full-parameter training in which one chunk of the parameters is active a step.
 
@@ -47,10 +48,11 @@ def compile(
     a tuple): the plan is made for it at the first training call, whatever that call brings. Only shapes and dtypes
     count, so tensors on the device ``"meta"`` will do. A batch that is larger in any size than those planned for is
     planned for before it runs, with or without ``batch``; once a sweep has begun chunks and streamed weights stay.
-    The model is traced at its first call; it must trace with ``torch.compile(fullgraph=True)``.
-    In training, logits that only feed a cross-entropy are never held whole: the model returns `MissingLogits` in
-    their place, which raises `LogitsNotKept` when it is read, unless ``return_logits``. In evaluation and under
-    ``no_grad`` it returns them.
+    ``region_passes`` and ``program_passes`` are passes of your own (`chunkft_fx.graph.region` says what one is): they
+    run behind the library's, over the joint graph of each region and over the program of each chunk. The model is
+    traced at its first call; it must trace with ``torch.compile(fullgraph=True)``. In training, logits that only feed a
+    cross-entropy are never held whole: the model returns `MissingLogits` in their place, which raises `LogitsNotKept`
+    when it is read, unless ``return_logits``. In evaluation and under ``no_grad`` it returns them.
 
     Raises `BudgetParseError`, `ChunkCountError`, `OptionError`, `NoTrainableParameters`, `AlreadyCompiled`;
     a call with a new kind of batch can raise `UnsupportedGraph` or `BudgetInfeasible`, and then changed nothing.
@@ -69,6 +71,15 @@ def compile(
     if batch is not None:
         arguments_of(batch)
     refuse_ranks()
-    options = Options(parse_bytes(budget), chunks, order, interval, seed, return_logits, batch)
+    own, outer = _passes("region_passes", region_passes), _passes("program_passes", program_passes)
+    options = Options(parse_bytes(budget), chunks, order, interval, seed, return_logits, batch, own, outer)
     target = compute_device(model, device)
     return CompiledModule(model, options, backend, first_plan(model, options), target)
+
+
+def _passes(option: str, given: Sequence[Any]) -> tuple[Any, ...]:
+    """The passes of an option; `OptionError` for what is none."""
+    for step in given:
+        if not callable(step) or not isinstance(getattr(step, "name", None), str):
+            raise OptionError(f"{option} has {step!r}, which is no pass: a pass has a name and is called with a graph")
+    return tuple(given)

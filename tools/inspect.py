@@ -17,7 +17,7 @@ from chunkft_fx.errors import NotPlanned, OptionError
 from chunkft_fx.graph.region import DenseGradient, Pass, RegionGraph, SliceDemand
 from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.passes import Eliminate, PruneTangents, default_pipeline
-from chunkft_fx.program import run_passes as pipeline
+from chunkft_fx.program import run_passes
 from chunkft_fx.program.variants import Variant
 from chunkft_fx.tools.console import quiet, run_command
 from chunkft_fx.tools.load import check_config, pick_device, pick_dtype, reasons, source
@@ -40,6 +40,7 @@ def command(
     template: Annotated[int | None, typer.Option(help="Show this template's graph before and after each pass.")] = None,
     pass_name: Annotated[str, typer.Option("--pass", help="Only this pass (with --template).")] = "",
     ops: Annotated[bool, typer.Option(help="Differences of operator counts instead of graphs.")] = False,
+    program_passes: Annotated[bool, typer.Option(help="Show the program behind each of its passes.")] = False,
     coverage: Annotated[bool, typer.Option(help="List weight gradients that stay dense; exit 1 if any.")] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -57,6 +58,9 @@ def command(
     forward(compiled, inputs, chunk)
     if template is not None:
         print_passes(variant_of(compiled, template), pass_name, ops)
+        return
+    if program_passes:
+        print_program_passes(compiled)
         return
     print(compiled.plan)
     print(compiled.program.code)
@@ -113,8 +117,9 @@ def forward(compiled: CompiledModule, inputs: Inputs, chunk: int) -> None:
 
 
 def summary(compiled: CompiledModule) -> list[str]:
-    """A line for each region of the program: its template and variant, what each pass did, and what it saves."""
-    lines = []
+    """What passes did: a line for the program, then one a region with its template, variant and saved bytes."""
+    done = ", ".join(f"{name} {count}" for name, count in compiled.program.counts.items() if count) or "nothing to do"
+    lines = [f"program: {done}"]
     for v in compiled.program.variants:
         graph = v.template.graph.graph
         done = ", ".join(f"{name} {count}" for name, count in v.counts.items() if count) or "forward only"
@@ -138,18 +143,22 @@ def variant_of(compiled: CompiledModule, template: int) -> Variant:
 def print_passes(variant: Variant, pass_name: str, ops: bool) -> None:
     """Run the passes on a variant's template again, and print what each made of it."""
     demand = variant.demand
-    steps: tuple[Pass, ...] = (PruneTangents(demand.absent), Eliminate(), *default_pipeline(demand.backward))
+    steps: tuple[Pass, ...] = (
+        PruneTangents(demand.absent),
+        Eliminate(),
+        *default_pipeline(demand.backward, demand.policy),
+    )
     names = list(dict.fromkeys(step.name for step in steps))
     if pass_name and pass_name not in names:
         raise OptionError(f"pass {pass_name!r} is not in the pipeline; it has {', '.join(names)}")
     print(f"demand: {demand}")
     region = variant.template.graph.copy()
     show = _show_ops if ops else _show_graphs
-    pipeline.run(region, steps, _Printer(region, pass_name, show))
+    run_passes.over_region(region, steps, _RegionPrinter(region, pass_name, show))
 
 
-class _Printer:
-    """A pipeline hook that keeps the graph as it was before the pass that comes next."""
+class _RegionPrinter:
+    """A hook between passes that keeps the region graph as it was before the pass that comes next."""
 
     def __init__(self, region: RegionGraph, only: str, show: Callable[[fx.Graph, fx.Graph], None]) -> None:
         self.before = region.copy()
@@ -161,6 +170,16 @@ class _Printer:
             print(f"\n== {name}: {rewrites} rewrites in {seconds * 1e3:.1f} ms")
             self.show(self.before.graph, region.graph)
         self.before = region.copy()
+
+
+def print_program_passes(compiled: CompiledModule) -> None:
+    """Run the passes on the program again, and print its code behind each pass that changed it."""
+
+    def show(name: str, module: fx.GraphModule, rewrites: int, seconds: float) -> None:
+        print(f"\n== {name}: {rewrites} rewrites in {seconds * 1e3:.1f} ms")
+        print(module.code if rewrites else "the program did not change")
+
+    compiled.programs.rewritten(show)
 
 
 def _show_graphs(before: fx.Graph, after: fx.Graph) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from chunkft_fx.errors import SliceGradientError
-from chunkft_fx.plan.plan import Slice
+from chunkft_fx.plan.chunk import Slice
 from chunkft_fx.torch_internals import tree_leaves, tree_map
 
 aten = torch.ops.aten

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from chunkft_fx.errors import OptionError
 from chunkft_fx.gradients.slice_gradient import SliceGradient, cut_from, part_of
 from chunkft_fx.plan import position
-from chunkft_fx.plan.plan import Slice
+from chunkft_fx.plan.chunk import Slice
 
 ORDERS = ("ascending", "descending", "random")
 

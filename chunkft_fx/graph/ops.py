@@ -20,6 +20,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# The two parts of a step; no copy lives across the border, since two forwards can come before a backward.
+PARTS = ("forward", "backward")
+
 _LIBRARY = torch.library.Library("chunkft_fx", "DEF")
 _LIBRARY.define("narrow(Tensor x, int dim, Tensor start, SymInt length) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 

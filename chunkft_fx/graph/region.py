@@ -104,3 +104,15 @@ class Pass(Protocol):
     def numerics(self) -> Literal["bitwise", "reassociated"]: ...
 
     def __call__(self, region: RegionGraph) -> int: ...
+
+
+class ProgramPass(Protocol):
+    """One rewrite of a program, the outer graph of a step: its call returns how many rewrites it made.
+
+    It adds, moves or removes nodes around region calls; values stay equal to the bit.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def __call__(self, module: fx.GraphModule) -> int: ...

@@ -24,6 +24,7 @@ from chunkft_fx.errors import NotPlanned
 from chunkft_fx.gradients.gate import GradientGate
 from chunkft_fx.gradients.slices import ActiveSlice, Arrivals, ChunkSchedule
 from chunkft_fx.head.rewrite import chunk_head
+from chunkft_fx.machine.kernel_choice import chooser
 from chunkft_fx.module import ownership
 from chunkft_fx.module.distribution import refuse_sharded
 from chunkft_fx.module.following import Following, ModelOptimizer
@@ -37,6 +38,7 @@ from chunkft_fx.planning.planner import Options, first_plan
 from chunkft_fx.predict.step_memory import Moment, step_timeline
 from chunkft_fx.program.instructions import Executable
 from chunkft_fx.program.program import Program
+from chunkft_fx.program.programs import Programs
 from chunkft_fx.program.variants import Variant
 from chunkft_fx.runtime.session import Session
 
@@ -243,8 +245,14 @@ class CompiledModule(Following):
         """What its step is predicted to hold, moment by moment, beside weights, states and gradients held before."""
         return step_timeline(self._last(), self._backend)
 
+    @property
+    def programs(self) -> Programs:
+        """The programs of the latest capture, for tools; `NotPlanned` before the first call."""
+        self._last()
+        return self._sessions[-1].programs
+
     def _last(self) -> Executable:
-        last = next((s.last for s in reversed(self._sessions) if s.last is not None), None)
+        last = next((s.programs.last for s in reversed(self._sessions) if s.programs.last is not None), None)
         if last is None:
             raise NotPlanned("there is no program yet; call the model once on a batch")
         return last
@@ -254,12 +262,12 @@ class CompiledModule(Following):
         """The distinct region graphs of the latest capture."""
         if not self._sessions:
             raise NotPlanned("the model has not been traced yet; call it once on a batch")
-        return self._sessions[-1].outline.templates
+        return self._sessions[-1].programs.outline.templates
 
     @property
     def variants(self) -> tuple[Variant, ...]:
         """Every variant made so far, over all captures."""
-        return tuple(v for session in self._sessions for v in session.specializer.variants)
+        return tuple(v for session in self._sessions for v in session.programs.specializer.variants)
 
     def _new_session(self, gm: fx.GraphModule, inputs: Sequence[Any], is_training: bool) -> Session:
         if is_training and not self._options.return_logits:
@@ -274,7 +282,11 @@ class CompiledModule(Following):
             warn_if_unseen(modules, captured.parameters.values(), [r.label for r in regions.regions])
         held = {t.untyped_storage().data_ptr() for t in (*self._model.parameters(), *self._model.buffers())}
         batch = [i for i, t in enumerate(inputs) if isinstance(t, Tensor) and id(t) not in names and _is_apart(t, held)]
-        session = Session(self, captured, regions, self._backend, batch, is_training)
+        device, options = self._residency.device, self._options
+        parameters = {n: torch.empty_like(p, device="meta") for n, p in self._residency.parameters.items()}
+        choose, own = chooser(device), (options.passes, options.program_passes)
+        programs = Programs(captured, regions, parameters, self._backend, device, choose, *own)
+        session = Session(self, programs, batch, is_training)
         self._sessions.append(session)
         return session
 

@@ -43,8 +43,8 @@ from chunkft_fx.optim.groups import (
 from chunkft_fx.optim.host_states import HostStates, require_room
 from chunkft_fx.optim.step_counts import Counts, counted, uniform
 from chunkft_fx.optim.update import GroupUpdate, StagedSlice
+from chunkft_fx.plan.chunk import Slice
 from chunkft_fx.plan.cuts import cut_dim
-from chunkft_fx.plan.plan import Slice
 from chunkft_fx.plan.state_spec import moment_dtype, stage_capacity_nbytes, state_dtypes
 
 STATES = ("keep", "reset")

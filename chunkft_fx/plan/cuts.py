@@ -22,7 +22,7 @@ from itertools import pairwise
 from math import prod
 
 from chunkft_fx.errors import ChunkCountError
-from chunkft_fx.plan.plan import Chunk, Slice
+from chunkft_fx.plan.chunk import Chunk, Slice
 
 # A first dimension below this many indices makes thin slices; another, larger dimension is cut instead.
 MIN_CUT_SIZE = 64

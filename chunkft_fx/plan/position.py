@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from chunkft_fx.errors import CheckpointMismatch, ChunkFTWarning
-from chunkft_fx.plan.plan import Chunk
+from chunkft_fx.plan.chunk import Chunk
 
 COUNTS = ("sweep", "position", "steps", "chunks")
 MEANING = {"order": str, "seed": int, "interval": int, "cuts": str}

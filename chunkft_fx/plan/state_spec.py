@@ -13,7 +13,7 @@ from torch import Tensor
 
 from chunkft_fx.errors import OptionError
 from chunkft_fx.graph.layout import stage_nbytes
-from chunkft_fx.plan.plan import Chunk, Slice
+from chunkft_fx.plan.chunk import Chunk, Slice
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # What the user calls the dtypes in which moments can be kept.

@@ -2,58 +2,87 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from io import StringIO
-from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from chunkft_fx.bytes import format_bytes
-
-if TYPE_CHECKING:
-    from chunkft_fx.plan.plan import Chunk, Considered, Plan, Slice
+from chunkft_fx.plan.chunk import Chunk, Slice
+from chunkft_fx.plan.policy import Policy
 
 WIDTH = 120
 # Longer plans show this many chunks at the beginning and at the end.
 SHOWN = 12
 
 
-def render(plan: Plan) -> str:
-    """The plan's head (budget, prediction, schedule) and one line per chunk, as text of at most 120 columns."""
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    saved = bool(plan.save_from)
-    table.add_column("chunk", justify="right")
-    table.add_column("slices", overflow="fold")
-    for title in ("elements", "bytes", *(("keeps activations",) if saved else ())):
-        table.add_column(title, justify="right", no_wrap=True)
-    for k in _shown(len(plan.chunks)):
-        if k is None:
-            table.add_row("…", f"… {len(plan.chunks) - 2 * SHOWN} more chunks …")
-            continue
-        chunk = plan.chunks[k]
-        kept = (_kept(plan, k),) if saved else ()
-        table.add_row(str(k), _slices(chunk), f"{chunk.numel:,}", format_bytes(chunk.nbytes), *kept)
-    return _text(_head(plan), table)
+@dataclass(frozen=True)
+class Considered:
+    """A choice that was not taken: what it needs at its peak, most of it for ``largest``, and its predicted mean step.
+
+    ``streamed`` counts regions; which weights these are is not in its ``policy``. ``step_us`` is None where no times
+    are known.
+    """
+
+    chunks: int
+    streamed: int
+    policy: Policy
+    nbytes: int
+    step_us: float | None
+    largest: str
 
 
-def explain(plan: Plan) -> str:
-    """The choices that were not taken, one a line, and what kept each from being taken."""
-    if not plan.considered:
-        return "no other choice was considered: the plan was not made for a batch, or there was none"
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for title in ("chunks", "streamed", "buffers", "recompute", "offload", "split", "needs", "step"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("why not")
-    for c in plan.considered:
-        sizes = (c.chunks, c.streamed, c.depth if c.streamed else "", c.save_from, c.offload_below, c.head_split)
-        step = "" if c.step_us is None else f"{c.step_us / 1e3:.1f} ms"
-        table.add_row(*(str(n) for n in sizes), format_bytes(c.nbytes), step, _reason(plan, c))
-    meanings = "streamed: how many regions; recompute, offload: the regions below; split: of the head's blocks"
-    return _text([f"choices beside the plan's, for {plan.batch}", meanings], table)
+class PlanTables:
+    """The tables of a plan, which has these fields (`plan.plan.Plan` says what they mean)."""
+
+    budget_bytes: int
+    chunks: tuple[Chunk, ...]
+    order: str
+    interval: int
+    seed: int
+    policy: Policy
+    predicted_peak_bytes: int | None
+    predicted_step_us: float | None
+    peak_at: str
+    considered: tuple[Considered, ...]
+    terms: tuple[tuple[str, int], ...]
+    batch: str
+
+    def __str__(self) -> str:
+        """For people: budget, predicted peak and its terms, policy, and a line a chunk, in at most 120 columns."""
+        table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        table.add_column("chunk", justify="right")
+        table.add_column("slices", overflow="fold")
+        for title in ("elements", "bytes"):
+            table.add_column(title, justify="right", no_wrap=True)
+        for k in _shown(len(self.chunks)):
+            if k is None:
+                table.add_row("…", f"… {len(self.chunks) - 2 * SHOWN} more chunks …")
+                continue
+            chunk = self.chunks[k]
+            table.add_row(str(k), _slices(chunk), f"{chunk.numel:,}", format_bytes(chunk.nbytes))
+        return _text(_head(self), table)
+
+    def explain(self) -> str:
+        """The choices that were not taken, one a line, with what each would have needed and why it was not taken."""
+        if not self.considered:
+            return "no other choice was considered: the plan was not made for a batch, or there was none"
+        table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        decisions = tuple(self.considered[0].policy.described())
+        for title in ("chunks", "streamed", *decisions, "needs", "step"):
+            table.add_column(title, justify="right", no_wrap=True)
+        table.add_column("why not")
+        for c in self.considered:
+            step = "" if c.step_us is None else f"{c.step_us / 1e3:.1f} ms"
+            decided = c.policy.described().values()
+            table.add_row(str(c.chunks), str(c.streamed), *decided, format_bytes(c.nbytes), step, _reason(self, c))
+        meanings = "streamed: how many regions; recompute, offload: the regions below; split: of the head's blocks"
+        return _text([f"choices beside the plan's, for {self.batch}", meanings], table)
 
 
-def _reason(plan: Plan, c: Considered) -> str:
+def _reason(plan: PlanTables, c: Considered) -> str:
     over = c.nbytes - plan.budget_bytes
     if over > 0:
         return f"{format_bytes(over)} over budget, most of it {c.largest}"
@@ -69,7 +98,7 @@ def _text(head: list[str], table: Table) -> str:
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
-def _head(plan: Plan) -> list[str]:
+def _head(plan: PlanTables) -> list[str]:
     if plan.predicted_peak_bytes is None:
         peak = "predicted peak not known before the first training batch"
     else:
@@ -81,15 +110,8 @@ def _head(plan: Plan) -> list[str]:
     terms = [f"  {format_bytes(nbytes):>11}  {name}" for name, nbytes in plan.terms]
     time = "" if plan.predicted_step_us is None else f", a step predicted to take {plan.predicted_step_us / 1e3:.0f} ms"
     schedule = f"{len(plan.chunks)} chunk(s), {plan.order} order{seed}, {steps} each{time}"
-    away = [f"{len(plan.streamed)} weights stay in host memory, {plan.depth} buffers"] if plan.streamed else []
-    split = [f"the head holds 1/{plan.head_split} of its usual block of logits"] if plan.head_split > 1 else []
-    return [f"budget {format_bytes(plan.budget_bytes)}, {peak}", *terms, schedule, *away, *split]
-
-
-def _kept(plan: Plan, k: int) -> str:
-    offloads = plan.offload_below[k] if plan.offload_below else 0
-    away = f", offloads below {offloads}" if offloads else ""
-    return f"from region {plan.save_from[k]}{away}"
+    decided = plan.policy.sentences() if plan.batch else []
+    return [f"budget {format_bytes(plan.budget_bytes)}, {peak}", *terms, schedule, *decided]
 
 
 def _shown(count: int) -> list[int | None]:

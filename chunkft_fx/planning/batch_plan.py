@@ -8,27 +8,25 @@ chosen anew for the largest batch so far; then chunks and streamed weights stay.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from chunkft_fx.bytes import format_bytes
+from chunkft_fx.copies.residency import Residency
 from chunkft_fx.errors import BudgetInfeasible
 from chunkft_fx.graph.sizes import Sizes, size_reader
 from chunkft_fx.machine.memory_limit import LIMITS, overhead, take_workspaces
 from chunkft_fx.plan.plan import Plan
-from chunkft_fx.plan.state_policy import StatePolicy, policy_of
-from chunkft_fx.planning.planner import plan_again, plan_for_batch
+from chunkft_fx.plan.policy import Policy
+from chunkft_fx.plan.state_policy import policy_of
+from chunkft_fx.planning.planner import Options, plan_again, plan_for_batch
 from chunkft_fx.predict.fixed_memory import chunk_terms, resident_nbytes, weight_terms
 from chunkft_fx.predict.predictor import BATCH, Predictor
 from chunkft_fx.predict.step_memory import step_timeline, storages_nbytes
-from chunkft_fx.predict.step_time import StepTimes
-
-if TYPE_CHECKING:
-    from chunkft_fx.program.programs import Owner
-    from chunkft_fx.runtime.session import Session
+from chunkft_fx.program.programs import Programs
 
 # Of a session's plans the newest are kept; a plan that is asked for again is made again.
 KEPT_PLANS = 64
@@ -45,32 +43,63 @@ class Need:
 
 @dataclass(frozen=True)
 class Made:
-    """A plan, the need that it was made for, and what regions take then, where that is known."""
+    """A plan, and the need that it was made for."""
 
     need: Need
     plan: Plan
-    times: StepTimes | None
+
+
+class PlanOwner(Protocol):
+    """What plans need of the compiled module.
+
+    ``known_plan`` is the plan that is gone by, if there is one; ``is_bound`` says that another cut into chunks would
+    lose something. ``plain`` is the wrapped model, ``gradient_nbytes`` the bytes of gradients that slices hold.
+    """
 
     @property
-    def policy(self) -> StatePolicy:
-        return StatePolicy(self.plan.state_dtype, self.plan.states)
+    def residency(self) -> Residency: ...
+
+    @property
+    def plain(self) -> nn.Module: ...
+
+    @property
+    def options(self) -> Options: ...
+
+    @property
+    def known_plan(self) -> Plan | None: ...
+
+    @property
+    def is_bound(self) -> bool: ...
+
+    @property
+    def gradient_nbytes(self) -> int: ...
+
+    def adopt(self, plan: Plan) -> None: ...
 
 
 class BatchPlans:
-    """The plans of one session; ``batch`` are the positions of its arguments that are neither weights nor buffers."""
+    """The plans of one capture's programs.
 
-    def __init__(self, session: Session, batch: Sequence[int]) -> None:
-        self._session, self._batch = session, tuple(batch)
-        self._reader = size_reader(session.capture.graph, session.capture.primals)
-        by_name = {n.name: n for n in session.capture.graph.find_nodes(op="placeholder")}
-        self._values = [by_name[session.capture.primals[i]].meta["val"] for i in self._batch]
+    ``owner`` gives the compiled module, ``batch`` are the positions of the arguments that are neither weights nor
+    buffers, ``constants_nbytes`` the bytes of tensors that the capture itself holds.
+    """
+
+    def __init__(
+        self, owner: Callable[[], PlanOwner], programs: Programs, batch: Sequence[int], constants_nbytes: int
+    ) -> None:
+        self._owner, self._programs, self._batch = owner, programs, tuple(batch)
+        self._constants_nbytes = constants_nbytes
+        capture = programs.capture
+        self._reader = size_reader(capture.graph, capture.primals)
+        by_name = {n.name: n for n in capture.graph.find_nodes(op="placeholder")}
+        self._values = [by_name[capture.primals[i]].meta["val"] for i in self._batch]
         self._made: list[Made] = []  # the newest first
         self._refused: list[tuple[Plan, Need]] = []  # rounded needs that a plan's chunks have no room for
         self._evaluated: list[tuple[Plan, Need, int]] = []
         self._in_force: Made | None = None
 
-    def prepare(self, arguments: Sequence[Any], expected: frozenset[str]) -> None:
-        """Have a plan in force that a training step on these arguments fits; nothing has run of it yet.
+    def prepare(self, arguments: Sequence[Any], expected: frozenset[str]) -> Policy:
+        """The policy of a plan, now in force, that a training step on these arguments fits; nothing has run of it yet.
 
         Raises `BudgetInfeasible`, with the plan in force and everything else as before, if there is none.
         """
@@ -79,15 +108,15 @@ class BatchPlans:
         if fit is None:
             fit = self._planned(need)
             self._made = [fit, *(m for m in self._made if not self._outdone(m, fit))][:KEPT_PLANS]
-        if fit is not self._in_force:
-            self._put_in_force(fit)
+        self._in_force = fit
+        return fit.plan.policy
 
     def check_evaluation(self, arguments: Sequence[Any]) -> None:
         """Raise `BudgetInfeasible` for a call without gradients that does not fit beside what training holds.
 
         Before there is a plan nothing is refused: the budget holds from the first training batch on.
         """
-        owner = self._session.owner
+        owner = self._owner()
         plan = owner.known_plan
         if plan is None or not plan.batch:
             return
@@ -121,13 +150,6 @@ class BatchPlans:
             f"most of it in {plan.peak_at}"
         )
 
-    def _put_in_force(self, made: Made) -> None:
-        session, plan = self._session, made.plan
-        session.save_from, session.offload_below = plan.save_from, plan.offload_below
-        session.head_split, session.times = plan.head_split, made.times
-        session.given = self._given(made.need)
-        self._in_force = made
-
     def _need(self, arguments: Sequence[Any], expected: frozenset[str]) -> Need:
         return Need(self._reader.read(arguments), storages_nbytes(arguments[i] for i in self._batch), expected)
 
@@ -137,18 +159,18 @@ class BatchPlans:
 
     def _holds(self, made: Made, need: Need) -> bool:
         """Whether a plan still says what is done, and covers a need."""
-        owner = self._session.owner
+        owner = self._owner()
         if not _alike(made.plan, owner.known_plan) or not self._covers(made.need, need):
             return False
-        policy = policy_of(owner.residency.stage_owner())
-        return made.policy == policy or (made.policy.covers(policy) and owner.is_bound)
+        planned, states = made.plan.policy.states, policy_of(owner.residency.stage_owner())
+        return planned == states or (planned.covers(states) and owner.is_bound)
 
     def _outdone(self, made: Made, by: Made) -> bool:
         return not _alike(made.plan, by.plan) or self._covers(by.need, made.need)
 
     def _planned(self, need: Need) -> Made:
         """Plan, for the rounded sizes if the budget has room for them, and settle the plan."""
-        rounded, known = self._rounded(need), self._session.owner.known_plan
+        rounded, known = self._rounded(need), self._owner().known_plan
         refused = [n for plan, n in self._refused if _alike(plan, known)]
         if rounded == need or any(self._covers(rounded, n) for n in refused):
             made = self._chosen(need)
@@ -159,22 +181,19 @@ class BatchPlans:
                 if known is not None and known.batch:
                     self._refused = [(known, rounded), *self._refused][:KEPT_PLANS]
                 made = self._chosen(need)
-        settle(self._session.owner, made.plan)
+        settle(self._owner(), made.plan)
         return made
 
     def _chosen(self, need: Need) -> Made:
         """The plan for a need, which changes nothing yet."""
-        session, owner = self._session, self._session.owner
-        predictor = Predictor(session, sizes=need.sizes, given=self._given(need))
-        before, session.expected = session.expected, need.expected
-        try:
-            plan = _choose(owner, predictor, self._described(need), need.nbytes)
-        finally:
-            session.expected = before
-        return Made(need, replace(plan, batch_nbytes=need.nbytes), predictor.known_times)
+        absent = frozenset(self._programs.capture.tangents) - need.expected
+        predictor = Predictor(self._programs, absent, sizes=need.sizes, given=self.given(need))
+        plan = _choose(self._owner(), predictor, self._described(need), need.nbytes)
+        return Made(need, replace(plan, batch_nbytes=need.nbytes))
 
-    def _given(self, need: Need) -> dict[str, int]:
-        return {BATCH: self._session.constants_nbytes + need.nbytes}
+    def given(self, need: Need) -> dict[str, int]:
+        """The bytes by name that are there before a step on a batch, beside weights and what training keeps."""
+        return {BATCH: self._constants_nbytes + need.nbytes}
 
     def _rounded(self, need: Need) -> Need:
         sizes = self._reader.rounded(need.sizes)
@@ -185,17 +204,17 @@ class BatchPlans:
         shapes = [need.sizes.shape(v) for v in self._values if isinstance(v, Tensor)]
         return f"a batch with inputs of shapes {shapes[:4]}"
 
-    def _evaluation_nbytes(self, owner: Owner, plan: Plan, need: Need) -> int:
-        session = self._session
-        moments = step_timeline(session.evaluation(), session.backend, sizes=need.sizes)
+    def _evaluation_nbytes(self, owner: PlanOwner, plan: Plan, need: Need) -> int:
+        residency, policy = owner.residency, plan.policy
+        evaluation = self._programs.evaluation(replace(Policy(), streamed=residency.away(), depth=residency.depth))
+        moments = step_timeline(evaluation, self._programs.backend, sizes=need.sizes)
         largest = max((m.nbytes for m in moments), default=0)
-        residency = owner.residency
         resident = weight_terms(
-            residency.parameters, resident_nbytes(owner.plain), session.uses, frozenset(plan.streamed), plan.depth
+            residency.parameters, resident_nbytes(owner.plain), self._programs.uses, policy.streamed, policy.depth
         )
-        states = chunk_terms(residency.parameters, plan.chunks, StatePolicy(plan.state_dtype))
+        states = chunk_terms(residency.parameters, plan.chunks, policy.states)
         terms = [*resident.values(), states["optimizer state of the active chunk"]]
-        terms += [session.constants_nbytes + need.nbytes, largest]
+        terms += [self._constants_nbytes + need.nbytes, largest]
         return sum(terms) + sum(overhead(residency.device, largest).values())
 
 
@@ -203,10 +222,10 @@ def _alike(plan: Plan, other: Plan | None) -> bool:
     """Whether two plans have the same chunks, and weights in the same places."""
     if other is None or not other.batch or plan.chunks is not other.chunks:
         return False
-    return plan.streamed == other.streamed and plan.depth == other.depth
+    return plan.policy.same_places(other.policy)
 
 
-def _choose(owner: Owner, predictor: Predictor, batch: str, nbytes: int) -> Plan:
+def _choose(owner: PlanOwner, predictor: Predictor, batch: str, nbytes: int) -> Plan:
     """The plan for a batch of so many bytes; while that loses nothing, all is chosen anew for the largest batch."""
     model, options, known = owner.plain, owner.options, owner.known_plan
     policy = policy_of(owner.residency.stage_owner())
@@ -215,7 +234,7 @@ def _choose(owner: Owner, predictor: Predictor, batch: str, nbytes: int) -> Plan
     if owner.is_bound:
         return plan_again(model, options, known, predictor, batch, policy)
     given = None if options.chunks == "auto" else known
-    if nbytes > known.batch_nbytes or policy != StatePolicy(known.state_dtype, known.states):
+    if nbytes > known.batch_nbytes or policy != known.policy.states:
         return plan_for_batch(model, options, given, predictor, batch, policy)
     try:
         return plan_again(model, options, known, predictor, batch, policy)
@@ -223,7 +242,7 @@ def _choose(owner: Owner, predictor: Predictor, batch: str, nbytes: int) -> Plan
         return plan_for_batch(model, options, given, predictor, batch, policy)
 
 
-def settle(owner: Owner, plan: Plan) -> None:
+def settle(owner: PlanOwner, plan: Plan) -> None:
     """Put weights, and memory that stays, where a plan wants them, and go by the plan.
 
     Of plans with the same chunks, places and kind of states, the one that needs most is shown.
@@ -231,14 +250,14 @@ def settle(owner: Owner, plan: Plan) -> None:
     known, residency = owner.known_plan, owner.residency
     if known is not None and _alike(plan, known):
         is_larger = (plan.predicted_peak_bytes or 0) > (known.predicted_peak_bytes or 0)
-        if is_larger or (plan.state_dtype, plan.states) != (known.state_dtype, known.states):
+        if is_larger or plan.policy.states != known.policy.states:
             owner.adopt(plan)
         return
     optimizer = residency.stage_owner()
     if optimizer is not None and known is not None and plan.chunks is not known.chunks:
         optimizer.drop_stage()
     LIMITS.avoid_fragmentation(owner, residency.device)
-    residency.settle(plan.streamed, plan.depth)
+    residency.settle(plan.policy.streamed, plan.policy.depth)
     LIMITS.hold(owner, residency.device, plan.budget_bytes)
     owner.adopt(plan)
     # what stays is taken before a step takes anything: between its blocks it would split their memory

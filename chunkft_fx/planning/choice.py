@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from chunkft_fx.plan.plan import Chunk, Considered
+from chunkft_fx.plan.chunk import Chunk
+from chunkft_fx.plan.policy import Policy, StepTimes
+from chunkft_fx.plan.table import Considered
 from chunkft_fx.predict.fixed_memory import Terms
 from chunkft_fx.predict.predictor import Head
 from chunkft_fx.predict.step_memory import Moment
-from chunkft_fx.predict.step_time import Saving, StepTimes, Work
+from chunkft_fx.predict.step_time import Work
 
 # What a choice costs; compared in order.
 Cost = tuple[float, ...]
@@ -23,9 +25,9 @@ class Predicts(Protocol):
 
     def head(self) -> Head: ...
 
-    def peak(self, chunk: Chunk, saving: Saving) -> Moment: ...
+    def peak(self, chunk: Chunk, policy: Policy) -> Moment: ...
 
-    def sweep_peak(self, chunks: Sequence[Chunk], saving: Saving, enough: int = 0) -> Moment: ...
+    def sweep_peak(self, chunks: Sequence[Chunk], policy: Policy, enough: int = 0) -> Moment: ...
 
     def times(self, deepest: Chunk) -> StepTimes | None: ...
 
@@ -34,17 +36,14 @@ class Predicts(Protocol):
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to train: ``streamed`` counts the regions whose weights are fetched through ``depth`` buffers."""
+    """One way to train: ``streamed`` counts the regions whose weights are fetched.
+
+    Which weights these are is put into the policy when the choice is taken (`planning.costs.ChoiceCosts.placed`).
+    """
 
     chunks: tuple[Chunk, ...]
     streamed: int
-    depth: int
-    saving: Saving
-
-    @property
-    def steps(self) -> tuple[tuple[Chunk, ...], Saving]:
-        """What the steps of a sweep depend on."""
-        return self.chunks, self.saving
+    policy: Policy
 
 
 @dataclass(frozen=True)
@@ -63,20 +62,11 @@ class Fit:
 
     def considered(self) -> Considered:
         """What a plan tells of this choice if it was not taken."""
-        choice, saving = self.choice, self.choice.saving
-        return Considered(
-            chunks=len(choice.chunks),
-            streamed=choice.streamed,
-            depth=choice.depth,
-            save_from=saving.save_from,
-            offload_below=saving.offload_below,
-            nbytes=self.nbytes,
-            step_us=self.step_us,
-            largest=max(self.terms, key=lambda name: self.terms[name]),
-            head_split=saving.head_split,
-        )
+        largest = max(self.terms, key=lambda name: self.terms[name])
+        chunks, streamed = len(self.choice.chunks), self.choice.streamed
+        return Considered(chunks, streamed, self.choice.policy, self.nbytes, self.step_us, largest)
 
 
-def key_of(choice: Choice) -> tuple[int, Saving]:
+def key_of(choice: Choice) -> tuple[int, Policy]:
     """What the peaks of a choice's steps depend on; a number of chunks stands for one cut."""
-    return len(choice.chunks), choice.saving
+    return len(choice.chunks), choice.policy.of_steps

@@ -12,8 +12,8 @@ from itertools import pairwise
 
 import networkx as nx
 
+from chunkft_fx.plan.chunk import Chunk
 from chunkft_fx.plan.cuts import ParameterSpec, Stream, cut
-from chunkft_fx.plan.plan import Chunk
 
 # A node is the number of a boundary and the piece at which it falls.
 Node = tuple[int, int]

@@ -10,24 +10,15 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from chunkft_fx.plan.chunk import Chunk
 from chunkft_fx.plan.cuts import ParameterSpec, cut
-from chunkft_fx.plan.plan import Chunk
+from chunkft_fx.plan.policy import DEPTH, Policy, StepTimes
 from chunkft_fx.plan.state_policy import ASSUMED, StatePolicy
 from chunkft_fx.plan.state_spec import stage_capacity_nbytes
 from chunkft_fx.planning.choice import Choice, Cost, Predicts
 from chunkft_fx.planning.chunk_path import cheapest_chunks
-from chunkft_fx.predict.fixed_memory import DEPTH, Terms, chunk_terms, resident_nbytes, weight_terms
-from chunkft_fx.predict.step_time import (
-    BareSteps,
-    Saving,
-    StepTimes,
-    SweepWork,
-    Work,
-    bare_steps,
-    step_us,
-    streamed_regions,
-    sweep_cost,
-)
+from chunkft_fx.predict.fixed_memory import Terms, chunk_terms, resident_nbytes, weight_terms
+from chunkft_fx.predict.step_time import BareSteps, SweepWork, Work, bare_steps, step_us, streamed_regions, sweep_cost
 
 
 class ChoiceCosts:
@@ -56,7 +47,7 @@ class ChoiceCosts:
         self._weights: dict[tuple[int, int], Terms] = {}
         self._chunk_terms: dict[int, Terms] = {}
         self._placed: dict[int, tuple[int, ...]] = {}
-        self._bare: dict[tuple[int, int, Saving], BareSteps] = {}
+        self._bare: dict[tuple[int, Policy], BareSteps] = {}
         self._works: dict[int, SweepWork] = {}
 
     def stream(self, names: frozenset[str]) -> int:
@@ -81,7 +72,7 @@ class ChoiceCosts:
     def cut(self, count: int, times: StepTimes) -> tuple[Chunk, ...]:
         """The parameters as that many chunks, where the steps of a sweep take least."""
         if count not in self._chunks:
-            bare = bare_steps(times, Saving(0), frozenset(), DEPTH)
+            bare = bare_steps(times, Policy(), frozenset(), DEPTH)
             self._chunks[count] = cheapest_chunks(self._parameters, count, lambda c: step_us(bare, self.work(c, times)))
         return self._chunks[count]
 
@@ -91,20 +82,19 @@ class ChoiceCosts:
 
     def cost(self, choice: Choice) -> tuple[Cost, float | None]:
         """What choices are compared by, and microseconds of the mean step where times are known."""
-        saving, times = choice.saving, self._times
+        policy, times = choice.policy, self._times
         if times is None:
-            kept = saving.save_from, saving.head_split
-            return (saving.offload_below > 0, choice.streamed, len(choice.chunks), *kept, choice.depth), None
-        key = choice.streamed, choice.depth, saving
+            kept = policy.save_from, policy.head_split
+            return (policy.offload_below > 0, choice.streamed, len(choice.chunks), *kept, policy.depth), None
+        key = choice.streamed, policy
         if key not in self._bare:
-            self._bare[key] = bare_steps(times, saving, frozenset(self.placed(choice.streamed)), choice.depth)
+            self._bare[key] = bare_steps(times, policy, frozenset(self.placed(choice.streamed)), policy.depth)
         count = len(choice.chunks)
         if count not in self._works:
             self._works[count] = SweepWork.of([self.work(c, times) for c in choice.chunks])
         steps = self._works[count].steps_us(self._bare[key])
         # equal costs are told apart by what is simpler
-        simpler = choice.streamed, len(choice.chunks), saving.offload_below, saving.head_split, choice.depth
-        return (sweep_cost(steps), *simpler), float(steps.mean())
+        return (sweep_cost(steps), choice.streamed, len(choice.chunks), *policy.complexity), float(steps.mean())
 
     def fixed_terms(self, chunks: tuple[Chunk, ...], streamed: int, depth: int) -> Terms:
         """Bytes of weights and their ring, of gradients and staged states."""

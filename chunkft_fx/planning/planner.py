@@ -15,14 +15,19 @@ from torch.nn.parameter import UninitializedParameter
 from chunkft_fx.bytes import format_bytes
 from chunkft_fx.capture.blocks import block_paths, region_of_parameters
 from chunkft_fx.errors import BudgetInfeasible, NoTrainableParameters, UninitializedParameters, UnsupportedParameter
+from chunkft_fx.graph.region import Pass, ProgramPass
 from chunkft_fx.plan.cuts import ParameterSpec, cut
-from chunkft_fx.plan.plan import Considered, Plan
+from chunkft_fx.plan.plan import Plan
 from chunkft_fx.plan.state_policy import ASSUMED, StatePolicy
+from chunkft_fx.plan.table import Considered
 from chunkft_fx.planning.choice import Fit, Predicts
 from chunkft_fx.planning.search import Search
 
 # Of the choices that were not taken, a plan keeps so many, those that came closest.
 KEPT_CHOICES = 40
+
+# How regions are lowered: compiled by Inductor, or run as rewritten FX graphs.
+BACKENDS = ("inductor", "eager")
 
 BEGUN = (
     "; chunks and streamed weights are those of an earlier batch, because a sweep with them has begun: "
@@ -32,7 +37,10 @@ BEGUN = (
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked of `chunkft_fx.compile`, checked and parsed; ``batch`` is an example of the largest batch."""
+    """What the user asked of `chunkft_fx.compile`, checked and parsed.
+
+    ``batch`` is an example of the largest batch; ``passes`` and ``program_passes`` are passes of the user's own.
+    """
 
     budget_bytes: int
     chunks: int | str
@@ -41,6 +49,8 @@ class Options:
     seed: int
     return_logits: bool = False
     batch: Any = field(default=None, compare=False)
+    passes: tuple[Pass, ...] = ()
+    program_passes: tuple[ProgramPass, ...] = ()
 
 
 def refuse_untrainable(model: nn.Module) -> None:
@@ -103,9 +113,8 @@ def plan_for_batch(
     if best is None:
         assert search.smallest is not None
         raise _infeasible(options.budget_bytes, search.smallest, batch)
-    streamed = search.costs.streamed_names(best.choice.streamed)
     plan = Plan(options.budget_bytes, best.choice.chunks, options.order, options.interval, options.seed)
-    return _completed(plan, best, batch, tuple(sorted(streamed)), _closest(search.considered, best), policy)
+    return _completed(plan, search, best, batch, _closest(search.considered, best), policy)
 
 
 def plan_again(
@@ -121,36 +130,30 @@ def plan_again(
     Raises `BudgetInfeasible` when that cannot be enough.
     """
     search = Search(model, parameter_specs(model, policy), predictor, options.budget_bytes, known.chunks, policy)
-    best = search.with_streamed(frozenset(known.streamed), known.depth)
+    best = search.with_streamed(known.policy)
     if best.nbytes > options.budget_bytes:
         raise _infeasible(options.budget_bytes, best, batch, BEGUN)
-    return _completed(known, best, batch, known.streamed, (), policy)
+    return _completed(known, search, best, batch, (), policy)
 
 
 def _completed(
-    plan: Plan,
-    best: Fit,
-    batch: str,
-    streamed: tuple[str, ...],
-    considered: Sequence[Considered],
-    policy: StatePolicy,
+    plan: Plan, search: Search, best: Fit, batch: str, considered: Sequence[Considered], states: StatePolicy
 ) -> Plan:
-    saving, count = best.choice.saving, len(best.choice.chunks)
+    policy = replace(
+        best.choice.policy,
+        streamed=search.costs.streamed_names(best.choice.streamed),
+        pacing=search.times if states.travels else None,
+        states=states,
+    )
     return replace(
         plan,
-        streamed=streamed,
-        depth=best.choice.depth,
-        head_split=saving.head_split,
-        save_from=(saving.save_from,) * count,
-        offload_below=(saving.offload_below,) * count,
+        policy=policy,
         predicted_peak_bytes=best.nbytes,
         predicted_step_us=best.step_us,
         peak_at=best.peak_at,
         terms=tuple(sorted(best.terms.items(), key=lambda item: -item[1])),
         considered=tuple(considered),
         batch=batch,
-        state_dtype=policy.dtype,
-        states=policy.states,
     )
 
 
@@ -162,7 +165,7 @@ def _closest(considered: Sequence[Considered], best: Fit) -> list[Considered]:
 
 
 def _order(c: Considered) -> tuple[int, ...]:
-    return c.chunks, c.streamed, c.save_from, c.offload_below, c.depth, c.head_split
+    return c.chunks, c.streamed, c.policy.save_from, *c.policy.complexity
 
 
 def _infeasible(budget: int, smallest: Fit, batch: str, why: str = "") -> BudgetInfeasible:

@@ -1,9 +1,9 @@
 """The planner's search: all decisions that trade bytes for time, tried together.
 
-A choice is a number of chunks, how many regions stream their weights and through how many buffers, and a `Saving`: two
-borders and the split of the head. What a choice needs is the fixed terms of its chunks and the largest moment of its
-steps; `planning.costs` says what it costs. Choices do not depend on the budget, only which of them fit does: so a
-larger budget never costs more.
+A choice is a number of chunks, how many regions stream their weights and through how many buffers, and a `Policy`, of
+which the borders and the split of the head are tried. What a choice needs is the fixed terms of its chunks and the
+largest moment of its steps; `planning.costs` says what it costs. Choices do not depend on the budget, only which of
+them fit does: so a larger budget never costs more.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from dataclasses import replace
 
 from torch import nn
 
+from chunkft_fx.plan.chunk import Chunk
 from chunkft_fx.plan.cuts import ParameterSpec, Stream, cut, max_chunks
-from chunkft_fx.plan.plan import Chunk, Considered
+from chunkft_fx.plan.policy import DEPTH, Policy
 from chunkft_fx.plan.state_policy import ASSUMED, StatePolicy
+from chunkft_fx.plan.table import Considered
 from chunkft_fx.planning.choice import Choice, Cost, Fit, Predicts, key_of
 from chunkft_fx.planning.costs import ChoiceCosts
-from chunkft_fx.predict.fixed_memory import DEPTH
 from chunkft_fx.predict.step_memory import Moment
-from chunkft_fx.predict.step_time import Saving, least_cost
+from chunkft_fx.predict.step_time import least_cost
 
 # Numbers of chunks that are tried where times are known; neighbours differ by a third at least.
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
@@ -52,8 +53,8 @@ class Search:
         self.head = predictor.head()
         self.considered: list[Considered] = []
         self.smallest: Fit | None = None
-        # by number of chunks and saving, what no step of a sweep exceeds, where that was looked at
-        self._sweeps: dict[tuple[int, Saving], Moment] = {}
+        # by number of chunks and policy of the steps, what no step of a sweep exceeds, where that was looked at
+        self._sweeps: dict[tuple[int, Policy], Moment] = {}
         self.finest = chunks or cut(parameters, min(max_chunks(parameters), MOST_CHUNKS))
         self.times = predictor.times(self.finest[0])
         self.costs = ChoiceCosts(model, parameters, predictor, self.times, policy)
@@ -76,7 +77,7 @@ class Search:
             is_known = key in self._sweeps
             if not is_known:
                 room = 0 if found is None else self.budget - checked.nbytes + first.nbytes
-                self._sweeps[key] = self.predictor.sweep_peak(*checked.choice.steps, room)
+                self._sweeps[key] = self.predictor.sweep_peak(checked.choice.chunks, checked.choice.policy, room)
             exact = self._exactly(checked.choice, self._sweeps[key])
             if found is not None and exact.nbytes <= self.budget:
                 return exact
@@ -91,7 +92,7 @@ class Search:
                 continue
             chunks = make()
             # streaming costs by itself; it only makes room to recompute less
-            bare = [self.costs.cost(Choice(chunks, m, DEPTHS[-1], Saving(0)))[0] for m in range(self.regions + 1)]
+            bare = [self.costs.cost(Choice(chunks, m, Policy(depth=DEPTHS[-1])))[0] for m in range(self.regions + 1)]
             for streamed in range(self.regions + 1):
                 if best is not None and bare[streamed] >= best.cost:
                     continue
@@ -101,10 +102,10 @@ class Search:
                         best = fit
         return best
 
-    def with_streamed(self, streamed: frozenset[str], depth: int) -> Fit:
-        """The best fit of the given chunks with exactly these weights streamed; else the one that needs least."""
+    def with_streamed(self, known: Policy) -> Fit:
+        """The best fit of the given chunks with weights streamed as in ``known``; else the one that needs least."""
         assert self.given is not None
-        chunks, count = self.given, self.costs.stream(streamed)
+        chunks, count, depth = self.given, self.costs.stream(known.streamed), known.depth
 
         def cheapest() -> Fit | None:
             fits = (self._border(chunks, count, depth, offloads, None) for offloads in (False, True))
@@ -134,26 +135,26 @@ class Search:
     def _by_memory(self) -> Iterator[tuple[Chunk, ...]]:
         """With as little streaming as the finest cut needs, the fewest chunks that fit; then the finest."""
         one, last = cut(self.parameters, 1), self.regions
-        if self._can(one, 0, Saving(0)) or self._can(one, 0, Saving(last)):
+        if self._can(one, 0, Policy()) or self._can(one, 0, Policy(last)):
             yield one
             return
-        for saving in (Saving(last), Saving(last, last)):
-            streamed = next((m for m in range(last + 1) if self._can(self.finest, m, saving)), None)
+        for policy in (Policy(last), Policy(last, last)):
+            streamed = next((m for m in range(last + 1) if self._can(self.finest, m, policy)), None)
             if streamed is None:
                 continue
             low, high = 1, len(self.finest)
             while low < high:
                 middle = (low + high) // 2
-                fits = self._can(cut(self.parameters, middle), streamed, saving)
+                fits = self._can(cut(self.parameters, middle), streamed, policy)
                 low, high = (low, middle) if fits else (middle + 1, high)
             yield cut(self.parameters, low)
             return
         yield self.finest
 
-    def _can(self, chunks: tuple[Chunk, ...], streamed: int, saving: Saving) -> bool:
+    def _can(self, chunks: tuple[Chunk, ...], streamed: int, policy: Policy) -> bool:
         """Whether this fits with some split of the head, in every step of the sweep."""
         for split in self.head.splits:
-            fit = self._fit(Choice(chunks, streamed, DEPTH, replace(saving, head_split=split)))
+            fit = self._fit(Choice(chunks, streamed, replace(policy, head_split=split)))
             self._note(fit)
             if fit.nbytes <= self.budget:
                 return True
@@ -182,7 +183,7 @@ class Search:
         """
 
         def choice(save_from: int) -> Choice:
-            return Choice(chunks, streamed, depth, Saving(save_from, save_from if offloads else 0, split))
+            return Choice(chunks, streamed, Policy(save_from, save_from if offloads else 0, split, depth=depth))
 
         if best is not None and self.costs.cost(choice(0))[0] >= best.cost:  # costs rise with what is recomputed
             return None, None
@@ -219,7 +220,7 @@ class Search:
 
         Those programs serve choices of all numbers of chunks, so that few others have to be written.
         """
-        return self._exactly(choice, self.predictor.peak(self._least_chunk or choice.chunks[0], choice.saving))
+        return self._exactly(choice, self.predictor.peak(self._least_chunk or choice.chunks[0], choice.policy))
 
     def _fit(self, choice: Choice) -> Fit:
         """A choice by the first chunk's step, with what is known to be needed more by others.
@@ -230,17 +231,17 @@ class Search:
         moment, key = self._first(choice), key_of(choice)
         has_few_cuts = self.times is None or self.given is not None
         if has_few_cuts and key not in self._sweeps and self._exactly(choice, moment).nbytes <= self.budget:
-            self._sweeps[key] = self.predictor.sweep_peak(*choice.steps)
+            self._sweeps[key] = self.predictor.sweep_peak(choice.chunks, choice.policy)
         more = self._sweeps[key].nbytes - moment.nbytes if key in self._sweeps else 0
         return self._exactly(choice, Moment(moment.label, moment.terms | ({LATER: more} if more else {})))
 
     def _exactly(self, choice: Choice, moment: Moment) -> Fit:
-        fixed = self.costs.fixed_terms(choice.chunks, choice.streamed, choice.depth)
+        fixed = self.costs.fixed_terms(choice.chunks, choice.streamed, choice.policy.depth)
         return Fit(choice, fixed | moment.terms, moment.label, *self.costs.cost(choice))
 
     def _first(self, choice: Choice) -> Moment:
         """The largest moment of the first chunk's step."""
-        return self.predictor.peak(choice.chunks[0], choice.saving)
+        return self.predictor.peak(choice.chunks[0], choice.policy)
 
     def _note(self, fit: Fit) -> None:
         self.considered.append(fit.considered())

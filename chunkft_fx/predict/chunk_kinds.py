@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from chunkft_fx.capture.outline import Region
-from chunkft_fx.plan.plan import Chunk, Slice
+from chunkft_fx.plan.chunk import Chunk, Slice
+from chunkft_fx.plan.policy import Policy, RegionPolicy
 from chunkft_fx.predict.step_memory import Moment
-from chunkft_fx.predict.step_time import Saving
 
 
 @dataclass(frozen=True, order=True)
@@ -31,12 +31,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Where:
-    """A region that slices lie in: how far above the chunk's lowest, its template, and how it saves."""
+    """A region that slices lie in: how far above the chunk's lowest, its template, and what is decided for it."""
 
     above: int
     template: int
-    recomputes: bool
-    offloads: bool
+    policy: RegionPolicy
 
 
 @dataclass(frozen=True)
@@ -80,21 +79,21 @@ class Kinds:
             for place, name in names.items():
                 self._places.setdefault(name, []).append((i, place))
 
-    def examples(self, chunks: Sequence[Chunk], saving: Saving) -> list[Example]:
+    def examples(self, chunks: Sequence[Chunk], policy: Policy) -> list[Example]:
         """For each kind the chunk that lies lowest, in the order of the chunks."""
         found: dict[Kind, Example] = {}
         for chunk in chunks:
-            example = self._example(chunk, saving)
+            example = self._example(chunk, policy)
             other = found.get(example.kind)
             if other is None or example.lowest < other.lowest:
                 found[example.kind] = example
         return list(found.values())
 
-    def _example(self, chunk: Chunk, saving: Saving) -> Example:
+    def _example(self, chunk: Chunk, policy: Policy) -> Example:
         used = [(i, place, s) for s in chunk.slices for i, place in self._places.get(s.name, ())]
         lowest = min((i for i, _, _ in used), default=len(self._names))
         regions = (
-            Where(i - lowest, self._templates[i], i < saving.save_from, i < saving.offload_below)
+            Where(i - lowest, self._templates[i], policy.of_region(i, has_head=False))
             for i in sorted({i for i, _, _ in used})
         )
         parts = sorted(Part(i - lowest, place, s.dim, s.length, s.size) for i, place, s in used)
@@ -120,7 +119,7 @@ class Kinds:
 def sweep_peak(
     kinds: Kinds,
     chunks: Sequence[Chunk],
-    saving: Saving,
+    policy: Policy,
     peak: Callable[[Chunk], Moment],
     enough: int = 0,
     can_join: bool = True,
@@ -131,7 +130,7 @@ def sweep_peak(
     that a longer slice of a gradient never needs less than a shorter one.
     """
     groups: dict[tuple[Where, ...], list[Example]] = {}
-    for example in sorted(kinds.examples(chunks, saving), key=lambda e: e.kind.order):
+    for example in sorted(kinds.examples(chunks, policy), key=lambda e: e.kind.order):
         groups.setdefault(example.kind.regions, []).append(example)
     largest = peak(chunks[0])
     waiting = list(groups.values())

@@ -8,15 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from chunkft_fx.copies.weight_ring import ring_buffer_nbytes
-from chunkft_fx.plan.plan import Chunk
+from chunkft_fx.plan.chunk import Chunk
+from chunkft_fx.plan.policy import DEPTH
 from chunkft_fx.plan.state_policy import ASSUMED, StatePolicy
 from chunkft_fx.plan.state_spec import stage_capacity_nbytes
 
 # The parts of a predicted peak by name, in bytes.
 Terms = dict[str, int]
-
-# Buffers of the ring: one is read while the next is filled.
-DEPTH = 2
 
 
 def resident_nbytes(model: nn.Module) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from chunkft_fx.capture.outline import Region
 from chunkft_fx.graph.sizes import AS_TRACED, Sizes
@@ -17,15 +16,14 @@ from chunkft_fx.head.memory import operands
 from chunkft_fx.head.operators import is_head, useful_splits
 from chunkft_fx.machine.memory_limit import overhead
 from chunkft_fx.machine.rates import Rates, rates
-from chunkft_fx.plan.plan import Chunk
+from chunkft_fx.plan.chunk import Chunk
+from chunkft_fx.plan.policy import Policy, StepTimes
 from chunkft_fx.predict.chunk_kinds import Kinds, sweep_peak
 from chunkft_fx.predict.region_time import direction_us, transfer_us
 from chunkft_fx.predict.step_memory import Moment, moment_label, step_timeline
-from chunkft_fx.predict.step_time import Saving, StepTimes, Work
+from chunkft_fx.predict.step_time import Work
+from chunkft_fx.program.programs import Programs
 from chunkft_fx.program.variants import Variant
-
-if TYPE_CHECKING:
-    from chunkft_fx.runtime.session import Session
 
 # The term of what is there before a step, beside weights and what training keeps.
 BATCH = "batch and constants"
@@ -43,29 +41,30 @@ class Head:
 
 
 class Predictor:
-    """Predictions for one session; everything is found once.
+    """Predictions of what the programs of one capture would do; everything is found once.
 
-    ``known`` are rates to predict times with, by default the measured ones of a GPU, and none on the CPU. ``sizes`` are
-    those of the batch, by default as it was traced, and ``given`` the bytes that are there beside what a step makes.
+    ``absent`` names the tangents that backward is expected not to get. ``known`` are rates to predict times with, by
+    default the measured ones of a GPU, and none on the CPU. ``sizes`` are those of the batch, by default as it was
+    traced, and ``given`` the bytes by name that are there beside what a step makes.
     """
 
     def __init__(
         self,
-        session: Session,
+        programs: Programs,
+        absent: frozenset[str] = frozenset(),
         known: Rates | None = None,
         sizes: Sizes = AS_TRACED,
         given: Mapping[str, int] | None = None,
     ) -> None:
-        self._session, self._known, self._batch = session, known, sizes
-        self._given = session.given if given is None else given
-        self._known_steps = session.written
-        self._peaks: dict[tuple[Chunk, Saving], Moment] = {}
+        self._programs, self._absent, self._known, self._batch = programs, absent, known, sizes
+        self._given = given or {}
+        self._peaks: dict[tuple[Chunk, Policy], Moment] = {}
         self.known_times: StepTimes | None = None  # once they were asked for
-        self._nodes = {node.name: node for node in session.capture.graph.nodes}
-        self._sizes = {name: p.numel() for name, p in session.owner.residency.parameters.items()}
-        self._regions = session.uses
+        self._nodes = {node.name: node for node in programs.capture.graph.nodes}
+        self._sizes = {name: p.numel() for name, p in programs.parameters.items()}
+        self._regions = programs.uses
         self._region_sizes = [sum(self._sizes[name] for name in use) for use in self._regions]
-        self._kinds = Kinds(session.outline.regions, session.capture.parameters)
+        self._kinds = Kinds(programs.outline.regions, programs.capture.parameters)
         self._used_in = {name: [i for i, use in enumerate(self._regions) if name in use] for name in self._sizes}
 
     def uses(self) -> Sequence[frozenset[str]]:
@@ -74,7 +73,7 @@ class Predictor:
 
     def head(self) -> Head:
         """What the search may do about the blocks of a chunked head."""
-        regions = [r for r in self._session.outline.regions if r.template.has_head]
+        regions = [r for r in self._programs.outline.regions if r.template.has_head]
         splits: set[int] = {1}
         for node in (n for r in regions for n in r.template.graph.graph.nodes if is_head(n)):
             hidden, weight = operands(node)
@@ -82,28 +81,28 @@ class Predictor:
         labels = frozenset(moment_label(r, is_backward) for r in regions for is_backward in (False, True))
         return Head(tuple(sorted(splits)), labels)
 
-    def peak(self, chunk: Chunk, saving: Saving) -> Moment:
+    def peak(self, chunk: Chunk, policy: Policy) -> Moment:
         """The largest moment of a step on a chunk, in bytes beyond what `predict.fixed_memory` counts."""
-        key = chunk, saving
+        key = chunk, policy.of_steps
         if key not in self._peaks:
-            planned = self._session.planned(chunk, saving, self._known_steps)
-            moments = step_timeline(planned, self._session.backend, sizes=self._batch)
+            planned = self._programs.planned(chunk, self._absent, policy)
+            moments = step_timeline(planned, self._programs.backend, sizes=self._batch)
             largest = max(moments, key=lambda m: m.nbytes)
-            besides = dict(self._given) | overhead(self._session.owner.residency.device, largest.nbytes)
+            besides = dict(self._given) | overhead(self._programs.device, largest.nbytes)
             self._peaks[key] = Moment(largest.label, largest.terms | besides)
         return self._peaks[key]
 
-    def sweep_peak(self, chunks: Sequence[Chunk], saving: Saving, enough: int = 0) -> Moment:
+    def sweep_peak(self, chunks: Sequence[Chunk], policy: Policy, enough: int = 0) -> Moment:
         """The largest moment of the steps of a sweep, the first chunk's unless another needs more.
 
         Where that fits into ``enough`` bytes it can be a moment that no step exceeds, which is found sooner.
         """
-        can_join = not self._session.specializer.is_asked
-        return sweep_peak(self._kinds, chunks, saving, lambda chunk: self.peak(chunk, saving), enough, can_join)
+        can_join = not self._programs.specializer.is_asked
+        return sweep_peak(self._kinds, chunks, policy, lambda chunk: self.peak(chunk, policy), enough, can_join)
 
     def times(self, deepest: Chunk) -> StepTimes | None:
         """Predicted times of the regions, by a step whose backward reaches all; None where no rates are known."""
-        device = self._session.owner.residency.device
+        device = self._programs.device
         if self._known is None and device.type != "cuda":
             return None
         if self.known_times is None:
@@ -122,41 +121,42 @@ class Predictor:
         return Work(lowest, gradients + update, states_nbytes * times.state_us_per_byte)
 
     def _predicted(self, deepest: Chunk, known: Rates) -> StepTimes:
-        session = self._session
 
         def us(variant: Variant, is_backward: bool) -> float:
             return direction_us(variant, is_backward, known, self._batch)
 
         last = len(self._regions)
-        saving, again = self._variants(deepest, Saving(0)), self._variants(deepest, Saving(last))
+        saving, again = self._variants(deepest, Policy()), self._variants(deepest, Policy(save_from=last))
         forward = tuple(us(v, False) for v in saving)
         backward = tuple(us(v, True) for v in saving)
         recomputing = tuple(us(v, True) for v in again)
         whole = sum(forward) + sum(backward)
         split_us = []
         for split in self.head().splits:
-            variants = self._variants(deepest, Saving(0, head_split=split))
+            variants = self._variants(deepest, Policy(head_split=split))
             each = sum(us(v, is_backward) for v in variants for is_backward in (False, True))
             split_us.append((split, max(each - whole, 0.0)))
-        parameters = session.owner.residency.parameters
+        parameters = self._programs.parameters
         weights = [sum(parameters[n].numel() * parameters[n].itemsize for n in use) for use in self._regions]
         return StepTimes(
             forward_us=forward,
             backward_us=backward,
-            again_us=tuple(max(a - b, 0.0) for a, b in zip(recomputing, backward, strict=True)),
+            recompute_us=tuple(max(a - b, 0.0) for a, b in zip(recomputing, backward, strict=True)),
             gradients_us=forward,  # a product with a weight has a gradient of the same size
             fetch_us=tuple(transfer_us(n, known, "host_to_device") for n in weights),
-            keep_us=tuple(transfer_us(self._kept(r), known, "device_to_host") for r in session.outline.regions),
+            offload_us=tuple(
+                transfer_us(self._kept(r), known, "device_to_host") for r in self._programs.outline.regions
+            ),
             state_us_per_byte=transfer_us(1, known, "both_ways"),
             update_us_per_element=UPDATE_NBYTES / known.memory_nbytes_per_s * 1e6,
             split_us=tuple(split_us),
         )
 
-    def _variants(self, chunk: Chunk, saving: Saving) -> Sequence[Variant]:
-        return self._session.planned(chunk, saving, self._known_steps).program.variants
+    def _variants(self, chunk: Chunk, policy: Policy) -> Sequence[Variant]:
+        return self._programs.planned(chunk, self._absent, policy).program.variants
 
     def _kept(self, region: Region) -> int:
         """Bytes that a recomputing region keeps: what it reads that regions before it made."""
-        made = {name for r in self._session.outline.regions for name in r.forward}
+        made = {name for r in self._programs.outline.regions for name in r.forward}
         values = [self._nodes[name].meta["val"] for name in region.primals if name in made]
         return sum(self._batch.nbytes(v) for v in values)

@@ -14,32 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-# Copies of states are planned to take at most this share of a step, so that jitter of the link stays hidden too.
-HIDDEN_SHARE = 0.8
+from chunkft_fx.plan.policy import HIDDEN_SHARE, Policy, StepTimes
+
 # A chunk more in a sweep lets every parameter wait a step longer for its update. How much that is worth depends on
 # the training; plans pay this share of a step for it, so that twice as many chunks are taken for a gain, not for noise.
 WAIT_SHARE = 1 / 2000
 # Regions at both ends that are left out, as far as there are enough others, when streamed ones are placed: forward and
 # backward begin there, with nothing that a fetch could hide under. Links that never rest do better without.
 MARGINS = (0, 1, 2, 3)
-
-
-@dataclass(frozen=True)
-class StepTimes:
-    """Predicted microseconds of each region: forward, backward (input gradients), to recompute its activations, the
-    gradients of all its weights; ``fetch_us`` to bring all its weights from the host, ``keep_us`` to move what it
-    keeps between forward and backward one way. ``state_us_per_byte`` is of a chunk's states, both ways at once,
-    ``update_us_per_element`` of its update. ``split_us`` has for each split of the head what a step takes more."""
-
-    forward_us: tuple[float, ...]
-    backward_us: tuple[float, ...]
-    again_us: tuple[float, ...]
-    gradients_us: tuple[float, ...]
-    fetch_us: tuple[float, ...]
-    keep_us: tuple[float, ...]
-    state_us_per_byte: float
-    update_us_per_element: float
-    split_us: tuple[tuple[int, float], ...] = ((1, 0.0),)
 
 
 @dataclass(frozen=True)
@@ -52,18 +34,6 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Saving:
-    """What a step holds: regions below ``offload_below`` offload what they keep, those below ``save_from`` recompute.
-
-    A chunked head takes ``head_split`` times as many blocks of tokens as it would by itself.
-    """
-
-    save_from: int
-    offload_below: int = 0
-    head_split: int = 1
-
-
-@dataclass(frozen=True)
 class BareSteps:
     """Steps without a chunk's own work, by the lowest region of backward: microseconds of compute and of the link."""
 
@@ -71,17 +41,17 @@ class BareSteps:
     link_us: NDArray[np.float64]
 
 
-def bare_steps(times: StepTimes, saving: Saving, streamed: frozenset[int], depth: int) -> BareSteps:
+def bare_steps(times: StepTimes, policy: Policy, streamed: frozenset[int], depth: int) -> BareSteps:
     """The two sides of a step; ``streamed`` are the regions whose weights are fetched for each use."""
     last = len(times.forward_us)
     fetch = [times.fetch_us[i] if i in streamed else 0.0 for i in range(last)]
-    again = [times.again_us[i] if i < saving.save_from else 0.0 for i in range(last)]
-    kept = [times.keep_us[i] if i < saving.offload_below else 0.0 for i in range(last)]
+    again = [times.recompute_us[i] if i < policy.save_from else 0.0 for i in range(last)]
+    kept = [times.offload_us[i] if i < policy.offload_below else 0.0 for i in range(last)]
     forward = _pipeline(times.forward_us, fetch, depth)[-1]
     order = range(last - 1, -1, -1)
     backward = _pipeline([times.backward_us[i] + again[i] for i in order], [fetch[i] for i in order], depth)
     moved = np.cumsum(np.add(fetch, kept)[::-1])[::-1]  # from each region up
-    more = dict(times.split_us)[saving.head_split]
+    more = dict(times.split_us)[policy.head_split]
     return BareSteps(forward + more + np.array(backward)[::-1], sum(fetch) + moved)
 
 
@@ -93,7 +63,7 @@ def streamed_regions(regions: int, count: int, times: StepTimes | None, depth: i
     places = [_spread(regions, count, margin) for margin in MARGINS]
     if times is None:
         return places[0]
-    bare = [bare_steps(times, Saving(0), frozenset(place), depth) for place in places]
+    bare = [bare_steps(times, Policy(), frozenset(place), depth) for place in places]
     waits = [float(np.maximum(b.compute_us, b.link_us).mean()) for b in bare]
     return places[waits.index(min(waits))]
 

@@ -11,19 +11,19 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 
+from chunkft_fx import passes
 from chunkft_fx.capture.capture import Capture, OutputName
 from chunkft_fx.capture.outline import Outline, Region
-from chunkft_fx.graph.region import OutputDemand, SliceDemand
-from chunkft_fx.passes.program.insert_streams import InsertStreams
-from chunkft_fx.passes.program.offload_saved import OffloadSaved
-from chunkft_fx.passes.program.schedule_prefetch import SchedulePrefetch
-from chunkft_fx.passes.program.schedule_states import ScheduleStates
-from chunkft_fx.plan.plan import Slice
+from chunkft_fx.graph.region import OutputDemand, ProgramPass, SliceDemand
+from chunkft_fx.plan.chunk import Slice
+from chunkft_fx.plan.policy import Policy, RegionPolicy
+from chunkft_fx.program import run_passes
 from chunkft_fx.program.variants import Demand, Source, Specializer, Variant
 from chunkft_fx.program.verify_streams import verify_streams
 from chunkft_fx.torch_internals import graph_module
@@ -48,13 +48,15 @@ class Program:
 
     ``gradients`` gives for each gradient output the primal it belongs to (several outputs may name the
     same one: contributions to add up). ``variants`` lists the variant of every region, in order;
-    ``lowest`` is the first region with a backward (the number of regions when there is none).
+    ``lowest`` is the first region with a backward (the number of regions when there is none); ``counts`` says how many
+    rewrites each pass made.
     """
 
     module: fx.GraphModule
     gradients: tuple[str, ...]
     variants: tuple[Variant, ...]
     lowest: int
+    counts: dict[str, int] = field(default_factory=dict, compare=False)
 
     @property
     def graph(self) -> fx.Graph:
@@ -71,21 +73,18 @@ class ProgramSpec:
     """What is asked of a program.
 
     ``slices`` maps the names of parameters in the active chunk to their slices; ``absent`` names the
-    tangents that will not be provided; ``inputs`` the non-parameter primals whose gradient is wanted;
-    regions below ``save_from`` recompute their activations; ``streams`` says which weights are fetched, and the device.
-    Regions below ``offload_below`` keep for backward in host memory what `passes.offload_saved` lets go: with
-    ``offload_below <= save_from`` mostly their inputs. Without ``streams`` nothing is offloaded, and states are not
-    let in by the program, as ``states`` would have it. A chunked head takes ``head_split`` times as many blocks.
+    tangents that will not be provided; ``inputs`` the non-parameter primals whose gradient is wanted.
+    ``policy`` is the plan's, with the weights that have to be fetched as its ``streamed`` ones. ``state_nbytes`` are
+    the bytes of optimizer states that come in during the step. ``passes`` are the user's own, behind the library's.
     """
 
     slices: Mapping[str, Slice]
     absent: frozenset[str]
     inputs: frozenset[str]
-    save_from: int = 0
-    streams: InsertStreams | None = None
-    offload_below: int = 0
-    states: ScheduleStates | None = None
-    head_split: int = 1
+    policy: Policy
+    device: torch.device
+    state_nbytes: int = 0
+    passes: tuple[ProgramPass, ...] = ()
 
 
 def choose_variants(capture: Capture, outline: Outline, specializer: Specializer, spec: ProgramSpec) -> list[Variant]:
@@ -94,25 +93,23 @@ def choose_variants(capture: Capture, outline: Outline, specializer: Specializer
     return [specializer.variant(r.template, d) for r, d in zip(outline.regions, demands, strict=True)]
 
 
-def build(capture: Capture, outline: Outline, spec: ProgramSpec, variants: list[Variant]) -> Program:
-    """Write the calls of these variants, as `choose_variants` gives them, down as one graph."""
+def build(
+    capture: Capture,
+    outline: Outline,
+    spec: ProgramSpec,
+    variants: list[Variant],
+    hook: run_passes.Hook[fx.GraphModule] | None = None,
+) -> Program:
+    """Write the calls of these variants, as `choose_variants` gives them, down as one graph, and run the passes.
+
+    Every program that passes changed is verified before it runs; ``hook`` is `run_passes.over_program`'s.
+    """
     program = _write(capture, outline, spec, variants)
-    if spec.streams is not None:
-        _stream(program.module, spec.streams, spec.offload_below, spec.states)
-    return program
-
-
-def _stream(module: fx.GraphModule, streams: InsertStreams, offload_below: int, states: ScheduleStates | None) -> None:
-    """Give a program its stream nodes, and prove that they are right."""
-    added = OffloadSaved(offload_below, streams.device)(module) + streams(module)
-    if added:
-        SchedulePrefetch()(module)
-    if states is not None:
-        added += states(module)
-    if not added:
-        return
-    verify_streams(module, streams.streamed, streams.depth)
-    module.recompile()
+    steps = (*passes.program_pipeline(spec.policy, spec.device, spec.state_nbytes), *spec.passes)
+    counts = run_passes.over_program(program.module, steps, spec.policy.depth, hook)
+    if any(counts.values()):
+        verify_streams(program.module, spec.policy.streamed, spec.policy.depth)
+    return replace(program, counts=counts)
 
 
 def region_demands(capture: Capture, outline: Outline, specializer: Specializer, spec: ProgramSpec) -> list[Demand]:
@@ -131,12 +128,12 @@ def region_demands(capture: Capture, outline: Outline, specializer: Specializer,
         asked: list[OutputDemand] = [_gradient_demand(capture, primal, spec) for _, primal in region.gradients]
         asked += ["whole" if name in wanted else None for name in region.values]
         backward = tuple(None if z else d for d, z in zip(asked, dead[region.index], strict=True))
-        split = spec.head_split if region.template.has_head else 1
-        demand = Demand(backward, absent[region.index], region.index < spec.save_from, split)
+        policy = spec.policy.of_region(region.index, region.template.has_head).of_variant
+        demand = Demand(backward, absent[region.index], policy)
         if demand.forward_only:
             demand = Demand(backward, (False,) * len(region.tangents))
         else:
-            reads = specializer.specialize(region.template, backward, demand.absent).tangents
+            reads = specializer.specialize(region.template, backward, demand.absent, RegionPolicy()).tangents
             wanted |= {name for name, is_read in zip(region.tangents, reads, strict=True) if is_read}
         demands.append(demand)
     return demands

@@ -1,4 +1,7 @@
-"""The pass runner: it knows no pass. Logging, verification and dumps hang on the gap between two passes."""
+"""Runs passes, over region graphs and over programs alike: it knows no pass.
+
+Logging, verification and dumps hang on the gap between two passes.
+"""
 
 from __future__ import annotations
 
@@ -6,33 +9,78 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
-from chunkft_fx.graph.region import Pass, RegionGraph
+from torch import fx
+
+from chunkft_fx.graph.region import RegionGraph
 from chunkft_fx.program.verify_region import describe_outputs, verify
+from chunkft_fx.program.verify_streams import verify_streams
 
 log = logging.getLogger("chunkft_fx.passes")
 
-Hook = Callable[[str, RegionGraph, int, float], None]
+Target = TypeVar("Target")
+Given = TypeVar("Given", contravariant=True)
+
+# Called after each pass with its name, the graph, the number of rewrites and the seconds that they took.
+Hook = Callable[[str, Target, int, float], None]
 
 
-def run(region: RegionGraph, passes: Sequence[Pass], hook: Hook | None = None) -> dict[str, int]:
+class Step(Protocol[Given]):
+    """A pass, as the runner sees it."""
+
+    @property
+    def name(self) -> str: ...
+
+    def __call__(self, target: Given, /) -> int: ...
+
+
+def over_region(
+    region: RegionGraph, passes: Sequence[Step[RegionGraph]], hook: Hook[RegionGraph] | None = None
+) -> dict[str, int]:
     """Run passes over a region graph, in place; returns each pass's rewrite count (summed by name).
 
-    ``hook(name, region, rewrites, seconds)`` is called after each pass. With ``CHUNKFT_VERIFY=1`` in the
-    environment the graph is verified after each pass, which raises `VerificationError`.
+    With ``CHUNKFT_VERIFY=1`` in the environment the graph is verified after each pass, which raises
+    `VerificationError`.
     """
+    return _run(region, region.module, passes, describe_outputs, verify, hook)
+
+
+def over_program(
+    module: fx.GraphModule,
+    passes: Sequence[Step[fx.GraphModule]],
+    depth: int,
+    hook: Hook[fx.GraphModule] | None = None,
+) -> dict[str, int]:
+    """`over_region` for a program, whose streamed weights pass through ``depth`` buffers."""
+
+    def sound(target: fx.GraphModule, _before: None, _step: Any) -> None:
+        target.graph.lint()
+        verify_streams(target, frozenset(), depth)
+
+    return _run(module, module, passes, lambda _target: None, sound, hook)
+
+
+def _run(
+    target: Target,
+    module: fx.GraphModule,
+    passes: Sequence[Step[Target]],
+    look: Callable[[Target], Any],
+    check: Callable[[Target, Any, Any], None],
+    hook: Hook[Target] | None,
+) -> dict[str, int]:
     counts: dict[str, int] = {}
     for step in passes:
-        checks = os.environ.get("CHUNKFT_VERIFY") == "1"
-        before = describe_outputs(region) if checks else None
+        is_checked = os.environ.get("CHUNKFT_VERIFY") == "1"
+        before = look(target) if is_checked else None
         begin = time.perf_counter()
-        rewrites = step(region)
+        rewrites = step(target)
         seconds = time.perf_counter() - begin
-        region.module.recompile()
+        module.recompile()
         counts[step.name] = counts.get(step.name, 0) + rewrites
         log.debug("%s: %d rewrites in %.1f ms", step.name, rewrites, seconds * 1e3)
-        if before is not None:
-            verify(region, before, step)
+        if is_checked:
+            check(target, before, step)
         if hook is not None:
-            hook(step.name, region, rewrites, seconds)
+            hook(step.name, target, rewrites, seconds)
     return counts

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,7 +24,8 @@ from chunkft_fx.kernels.weight_gradient import Choose
 from chunkft_fx.passes.region.eliminate import Eliminate
 from chunkft_fx.passes.region.lower_triton import problems
 from chunkft_fx.passes.region.prune_tangents import PruneTangents
-from chunkft_fx.program import run_passes as pipeline
+from chunkft_fx.plan.policy import RegionPolicy
+from chunkft_fx.program import run_passes
 from chunkft_fx.torch_internals import graph_module, partition
 
 log = logging.getLogger("chunkft_fx.program.variants")
@@ -32,13 +33,11 @@ log = logging.getLogger("chunkft_fx.program.variants")
 
 @dataclass(frozen=True)
 class Demand:
-    """What is asked of a template: each backward output, which tangents are absent, the saving policy, and how many
-    times more blocks a chunked head takes."""
+    """What is asked of a template: each backward output, which tangents are absent, and the plan's policy for it."""
 
     backward: tuple[OutputDemand, ...]
     absent: tuple[bool, ...]
-    recompute: bool = False
-    head_split: int = 1
+    policy: RegionPolicy = field(default_factory=RegionPolicy)
 
     @property
     def forward_only(self) -> bool:
@@ -106,12 +105,13 @@ class Specialized:
 class Specializer:
     """Makes and caches specialised graphs and variants of the templates of one capture.
 
-    ``choose`` decides for each weight gradient's slice who computes it; by default always the library.
+    ``choose`` decides for each weight gradient's slice who computes it; by default always the library. ``passes`` are
+    the user's own, which run over every region graph behind the library's.
     """
 
-    def __init__(self, choose: Choose | None = None) -> None:
-        self._choose = choose
-        self._specialized: dict[tuple[int, tuple[OutputDemand, ...], tuple[bool, ...], int], Specialized] = {}
+    def __init__(self, choose: Choose | None = None, passes: Sequence[Pass] = ()) -> None:
+        self._choose, self._passes = choose, tuple(passes)
+        self._specialized: dict[tuple[int, tuple[OutputDemand, ...], tuple[bool, ...], RegionPolicy], Specialized] = {}
         self._zeros: dict[tuple[int, tuple[bool, ...]], tuple[bool, ...]] = {}
         self._variants: dict[tuple[int, Demand], Variant] = {}
 
@@ -135,17 +135,19 @@ class Specializer:
         return self._zeros[key]
 
     def specialize(
-        self, template: Template, backward: tuple[OutputDemand, ...], absent: tuple[bool, ...], head_split: int = 1
+        self, template: Template, backward: tuple[OutputDemand, ...], absent: tuple[bool, ...], policy: RegionPolicy
     ) -> Specialized:
         """Rewrite a copy of the template's graph for a demand; every backward output asked for must be non-zero."""
-        key = (template.index, backward, absent, head_split)
+        policy = policy.of_joint_graph
+        key = (template.index, backward, absent, policy)
         if key not in self._specialized:
             region = template.graph.copy()
             pruning: tuple[Pass, ...] = (PruneTangents(absent), Eliminate()) if any(absent) else ()
-            counts = pipeline.run(region, (*pruning, *passes.default_pipeline(backward, head_split)))
+            steps = (*pruning, *passes.default_pipeline(backward, policy), *self._passes)
+            counts = run_passes.over_region(region, steps)
             found = [] if self._choose is None else [(p, self._choose(p)) for p in problems(region)]
             choices = frozenset((p, by) for p, by in found if by is not None)
-            counts |= pipeline.run(region, passes.lowering_pipeline(choices))
+            counts |= run_passes.over_region(region, passes.lowering_pipeline(choices))
             used = tuple(bool(n.users) or n in region.backward_outputs for n in region.placeholders("tangent"))
             self._specialized[key] = Specialized(region, counts, used)
         return self._specialized[key]
@@ -169,7 +171,7 @@ class Specializer:
         return Variant(len(self._variants), template, demand, region.module, None, ())
 
     def _partitioned(self, template: Template, demand: Demand) -> Variant:
-        done = self.specialize(template, demand.backward, demand.absent, demand.head_split)
+        done = self.specialize(template, demand.backward, demand.absent, demand.policy)
         region = done.region.copy()
         names = [n.name for n in region.placeholders("primal")]
         starts = {n.name: i for n, i in zip(region.placeholders("start"), _sliced(demand), strict=True)}
@@ -186,7 +188,7 @@ class Specializer:
             n for n in region.backward_outputs if n is not None
         )
         region.graph.output_node().args = (asked,)
-        forward, backward = partition(joint, region.num_forward_outputs, demand.recompute)
+        forward, backward = partition(joint, region.num_forward_outputs, demand.policy.recompute)
         drop_dead(backward.graph)
         sources, nbytes = _resolve_saved(forward, backward, region.num_forward_outputs, names, tangents, starts)
         return Variant(

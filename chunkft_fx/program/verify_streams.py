@@ -17,7 +17,7 @@ from torch import fx
 
 from chunkft_fx.errors import VerificationError
 from chunkft_fx.graph import ops
-from chunkft_fx.passes.program.insert_streams import PARTS
+from chunkft_fx.graph.ops import PARTS
 
 
 @dataclass

@@ -9,57 +9,72 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from chunkft_fx.capture.capture import Capture, OutputName
-from chunkft_fx.capture.outline import Outline
 from chunkft_fx.errors import DoubleBackward, UnsupportedGraph
 from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.head.missing_logits import MissingLogits
 from chunkft_fx.machine.memory_limit import explained
-from chunkft_fx.planning.batch_plan import BatchPlans
+from chunkft_fx.plan.policy import Policy
+from chunkft_fx.planning.batch_plan import BatchPlans, PlanOwner
 from chunkft_fx.planning.example_batch import PlanMade
 from chunkft_fx.predict.step_memory import storages_nbytes
 from chunkft_fx.program.instructions import Executable
-from chunkft_fx.program.programs import Owner, Programs
+from chunkft_fx.program.programs import Programs
 from chunkft_fx.runtime import random_state
 from chunkft_fx.runtime.step import Machine, Step, run_backward, run_forward
 from chunkft_fx.torch_internals import as_traced, hint, is_in_forward_mode, keeps_graph, version
 
 
-class Session(Programs):
+class Owner(PlanOwner, Protocol):
+    """What a session needs of the compiled module: which chunk is active, its slices, and what plans need.
+
+    ``is_planning`` says that a call only has a plan made.
+    """
+
+    @property
+    def lock(self) -> AbstractContextManager[Any]: ...
+
+    @property
+    def is_planning(self) -> bool: ...
+
+    def active_slices(self) -> tuple[ActiveSlice, ...]: ...
+
+    def came_through(self) -> None: ...
+
+
+class Session:
     """The programs of one capture, run for whatever chunk is active.
 
     ``batch`` are the positions of the arguments that are neither weights nor buffers. A session that does not
     ``train`` by itself saves nothing for backward: should one come, it runs the forward again, and trains from then on.
     """
 
-    def __init__(
-        self,
-        owner: Owner,
-        capture: Capture,
-        outline: Outline,
-        backend: str,
-        batch: Sequence[int] = (),
-        trains: bool = True,
-    ) -> None:
-        super().__init__(owner, capture, outline)
-        self.backend = backend
-        self.save_from: tuple[int, ...] = ()
-        self.offload_below: tuple[int, ...] = ()
+    def __init__(self, owner: Owner, programs: Programs, batch: Sequence[int] = (), trains: bool = True) -> None:
+        self._owner = weakref.ref(owner)
+        self.programs, self.capture = programs, programs.capture
+        self.trains = trains
         self._anchor = torch.zeros((), requires_grad=True)
         self._parameters = [
-            (i, capture.parameters[p]) for i, p in enumerate(capture.primals) if p in capture.parameters
+            (i, self.capture.parameters[p]) for i, p in enumerate(self.capture.primals) if p in self.capture.parameters
         ]
-        self._constants = list(capture.constants.values())
-        self.constants_nbytes = storages_nbytes(self._constants)
-        self.given: dict[str, int] = {}  # bytes that are there before a step, by name; set with a plan
-        self.trains = trains
+        self._constants = list(self.capture.constants.values())
+        self._expected = _first_guess(self.capture)
         self._pending: list[weakref.ref[Step]] = []
-        self.plans = BatchPlans(self, batch)
+        self.plans = BatchPlans(lambda: self.owner, programs, batch, storages_nbytes(self._constants))
+
+    @property
+    def owner(self) -> Owner:
+        """The compiled module, held weakly: Dynamo keeps sessions with the plain model, which may outlive it."""
+        owner = self._owner()
+        assert owner is not None, "a session is only called through its owner, and a pending backward holds it"
+        return owner
 
     def __call__(self, *arguments: Any) -> tuple[Any, ...]:
         """Run the model on the captured graph's flat inputs; returns its flat outputs."""
@@ -68,7 +83,7 @@ class Session(Programs):
 
     def _called(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         if self.owner.is_planning:
-            self.plans.prepare(arguments, self.expected)
+            self.plans.prepare(arguments, self._expected)
             raise PlanMade
         if not torch.is_grad_enabled() or not self.capture.tangents:
             outputs, mutated, _ = self._evaluated(arguments)
@@ -81,8 +96,8 @@ class Session(Programs):
                 )
             if self.trains:  # before slices are asked for, which a plan can change
                 with explained(self.plans.needed):
-                    self.plans.prepare(arguments, self.expected)
-            differentiable = [arguments[i] for i in self._inputs]
+                    self.plans.prepare(arguments, self._expected)
+            differentiable = [arguments[i] for i in self.programs.inputs]
             asked = self._asked()
             trained = [s.parameter for s in asked]
             outputs = list(_StepFunction.apply(self, arguments, asked, self._anchor, *differentiable, *trained))
@@ -99,8 +114,8 @@ class Session(Programs):
 
     def _machine(self) -> Machine:
         residency = self.owner.residency
-        ring, stage = residency.ring(self.uses), residency.stage()
-        return Machine(self.backend, self.capture.fake_mode, ring, residency.saved, stage)
+        ring, stage = residency.ring(self.programs.uses), residency.stage()
+        return Machine(self.programs.backend, self.capture.fake_mode, ring, residency.saved, stage)
 
     def _private(self, arguments: Sequence[Any]) -> list[Any]:
         """The arguments, with a copy of each buffer that forward writes: backward must see its old value.
@@ -131,12 +146,10 @@ class Session(Programs):
 
         Raises `BudgetInfeasible`, before anything ran, for a batch that no plan fits.
         """
-        self.plans.prepare(arguments, expected)
+        policy = self._placed(self.plans.prepare(arguments, expected))
         owner = self.owner.active_slices()
         absent = frozenset(self.capture.tangents) - expected
-        chunk = self.owner.chunk
-        offload_below = self.offload_below[chunk] if self.offload_below else 0
-        executable = self.executable(owner, absent, self.save_from[chunk], offload_below)
+        executable = self.programs.executable(tuple(s.slice for s in owner), absent, policy)
         device = self.owner.residency.device
         draws = random_state.taken(device) if self.capture.is_random else None
         values = self._private(arguments)
@@ -152,6 +165,14 @@ class Session(Programs):
         self._pending = [*self._still_pending(), weakref.ref(step)]
         return outputs, mutated, step
 
+    def _placed(self, policy: Policy) -> Policy:
+        """A policy with the weights that have to be fetched now: also those that someone moved off the device."""
+        residency = self.owner.residency
+        return replace(policy, streamed=residency.away(), depth=residency.depth)
+
+    def _evaluation(self) -> Executable:
+        return self.programs.evaluation(self._placed(Policy()))
+
     def _asked(self) -> tuple[ActiveSlice, ...]:
         """The slices that autograd is to ask for: those that are active, none before there is a plan."""
         return () if self.owner.known_plan is None else self.owner.active_slices()
@@ -159,7 +180,7 @@ class Session(Programs):
     def start(self, arguments: Sequence[Any]) -> tuple[list[Any], list[Tensor], Step]:
         """Run forward with gradients enabled; returns the outputs, new values of buffers, and what backward needs."""
         if self.trains:
-            return self.begin(arguments, self.expected)
+            return self.begin(arguments, self._expected)
         draws = random_state.taken(self.owner.residency.device) if self.capture.is_random else None
         values = self._private(arguments)
         outputs, mutated, _ = self._evaluated(values)
@@ -171,14 +192,14 @@ class Session(Programs):
             self.trains = True
             return step
 
-        step = Step(self.evaluation(), {}, (), versions, replay, frozenset(), [])
+        step = Step(self._evaluation(), {}, (), versions, replay, frozenset(), [])
         self._pending = [*self._still_pending(), weakref.ref(step)]
         return outputs, mutated, step
 
     def _evaluated(self, arguments: Sequence[Any]) -> tuple[list[Any], list[Tensor], Any]:
         self.plans.check_evaluation(arguments)
         with explained(self.plans.needed):
-            return self._forward(self.evaluation(), self._private(arguments))
+            return self._forward(self._evaluation(), self._private(arguments))
 
     @property
     def has_pending(self) -> bool:
@@ -216,7 +237,7 @@ class Session(Programs):
         if not present <= step.provided:
             # Saved for fewer gradients than came: run the forward again for exactly these.
             step = step.replay(present)
-        self.expected = present
+        self._expected = present
         names = [n for n in self.capture.tangents if n in step.provided]
         by_name = {n.name: n for n in self.capture.graph.find_nodes(op="placeholder")}
         tangents = {}
@@ -232,7 +253,7 @@ class Session(Programs):
         for p in [p for p in totals if p in self.capture.parameters]:
             name = self.capture.parameters[p]
             handed[name] = active[name].handed(totals.pop(p))
-        given = [totals.get(self.capture.primals[i]) for i in self._inputs]
+        given = [totals.get(self.capture.primals[i]) for i in self.programs.inputs]
         given += [handed.pop(s.name, None) if s is active.get(s.name) else None for s in asked]
         if handed:
             with self.owner.residency.presented():
@@ -279,6 +300,13 @@ class _StepFunction(torch.autograd.Function):
         came = {name: g for name, i in session.capture.tangents.items() if (g := gradients[i]) is not None}
         with ctx.owner.lock, explained(session.plans.needed), as_traced():
             return (None, None, None, None, *session.finish(ctx.step, came, ctx.asked))
+
+
+def _first_guess(capture: Capture) -> frozenset[str]:
+    """Tangents expected in backward: the scalar outputs' (a loss) if there are any, else all."""
+    tangents = {n.name: n for n in capture.graph.find_nodes(op="placeholder") if n.name in capture.tangents}
+    scalars = frozenset(name for name, node in tangents.items() if node.meta["val"].ndim == 0)
+    return scalars or frozenset(tangents)
 
 
 def _restride(gradient: Tensor, like: Tensor) -> Tensor:

@@ -33,9 +33,6 @@ from torch import fx
 
 from chunkft_fx.graph import ops
 
-# The two parts of a step; no copy lives across the border, since two forwards can come before a backward.
-PARTS = ("forward", "backward")
-
 
 @dataclass(frozen=True)
 class InsertStreams:
@@ -53,7 +50,7 @@ class InsertStreams:
             weights = [a for a in dict.fromkeys(call.args) if self._is_streamed(a)]
             if not weights:
                 continue
-            part = PARTS[bool(module.get_submodule(str(call.target)).is_backward)]
+            part = ops.PARTS[bool(module.get_submodule(str(call.target)).is_backward)]
             self._stream(module.graph, call, weights, uses[part] % self.depth, part)
             uses[part] += 1
         return uses.total()

@@ -45,7 +45,7 @@ from torch import Tensor, fx
 
 from chunkft_fx.graph import ops
 from chunkft_fx.graph.layout import run_strides
-from chunkft_fx.passes.program.insert_streams import PARTS
+from chunkft_fx.graph.ops import PARTS
 from chunkft_fx.passes.program.schedule_prefetch import PREFETCH_CALLS
 from chunkft_fx.torch_internals import hint
 

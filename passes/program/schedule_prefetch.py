@@ -32,7 +32,7 @@ from typing import Any
 from torch import fx
 
 from chunkft_fx.graph import ops
-from chunkft_fx.passes.program.insert_streams import PARTS
+from chunkft_fx.graph.ops import PARTS
 
 # Backward calls under which a fetch of saved values runs. One is enough: what a recomputing block keeps is its input,
 # 64 MiB for 8x1024 tokens of a 7B model, 1.3 ms over the link, and its backward takes 11 ms. With more, more

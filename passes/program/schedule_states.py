@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from torch import fx
 
 from chunkft_fx.graph import ops
-from chunkft_fx.passes.program.insert_streams import PARTS
-from chunkft_fx.predict.step_time import HIDDEN_SHARE, StepTimes
+from chunkft_fx.graph.ops import PARTS
+from chunkft_fx.plan.policy import HIDDEN_SHARE, StepTimes
 
 # Windows that add less than this wait for others: idle time that only rounding made, and less than one copy moves.
 LEAST_SHARE = 1e-3
@@ -86,14 +86,14 @@ class ScheduleStates:
         region: int = call.meta["region"]
         if not _is_backward(module, call):
             return self.times.forward_us[region]
-        return self.times.backward_us[region] + (self.times.again_us[region] if region < self.save_from else 0.0)
+        return self.times.backward_us[region] + (self.times.recompute_us[region] if region < self.save_from else 0.0)
 
     def _fetch_us(self, fetch: fx.Node) -> float:
         """How long a fetch takes, by the region that it is for."""
         items = list(fetch.users)
         region: int = next(user.meta["region"] for item in items for user in item.users if user.op == "call_module")
         is_saved = fetch.args[2] == ops.FRESH
-        return self.times.keep_us[region] if is_saved else self.times.fetch_us[region]
+        return self.times.offload_us[region] if is_saved else self.times.fetch_us[region]
 
 
 def _is_backward(module: fx.GraphModule, call: fx.Node) -> bool:

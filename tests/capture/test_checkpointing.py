@@ -72,7 +72,7 @@ class Budgeted(Model):
 
 
 def labels(compiled: CompiledModule) -> list[str]:
-    return [region.label for region in compiled._sessions[-1].outline.regions]
+    return [region.label for region in compiled._sessions[-1].programs.outline.regions]
 
 
 CASES = [(d, r) for d in (0.0, 0.3) for r in (None, False, True)]
@@ -88,7 +88,7 @@ def test_the_plan_decides_what_is_recomputed(dropout: float, reentrant: bool | N
     for budget, recomputes in ((smallest_budget(model, batch, 2), True), (10**9, False)):
         compiled = chunkft_fx.compile(copy.deepcopy(model), budget, chunks=2, backend="eager")
         assert_same_gradients(compiled, model, batch, 1e-5)
-        assert any(v.demand.recompute for v in compiled.variants) == recomputes
+        assert any(v.demand.policy.recompute for v in compiled.variants) == recomputes
         assert labels(compiled) == ["input", "layers.0", "layers.1", "layers.2", "output"]
 
 
@@ -105,7 +105,7 @@ def test_inductor_compiles_recomputed_dropout_beside_attention_without_it() -> N
     budget = smallest_budget(model, {"ids": IDS}, 2)
     compiled = chunkft_fx.compile(copy.deepcopy(model), budget, chunks=2)
     assert_same_gradients(compiled, model, {"ids": IDS}, 1e-4)
-    assert any(v.demand.recompute for v in compiled.variants)
+    assert any(v.demand.policy.recompute for v in compiled.variants)
 
 
 def test_torchs_budget_for_a_part_of_a_model_changes_nothing() -> None:
@@ -130,7 +130,7 @@ def test_torchs_budget_for_the_process_changes_nothing(share: float) -> None:
     with functorch_config.patch(activation_memory_budget=share):
         compiled = chunkft_fx.compile(copy.deepcopy(model), "1GB", chunks=2, backend="eager")
         assert_same_gradients(compiled, model, {"ids": IDS}, 1e-5)
-        assert not any(v.demand.recompute for v in compiled.variants)
+        assert not any(v.demand.policy.recompute for v in compiled.variants)
 
 
 @pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])

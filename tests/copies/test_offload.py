@@ -23,6 +23,7 @@ from chunkft_fx.passes.program import offload_saved
 from chunkft_fx.planning.planner import plan_for_batch
 from chunkft_fx.tools.zoo import tiny
 from tests.support.equivalence import assert_same_gradients, dense_gradients, loss_of
+from tests.support.forced_policy import force
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +40,9 @@ def offloading(
     compiled = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=3, backend="eager")
     compiled(**batch(2, 12, 0))
     session = compiled._sessions[-1]
-    regions = len(session.outline.regions)
-    session.save_from = (regions if save_from is None else save_from,) * 3
-    session.offload_below = (regions if below is None else below,) * 3
+    regions = len(session.programs.outline.regions)
+    force(compiled, save_from=regions if save_from is None else save_from)
+    force(compiled, offload_below=regions if below is None else below)
     return model, compiled, batch
 
 
@@ -82,11 +83,11 @@ POLICIES = [
 def test_gradients_with_offloaded_values_equal_the_dense_ones(family: str, policy: str) -> None:
     model, compiled, batch = offloading(family, dropout=0.2 if family == "bert" else 0.0)
     session = compiled._sessions[-1]
-    regions = len(session.outline.regions)
+    regions = len(session.programs.outline.regions)
     if policy == "recompute half":
-        session.save_from = session.offload_below = (regions // 2 + 1,) * 3
+        force(compiled, save_from=regions // 2 + 1, offload_below=regions // 2 + 1)
     if policy == "save all":
-        session.save_from = (0,) * 3
+        force(compiled, save_from=0)
     if policy == "streamed weights":
         compiled.residency.settle([n for n, _ in compiled.named_parameters()], 2)
     assert_same_gradients(compiled, model, batch(2, 12, 0), 1e-9)
@@ -98,7 +99,6 @@ def test_gradients_with_offloaded_values_equal_the_dense_ones(family: str, polic
 
 def test_the_residual_stream_of_a_recomputing_model_is_not_on_the_device_between_forward_and_backward() -> None:
     _, compiled, batch = offloading("llama")
-    session = compiled._sessions[-1]
 
     def kept_nbytes() -> tuple[int, int]:
         step = loss_of(compiled(**batch(2, 12, 0))).grad_fn.step  # type: ignore[union-attr]
@@ -109,7 +109,7 @@ def test_the_residual_stream_of_a_recomputing_model_is_not_on_the_device_between
 
     device, host = kept_nbytes()
     assert host == 3 * 2 * 12 * 64 * 8  # what goes into the three blocks: f64[2, 12, 64]
-    session.offload_below = (0,) * 3
+    force(compiled, offload_below=0)
     assert kept_nbytes() == (device + host, 0)
 
 
@@ -213,7 +213,8 @@ def test_evaluation_offloads_nothing() -> None:
 
 def test_the_plan_says_which_regions_offload(monkeypatch: pytest.MonkeyPatch) -> None:
     def offloading_plan(*arguments: Any) -> Any:
-        return dataclasses.replace(plan_for_batch(*arguments), save_from=(5, 5), offload_below=(5, 2))
+        plan = plan_for_batch(*arguments)
+        return dataclasses.replace(plan, policy=dataclasses.replace(plan.policy, save_from=5, offload_below=2))
 
     monkeypatch.setattr("chunkft_fx.planning.batch_plan.plan_for_batch", offloading_plan)
     model, batch = tiny("llama", dtype=torch.float64)
@@ -223,7 +224,7 @@ def test_the_plan_says_which_regions_offload(monkeypatch: pytest.MonkeyPatch) ->
         compiled.activate(chunk)
         compiled(**batch(2, 12, 0))
         counts.append(offloads(compiled))
-    assert counts[0] == 3  # what goes into the three blocks
+    assert counts[0] == 1  # what goes into the one block below the border
     assert counts[1] == 0  # its lowest region with a backward lies above the border
     assert compiled.program.lowest >= 2
 

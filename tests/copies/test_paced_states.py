@@ -51,7 +51,7 @@ def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times are predicted as they are on a GPU, so that programs pace states."""
 
     def predictor(session: Session, **of_a_batch: Any) -> Predictor:
-        return Predictor(session, RATES, **of_a_batch)
+        return Predictor(session.programs, known=RATES, **of_a_batch)
 
     monkeypatch.setattr("chunkft_fx.planning.batch_plan.Predictor", predictor)
 

@@ -20,6 +20,7 @@ from chunkft_fx.tools.zoo import tiny
 from tests.gpu.test_step_gpu import on_cuda
 from tests.program.test_structure import deep_llama
 from tests.support.equivalence import assert_same_gradients, loss_of
+from tests.support.forced_policy import force
 
 pytestmark = pytest.mark.gpu
 
@@ -36,9 +37,9 @@ def compiled_on_cuda(
     compiled = chunkft_fx.compile(copy.deepcopy(model).cuda(), "8GB", chunks=chunks, backend=backend)
     compiled(**on_cuda(batch))
     session = compiled._sessions[-1]
-    regions = len(session.outline.regions)
-    session.save_from = (regions,) * chunks
-    session.offload_below = (regions if is_offloading else 0,) * chunks
+    regions = len(session.programs.outline.regions)
+    force(compiled, save_from=regions)
+    force(compiled, offload_below=regions if is_offloading else 0)
     return compiled
 
 
@@ -92,7 +93,7 @@ def test_device_memory_falls_by_what_the_memory_model_says() -> None:
         loss_of(compiled(**on_cuda(wide_batch(1)))).backward()
         torch.cuda.synchronize()
         measured.append(torch.cuda.max_memory_allocated() - before)
-        executable = compiled._sessions[-1].last
+        executable = compiled._sessions[-1].programs.last
         assert executable is not None
         predicted.append(max(m.nbytes for m in step_timeline(executable, "eager", is_first=True)))
         del compiled, executable

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from chunkft_fx.errors import SliceGradientError
 from chunkft_fx.gradients.slice_gradient import SliceGradient, cut_from, part_of
-from chunkft_fx.plan.plan import Slice
+from chunkft_fx.plan.chunk import Slice
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Case = tuple[Slice, tuple[int, ...], torch.dtype, int]

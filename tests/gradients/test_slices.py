@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from chunkft_fx.errors import CheckpointMismatch, ChunkFTWarning, OptionError
 from chunkft_fx.gradients.slices import ORDERS, ActiveSlice, ChunkSchedule
-from chunkft_fx.plan.plan import Slice
+from chunkft_fx.plan.chunk import Slice
 
 
 def test_weight_is_a_view_of_the_parameter() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -14,11 +15,11 @@ import chunkft_fx
 from chunkft_fx.head import operators as head
 from chunkft_fx.head.missing_logits import MissingLogits
 from chunkft_fx.module.module import CompiledModule
-from chunkft_fx.plan.plan import Plan
 from chunkft_fx.tools.inspect import dense_gradients
 from chunkft_fx.tools.zoo import tiny
 from tests.support.equivalence import assert_same_gradients, loss_of, relative_error, smallest_budget
 from tests.support.equivalence import dense_gradients as plain_gradients
+from tests.support.forced_policy import force
 
 FAMILIES = ("llama", "bert")
 CLASSES = 160
@@ -110,14 +111,14 @@ def test_a_budget_without_room_for_a_block_splits_it(monkeypatch: pytest.MonkeyP
     inputs = {"input_ids": ids, "labels": ids}
     ample = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=3, backend="eager")
     ample(**inputs)
-    assert ample.plan.head_split == 1
+    assert ample.plan.policy.head_split == 1
     tight = chunkft_fx.compile(copy.deepcopy(model), smallest_budget(model, inputs, 3), chunks=3, backend="eager")
     assert_same_gradients(tight, model, inputs, 1e-4)
-    assert tight.plan.head_split > 1
-    assert f"1/{tight.plan.head_split}" in str(tight.plan)
+    assert tight.plan.policy.head_split > 1
+    assert f"1/{tight.plan.policy.head_split}" in str(tight.plan)
     used = {n.kwargs["split"] for v in tight.program.variants for n in v.forward.graph.nodes if head.is_head(n)}
-    assert used == {tight.plan.head_split}
-    assert Plan.from_json(tight.plan.to_json()) == tight.plan
+    assert used == {tight.plan.policy.head_split}
+    assert json.loads(tight.plan.to_json())["policy"]["head_split"] == tight.plan.policy.head_split
 
 
 def test_slices_equal_the_dense_gradient_in_float64() -> None:
@@ -133,10 +134,10 @@ def test_inductor_compiles_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch, compiled = compiled_tiny("llama", chunks=1, backend="inductor")
     assert_same_gradients(compiled, model, batch(2, 12, 0), 1e-4)
     assert heads(compiled) == [(head.grad, False)]
-    compiled._sessions[-1].head_split = 2
+    force(compiled, head_split=2)
     compiled.zero_grad()
     assert_same_gradients(compiled, model, batch(2, 12, 1), 1e-4)
-    assert compiled.program.variants[-1].demand.head_split == 2
+    assert compiled.program.variants[-1].demand.policy.head_split == 2
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -147,12 +148,12 @@ def test_logits_are_computed_once_and_never_saved(chunks: int, recompute: bool) 
     inputs = batch(4, 20, 0)
     compiled(**inputs)
     if recompute:
-        compiled._sessions[-1].save_from = (len(compiled.program.variants),) * chunks
+        force(compiled, save_from=len(compiled.program.variants))
     for k in {0, chunks - 2, chunks - 1}:
         compiled.activate(max(k, 0))
         compiled(**inputs).loss.backward()
         assert heads(compiled) == [(head.grad, False)]
-        assert compiled.program.variants[-1].demand.recompute == recompute
+        assert compiled.program.variants[-1].demand.policy.recompute == recompute
         for variant in compiled.program.variants:
             for module in filter(None, (variant.forward, variant.backward)):
                 values = [n.meta.get("val") for n in module.graph.nodes]

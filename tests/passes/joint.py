@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from chunkft_fx import passes
 from chunkft_fx.graph.region import OutputDemand, RegionGraph, SliceDemand
-from chunkft_fx.program import run_passes as pipeline
+from chunkft_fx.program.run_passes import over_region
 
 # A cut of one weight, or what else may be demanded of its gradient.
 Cut = tuple[int, int, int]
@@ -108,7 +108,7 @@ def demands(asked: Sequence[Asked]) -> tuple[OutputDemand, ...]:
 def rewritten(case: Joint, *asked: Asked) -> RegionGraph:
     """A copy of the joint graph after the default pipeline, verified after every pass."""
     region = case.region.copy()
-    pipeline.run(region, passes.default_pipeline(demands(asked)))
+    over_region(region, passes.default_pipeline(demands(asked)))
     return region
 
 

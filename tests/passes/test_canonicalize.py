@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from chunkft_fx.passes import Canonicalize
-from chunkft_fx.program import run_passes as pipeline
+from chunkft_fx.program.run_passes import over_region
 from tests.passes.joint import Joint, count, joint
 
 aten = torch.ops.aten
@@ -36,7 +36,7 @@ def _case(function: Callable[[Tensor], Tensor]) -> Joint:
 def _assert_bitwise(case: Joint) -> None:
     region = case.region.copy()
     before, strides = case.run(region), [n.meta["val"].stride() for n in region.outputs if n is not None]
-    pipeline.run(region, [Canonicalize()])
+    over_region(region, [Canonicalize()])
     after = case.run(region)
     assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(before, after, strict=True))
     assert strides == [n.meta["val"].stride() for n in region.outputs if n is not None]
@@ -47,7 +47,7 @@ def test_spelling_is_replaced(function: Callable[[Tensor], Tensor], operator: An
     case = _case(function)
     assert count(case.region, operator) > 0
     region = case.region.copy()
-    assert pipeline.run(region, [Canonicalize()])["canonicalize"] > 0
+    assert over_region(region, [Canonicalize()])["canonicalize"] > 0
     assert count(region, operator) == 0
     _assert_bitwise(case)
 
@@ -70,7 +70,7 @@ DIMS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_dimensions_become_positive(function: Callable[[Tensor], Tensor]) -> None:
     case = _case(function)
     region = case.region.copy()
-    assert pipeline.run(region, [Canonicalize()])["canonicalize"] > 0
+    assert over_region(region, [Canonicalize()])["canonicalize"] > 0
     for node in region.graph.nodes:
         dims = node.args[1] if node.target in _DIM_OPERATORS else ()
         assert all(d >= 0 for d in ([dims] if isinstance(dims, int) else dims))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from chunkft_fx.passes import Eliminate, SelectSlices
-from chunkft_fx.program import run_passes as pipeline
+from chunkft_fx.program.run_passes import over_region
 from tests.passes.joint import Joint, count, demands, joint
 
 aten = torch.ops.aten
@@ -31,7 +31,7 @@ def test_what_is_asked_stays_to_the_bit(asked: list[str | None]) -> None:
     case = _case()
     dense = case.run(case.region.copy())
     region = case.region.copy()
-    pipeline.run(region, [SelectSlices(demands(asked)), Eliminate()])
+    over_region(region, [SelectSlices(demands(asked)), Eliminate()])
     for value, expected, request in zip(case.run(region)[1:], dense[1:], asked, strict=True):
         assert value is None if request is None else torch.equal(value, expected)
     used = {n for node in region.graph.nodes for n in node.all_input_nodes}
@@ -40,7 +40,7 @@ def test_what_is_asked_stays_to_the_bit(asked: list[str | None]) -> None:
 
 def test_backward_stops_at_the_lowest_demand() -> None:
     region = _case().region.copy()
-    pipeline.run(region, [SelectSlices(demands([None, None, None, "whole"])), Eliminate()])
+    over_region(region, [SelectSlices(demands([None, None, None, "whole"])), Eliminate()])
     assert count(region, aten.native_layer_norm_backward.default) == 0
     assert count(region, aten.native_group_norm_backward.default) == 0
     assert count(region, aten.convolution_backward.default) == 0
@@ -49,7 +49,7 @@ def test_backward_stops_at_the_lowest_demand() -> None:
 
 def test_results_nobody_reads_are_masked_out() -> None:
     region = _case().region.copy()
-    pipeline.run(region, [SelectSlices(demands(["whole", None, "whole", None])), Eliminate()])
+    over_region(region, [SelectSlices(demands(["whole", None, "whole", None])), Eliminate()])
     (group,) = region.graph.find_nodes(op="call_function", target=aten.native_group_norm_backward.default)
     (convolution,) = region.graph.find_nodes(op="call_function", target=aten.convolution_backward.default)
     assert group.args[9] == [True, False, True]
@@ -59,7 +59,7 @@ def test_results_nobody_reads_are_masked_out() -> None:
 def test_inputs_stay_although_unused() -> None:
     region = _case().region.copy()
     before = [n.name for n in region.graph.find_nodes(op="placeholder")]
-    pipeline.run(region, [SelectSlices(demands([None] * 4)), Eliminate()])
+    over_region(region, [SelectSlices(demands([None] * 4)), Eliminate()])
     assert [n.name for n in region.graph.find_nodes(op="placeholder")] == before
 
 

@@ -21,7 +21,7 @@ from chunkft_fx.passes.region.eliminate import Eliminate
 from chunkft_fx.passes.region.lower_triton import problems
 from chunkft_fx.predict.region_memory import allocated_peak
 from chunkft_fx.predict.region_time import graph_cost
-from chunkft_fx.program import run_passes as pipeline
+from chunkft_fx.program.run_passes import over_region
 from tests.passes.joint import Asked, Joint, count, joint, rewritten
 
 aten = torch.ops.aten
@@ -43,7 +43,7 @@ def case(dtype: torch.dtype = torch.float64, inductor: bool = True, function: Ca
 def lowered(region: RegionGraph, by: str = LIBRARY) -> int:
     """Choose the operator for all problems; returns how many products were replaced."""
     choices = frozenset((p, by) for p in problems(region))
-    return pipeline.run(region, passes.lowering_pipeline(choices))["lower_triton"]
+    return over_region(region, passes.lowering_pipeline(choices))["lower_triton"]
 
 
 def assert_gradients(made: Joint, region: RegionGraph, asked: Sequence[Asked], tolerance: float = 1e-9) -> None:
@@ -98,9 +98,9 @@ def test_only_chosen_problems_are_replaced() -> None:
     made = case()
     asked: list[Asked] = ["whole", (0, 2, 4), (1, 1, 3)]
     region = rewritten(made, *asked)
-    assert pipeline.run(region, passes.lowering_pipeline(frozenset()))["lower_triton"] == 0
+    assert over_region(region, passes.lowering_pipeline(frozenset()))["lower_triton"] == 0
     chosen = frozenset((p, "128x256") for p in problems(region) if 4 in (p.rows, p.columns))
-    assert pipeline.run(region, passes.lowering_pipeline(chosen))["lower_triton"] == 1
+    assert over_region(region, passes.lowering_pipeline(chosen))["lower_triton"] == 1
     (node,) = region.graph.find_nodes(op="call_function", target=weight_gradient)
     assert node.args[-2:] == (4, "128x256")
     assert count(region, narrow) == 1
@@ -130,7 +130,7 @@ def test_other_passes_may_not_widen_a_gradient(monkeypatch: pytest.MonkeyPatch) 
     low = rewritten(case(torch.bfloat16), "whole", (0, 2, 4), None)
     choices = frozenset((p, LIBRARY) for p in problems(low))
     with pytest.raises(VerificationError, match="output 2 was"):
-        pipeline.run(low, (passes.LowerTriton(choices, widens_gradients=False), Eliminate()))
+        over_region(low, (passes.LowerTriton(choices, widens_gradients=False), Eliminate()))
 
 
 def stays(region: RegionGraph, reason: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional
 from chunkft_fx import passes
 from chunkft_fx.errors import VerificationError
 from chunkft_fx.graph.region import RegionGraph
-from chunkft_fx.program import run_passes as pipeline
+from chunkft_fx.program.run_passes import over_region
 from tests.passes.joint import demands, joint
 
 
@@ -50,7 +50,7 @@ def _region() -> RegionGraph:
 
 def test_rewrites_are_summed_by_pass_name() -> None:
     steps = (Relabel(2), Relabel(3), Relabel(5, name="other"))
-    assert pipeline.run(_region(), steps) == {"relabel": 5, "other": 5}
+    assert over_region(_region(), steps) == {"relabel": 5, "other": 5}
 
 
 def test_hook_sees_every_pass_in_order() -> None:
@@ -62,21 +62,21 @@ def test_hook_sees_every_pass_in_order() -> None:
         assert seconds >= 0
         seen.append((name, rewrites))
 
-    pipeline.run(region, (Relabel(1), Relabel(4, name="other")), hook)
+    over_region(region, (Relabel(1), Relabel(4, name="other")), hook)
     assert seen == [("relabel", 1), ("other", 4)]
 
 
 def test_module_runs_the_rewritten_graph() -> None:
     case = joint(lambda w, x: functional.linear(x, w).tanh(), [torch.randn(7, 5)], [torch.randn(4, 5)])
     region = case.region.copy()
-    pipeline.run(region, [Relabel(1)])
+    over_region(region, [Relabel(1)])
     weight, x = case.primals
     assert torch.equal(case.run(region)[0], functional.linear(x, weight).sin())
 
 
 def test_passes_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, "chunkft_fx.passes"):
-        pipeline.run(_region(), [Relabel(3)])
+        over_region(_region(), [Relabel(3)])
     assert [r.getMessage().split(" in ")[0] for r in caplog.records if r.name == "chunkft_fx.passes"] == [
         "relabel: 3 rewrites"
     ]
@@ -84,9 +84,9 @@ def test_passes_are_logged(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_verification_is_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(VerificationError, match="after break: "):
-        pipeline.run(_region(), [Break()])
+        over_region(_region(), [Break()])
     monkeypatch.delenv("CHUNKFT_VERIFY")
-    assert pipeline.run(_region(), [Break()]) == {"break": 1}
+    assert over_region(_region(), [Break()]) == {"break": 1}
 
 
 def test_default_pipeline_is_an_explicit_tuple() -> None:
@@ -97,7 +97,7 @@ def test_default_pipeline_is_an_explicit_tuple() -> None:
 
 
 def test_counts_of_the_default_pipeline() -> None:
-    counts = pipeline.run(_region(), passes.default_pipeline(demands([(0, 1, 2)])))
+    counts = over_region(_region(), passes.default_pipeline(demands([(0, 1, 2)])))
     assert set(counts) == {"canonicalize", "select_slices", "eliminate", "sink_slices", "chunk_logits", "split_head"}
     assert counts["select_slices"] == 1
     assert counts["canonicalize"] > 0

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from chunkft_fx.graph.region import RegionGraph
 from chunkft_fx.passes import Eliminate, PruneTangents
-from chunkft_fx.program import run_passes as pipeline
+from chunkft_fx.program.run_passes import over_region
 
 aten = torch.ops.aten
 
@@ -41,7 +41,7 @@ def _graph(build: Any, tangents: int) -> RegionGraph:
 
 
 def _prune(region: RegionGraph, *absent: bool) -> RegionGraph:
-    pipeline.run(region, [PruneTangents(absent), Eliminate()])
+    over_region(region, [PruneTangents(absent), Eliminate()])
     return region
 
 

@@ -17,7 +17,8 @@ from chunkft_fx.graph import ops
 from chunkft_fx.passes.program.insert_streams import InsertStreams
 from chunkft_fx.passes.program.schedule_prefetch import SchedulePrefetch
 from chunkft_fx.passes.program.schedule_states import ScheduleStates
-from chunkft_fx.predict.step_time import HIDDEN_SHARE, Saving, StepTimes, bare_steps
+from chunkft_fx.plan.policy import HIDDEN_SHARE, Policy, StepTimes
+from chunkft_fx.predict.step_time import bare_steps
 from chunkft_fx.program.verify_streams import verify_streams
 
 CPU = torch.device("cpu")
@@ -104,7 +105,7 @@ def test_all_states_are_admitted_within_the_time_that_the_link_is_idle(
     times = alike(regions, compute, fetch)
     module = program(regions, streamed)
     ScheduleStates(times, 0, nbytes)(module)
-    bare = bare_steps(times, Saving(0), streamed, DEPTH)
+    bare = bare_steps(times, Policy(0), streamed, DEPTH)
     idle = bare.compute_us[0] - bare.link_us[0]  # what the planner counts on
     assume(HIDDEN_SHARE * idle >= nbytes)
     assert shares(module)[-1] == 1.0

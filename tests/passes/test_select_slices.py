@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from chunkft_fx.passes import SelectSlices
-from chunkft_fx.program import run_passes as pipeline
+from chunkft_fx.program.run_passes import over_region
 from tests.passes.joint import Joint, demands, joint
 
 
@@ -35,7 +35,7 @@ def test_outputs_are_the_demanded_parts_to_the_bit(data: st.DataObject) -> None:
         cut = (dim, draw(st.integers(0, gradient.shape[dim] - length)), length)
         asked.append(draw(st.sampled_from([None, "whole", cut])))
     region = case.region.copy()
-    pipeline.run(region, [SelectSlices(demands(asked))])
+    over_region(region, [SelectSlices(demands(asked))])
     found = case.run(region, [a[1] for a in asked if isinstance(a, tuple)])
     assert torch.equal(found[0], dense[0])
     for value, gradient, request in zip(found[1:], dense[1:], asked, strict=True):
@@ -71,7 +71,7 @@ def test_gradient_that_is_an_input_can_be_sliced() -> None:
     region = case.region.copy()
     tangent = region.placeholders("tangent")[0]
     region.set_outputs((*region.outputs[:-1], tangent))
-    pipeline.run(region, [SelectSlices(demands([None, None, (1, 1, 2)]))])
+    over_region(region, [SelectSlices(demands([None, None, (1, 1, 2)]))])
     assert torch.equal(case.run(region, [1])[-1], case.tangent[:, 1:3])
 
 
@@ -90,6 +90,6 @@ def test_refuses_a_demand_of_another_length() -> None:
 def test_dtype_is_kept() -> None:
     case = joint(lambda w, x: x * w, [torch.randn(5, dtype=torch.bfloat16)], [torch.randn(3, 5, dtype=torch.bfloat16)])
     region = case.region.copy()
-    pipeline.run(region, [SelectSlices(demands([(0, 1, 2)]))])
+    over_region(region, [SelectSlices(demands([(0, 1, 2)]))])
     value: Tensor = case.run(region, [1])[1]
     assert (value.dtype, tuple(value.shape)) == (torch.bfloat16, (2,))

@@ -14,7 +14,8 @@ from chunkft_fx import passes
 from chunkft_fx.graph.region import RegionGraph
 from chunkft_fx.head import operators as head
 from chunkft_fx.passes.region.split_head import SplitHead
-from chunkft_fx.program import run_passes as pipeline
+from chunkft_fx.plan.policy import RegionPolicy
+from chunkft_fx.program.run_passes import over_region
 from tests.passes.joint import Joint, demands, joint
 
 TOKENS, CLASSES, FEATURES = 24, 13, 5
@@ -40,8 +41,12 @@ def test_results_stay_equal_in_smaller_blocks(split: int, tokens: int, is_merged
     """Loss and gradients, with the head's operators apart, as they are traced, and as one."""
     case = made()
     region = case.region.copy()
-    steps = passes.default_pipeline(demands(["whole", (0, 3, 4)]), split) if is_merged else (SplitHead(split),)
-    pipeline.run(region, steps)
+    steps = (
+        passes.default_pipeline(demands(["whole", (0, 3, 4)]), RegionPolicy(head_split=split))
+        if is_merged
+        else (SplitHead(split),)
+    )
+    over_region(region, steps)
     operators = (head.grad,) if is_merged else (head.forward, head.backward)
     assert splits(region) == dict.fromkeys(operators, split)
     with pytest.MonkeyPatch.context() as patch:

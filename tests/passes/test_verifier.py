@@ -15,7 +15,7 @@ from chunkft_fx.errors import VerificationError
 from chunkft_fx.graph.region import OutputDemand, RegionGraph
 from chunkft_fx.graph.rewrite import fake_value
 from chunkft_fx.passes import SelectSlices
-from chunkft_fx.program import run_passes as pipeline
+from chunkft_fx.program.run_passes import over_region
 from tests.passes.joint import demands, joint
 
 aten = torch.ops.aten
@@ -39,7 +39,7 @@ def _region() -> RegionGraph:
     weights = [torch.randn(7, 5), torch.randn(3, 7)]
     case = joint(lambda a, b, x: functional.linear(functional.linear(x, a).tanh(), b), weights, [torch.randn(4, 5)])
     region = case.region.copy()
-    pipeline.run(region, [SelectSlices(demands([(0, 1, 2), (1, 0, 1)]))])
+    over_region(region, [SelectSlices(demands([(0, 1, 2), (1, 0, 1)]))])
     return region
 
 
@@ -204,12 +204,12 @@ BROKEN = {
 @pytest.mark.parametrize(("mutation", "message"), BROKEN.items(), ids=lambda m: getattr(m, "__name__", None))
 def test_objects_to(mutation: Callable[[RegionGraph], None], message: str) -> None:
     with pytest.raises(VerificationError, match=message) as caught:
-        pipeline.run(_region(), [Break(mutation)])
+        over_region(_region(), [Break(mutation)])
     assert str(caught.value).startswith("after break: ")
 
 
 def test_accepts_a_sound_graph() -> None:
-    assert pipeline.run(_region(), [Break(lambda region: None)]) == {"break": 1}
+    assert over_region(_region(), [Break(lambda region: None)]) == {"break": 1}
 
 
 def test_objects_to_an_output_that_appears() -> None:
@@ -221,7 +221,7 @@ def test_objects_to_an_output_that_appears() -> None:
         region.set_outputs((region.outputs[0], first, region.outputs[2]))
 
     with pytest.raises(VerificationError, match="output 1 appeared"):
-        pipeline.run(region, [Break(appear)])
+        over_region(region, [Break(appear)])
 
 
 @dataclass(frozen=True)
@@ -241,4 +241,4 @@ class WrongSlices:
 def test_objects_to_another_slice_than_demanded(actual: Any) -> None:
     case = joint(lambda w, x: functional.linear(x, w), [torch.randn(7, 5)], [torch.randn(4, 5)])
     with pytest.raises(VerificationError, match="output 1 was"):
-        pipeline.run(case.region.copy(), [WrongSlices(demands([(0, 0, 2)]), demands([actual]))])
+        over_region(case.region.copy(), [WrongSlices(demands([(0, 0, 2)]), demands([actual]))])

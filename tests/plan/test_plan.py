@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chunkft_fx.errors import CheckpointMismatch
+from chunkft_fx.plan.chunk import Chunk, Slice
 from chunkft_fx.plan.cuts import ParameterSpec, cut
-from chunkft_fx.plan.plan import Chunk, Plan, Slice
+from chunkft_fx.plan.plan import Plan
+from chunkft_fx.plan.policy import Policy
 
 SLICES = (
     Slice("embed.weight", 0, 0, 512, 512),
@@ -24,7 +24,7 @@ PLAN = Plan(
     order="random",
     interval=3,
     seed=11,
-    save_from=(2, 0, 1),
+    policy=Policy(save_from=2, streamed=frozenset({"pos", "embed.weight"})),
     predicted_peak_bytes=2**29,
     terms=(("weights and buffers", 2**28), ("activations", 2**28)),
     batch="a batch of 8x1024 tokens",
@@ -49,7 +49,7 @@ plans = st.builds(
     order=st.sampled_from(["ascending", "descending", "random"]),
     interval=st.integers(1, 100),
     seed=counts,
-    save_from=st.lists(counts, min_size=4, max_size=4).map(tuple),
+    policy=st.builds(Policy, counts, counts, st.integers(1, 8), st.frozensets(names, max_size=4), st.integers(2, 4)),
     predicted_peak_bytes=st.none() | counts,
     terms=st.lists(st.tuples(names, counts), max_size=4).map(tuple),
     batch=names,
@@ -57,23 +57,17 @@ plans = st.builds(
 
 
 @given(plans)
-def test_json_gives_an_equal_plan_back(plan: Plan) -> None:
-    assert Plan.from_json(plan.to_json()) == plan
+def test_json_holds_every_field(plan: Plan) -> None:
+    read = json.loads(plan.to_json())
+    assert set(read) == {f.name for f in dataclasses.fields(Plan)}
+    assert read["policy"]["streamed"] == sorted(plan.policy.streamed)
+    assert [len(c["slices"]) for c in read["chunks"]] == [len(c.slices) for c in plan.chunks]
+    assert read["predicted_peak_bytes"] == plan.predicted_peak_bytes
 
 
 @given(plans)
 def test_every_plan_has_a_table_of_limited_width(plan: Plan) -> None:
     assert all(len(line) <= 120 for line in str(plan).splitlines())
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "[]", "3", "{}", "not json", json.dumps({"chunks": []}), PLAN.to_json().replace("interval", "other")]
-    + [PLAN.to_json().replace('"dim"', '"axis"')],
-)
-def test_other_text_is_not_a_plan(text: str) -> None:
-    with pytest.raises(CheckpointMismatch, match=r"Plan\.to_json"):
-        Plan.from_json(text)
 
 
 def test_table_shows_budget_prediction_schedule_and_chunks() -> None:
@@ -84,19 +78,23 @@ def test_table_shows_budget_prediction_schedule_and_chunks() -> None:
         "256.0 MiB activations",
         "3 chunk(s), random order (seed 11), 3 steps each",
     ]
+    assert lines[4:6] == [
+        "regions from 2 on keep their activations, those before recompute them",
+        "2 weights stay in host memory and pass through 2 buffers",
+    ]
     assert lines[-3:] == [
-        "0 embed.weight … 1 more … pos[:, 64:128 of 197] 1,234,567 5.0 MiB from region 2",
-        "1 layers.0.up.weight[0:128 of 512], pos[:, 64:128 of 197] 99 300 B from region 0",
-        "2 embed.weight 7 28 B from region 1",
+        "0 embed.weight … 1 more … pos[:, 64:128 of 197] 1,234,567 5.0 MiB",
+        "1 layers.0.up.weight[0:128 of 512], pos[:, 64:128 of 197] 99 300 B",
+        "2 embed.weight 7 28 B",
     ]
     assert "\x1b" not in str(PLAN)
 
 
 def test_table_before_a_batch_has_no_prediction() -> None:
-    early = dataclasses.replace(PLAN, save_from=(), predicted_peak_bytes=None, terms=(), batch="", order="ascending")
+    early = dataclasses.replace(PLAN, predicted_peak_bytes=None, terms=(), batch="", order="ascending")
     text = str(early)
     assert "not known before the first training batch" in text
-    assert "keeps activations" not in text
+    assert "keep their activations" not in text
     assert "seed" not in text
 
 

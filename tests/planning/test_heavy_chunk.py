@@ -12,7 +12,6 @@ from chunkft_fx.plan.plan import Plan
 from chunkft_fx.planning.planner import Options, plan_for_batch
 from chunkft_fx.predict.fixed_memory import chunk_terms, resident_nbytes, weight_terms
 from chunkft_fx.predict.predictor import Predictor
-from chunkft_fx.predict.step_time import Saving
 from tests.support.changing_batches import attempt, compiled
 
 
@@ -64,7 +63,7 @@ def test_the_smallest_budget_that_an_error_names_is_enough_for_every_chunk(heavy
 
     def plan(budget: int) -> Plan:
         options = Options(budget, "auto", "ascending", 1, 0)
-        return plan_for_batch(model, options, None, Predictor(session, RATES), "this batch")
+        return plan_for_batch(model, options, None, Predictor(session.programs, known=RATES), "this batch")
 
     with pytest.raises(BudgetInfeasible) as caught:
         plan(1)
@@ -72,10 +71,9 @@ def test_the_smallest_budget_that_an_error_names_is_enough_for_every_chunk(heavy
     with pytest.raises(BudgetInfeasible):
         plan(smallest - 1)
     made = plan(smallest)
-    predictor = Predictor(session, RATES)
-    saving = Saving(made.save_from[0], made.offload_below[0], made.head_split)
-    largest = max(predictor.peak(chunk, saving).nbytes for chunk in made.chunks)
-    fixed = {**weight_terms(dict(model.named_parameters()), resident_nbytes(model), session.uses,
-        frozenset(made.streamed), made.depth), **chunk_terms(dict(model.named_parameters()), made.chunks)}  # fmt: skip
+    predictor = Predictor(session.programs, known=RATES)
+    largest = max(predictor.peak(chunk, made.policy).nbytes for chunk in made.chunks)
+    fixed = {**weight_terms(dict(model.named_parameters()), resident_nbytes(model), session.programs.uses,
+        made.streamed, made.policy.depth), **chunk_terms(dict(model.named_parameters()), made.chunks)}  # fmt: skip
     assert made.predicted_peak_bytes is not None
     assert sum(fixed.values()) + largest == made.predicted_peak_bytes <= smallest

@@ -29,7 +29,7 @@ def test_what_is_planned_for_states_is_what_the_stage_takes(options: dict[str, A
     assert dict(module.plan.terms)[STAGED] == max(
         stage_capacity_nbytes(c, parameters, dtype) for c in module.plan.chunks
     )
-    assert (module.plan.state_dtype, module.plan.states) == (dtype, options.get("states", "keep"))
+    assert module.plan.policy.states == StatePolicy(dtype, options.get("states", "keep"))
     optimizer.step()
 
 

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import chunkft_fx
+from chunkft_fx.plan.chunk import Chunk
 from chunkft_fx.plan.cuts import cut
-from chunkft_fx.plan.plan import Chunk
+from chunkft_fx.plan.policy import Policy
 from chunkft_fx.planning.planner import parameter_specs
 from chunkft_fx.predict.chunk_kinds import Example, Kinds, sweep_peak
 from chunkft_fx.predict.predictor import Predictor
 from chunkft_fx.predict.step_memory import Moment
-from chunkft_fx.predict.step_time import Saving
 from tests.planning.test_heavy_chunk import BATCH, Scaled
 from tests.support.changing_batches import Text, text
 
@@ -44,7 +44,7 @@ def predicted(request: pytest.FixtureRequest) -> Iterator[tuple[nn.Module, Predi
     module = chunkft_fx.compile(model.train(), "1GB", chunks=1, backend="eager")
     module(**batch)
     session = module._sessions[-1]
-    yield model, Predictor(session), Kinds(session.outline.regions, session.capture.parameters)
+    yield model, Predictor(session.programs), Kinds(session.programs.outline.regions, session.capture.parameters)
     del module  # which sessions hold weakly
 
 
@@ -56,7 +56,7 @@ def test_the_steps_that_are_looked_at_tell_what_all_need(
     """Of chunks of one kind the lowest needs most, and no chunk needs more than those that it was joined with."""
     model, predictor, kinds = predicted
     half = len(predictor.uses()) // 2
-    saving = {"save": Saving(0), "recompute": Saving(2 * half + 2), "offload half": Saving(half, half)}[handling]
+    saving = {"save": Policy(0), "recompute": Policy(2 * half + 2), "offload half": Policy(half, half)}[handling]
     chunks = cut(parameter_specs(model), count)
     each = [predictor.peak(chunk, saving).nbytes for chunk in chunks]
     assert predictor.sweep_peak(chunks, saving).nbytes == max(each)
@@ -80,12 +80,12 @@ def test_where_a_length_decides_who_computes_each_kind_is_looked_at(
     """Memory need not grow with the length then."""
     model, _, kinds = predicted
     chunks = cut(parameter_specs(model), 17)
-    examples = [e.chunk for e in kinds.examples(chunks, Saving(0))]
+    examples = [e.chunk for e in kinds.examples(chunks, Policy(0))]
     asked: list[Chunk] = []
 
     def peak(chunk: Chunk) -> Moment:
         asked.append(chunk)
         return Moment("", {"": 2 if chunk == examples[-1] else 1})
 
-    assert sweep_peak(kinds, chunks, Saving(0), peak, can_join=False).nbytes == 2
+    assert sweep_peak(kinds, chunks, Policy(0), peak, can_join=False).nbytes == 2
     assert {*asked} == {*examples, chunks[0]}

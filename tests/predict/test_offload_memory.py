@@ -22,6 +22,7 @@ from chunkft_fx.tools.zoo import tiny
 from tests.predict.test_step_memory import compare
 from tests.program.test_structure import deep_llama, step
 from tests.support.equivalence import loss_of
+from tests.support.forced_policy import force
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +42,9 @@ def test_predicted_peak_of_an_offloading_step_equals_the_tracker(family: str) ->
     compiled = chunkft_fx.compile(model, "8GB", chunks=3, backend="eager")
     loss_of(compiled(**batch(2, 12, 0))).backward()
     session = compiled._sessions[-1]
-    regions = len(session.outline.regions)
+    regions = len(session.programs.outline.regions)
     for save_from, below in ((regions, regions), (regions // 2 + 1, regions // 2 + 1), (0, regions)):
-        session.save_from, session.offload_below = (save_from,) * 3, (below,) * 3
+        force(compiled, save_from=save_from, offload_below=below)
         compare(compiled, batch(2, 12, 1))
         assert offloads(compiled)
 
@@ -54,7 +55,8 @@ def test_predicted_peak_with_streamed_weights_and_offloaded_values_equals_the_tr
     loss_of(compiled(**batch(2, 12, 0))).backward()
     session = compiled._sessions[-1]
     compiled.residency.settle([n for n, _ in model.named_parameters()], 2)
-    session.save_from = session.offload_below = (len(session.outline.regions),) * 3
+    regions = len(session.programs.outline.regions)
+    force(compiled, save_from=regions, offload_below=regions)
     compare(compiled, batch(2, 12, 1))
     assert offloads(compiled)
 
@@ -64,7 +66,7 @@ def _deep() -> tuple[CompiledModule, Session]:
     compiled = chunkft_fx.compile(deep_llama(12), "8GB", chunks=4, backend="eager")
     step(compiled)
     session = compiled._sessions[-1]
-    session.save_from = (len(session.outline.regions),) * 4
+    force(compiled, save_from=len(session.programs.outline.regions))
     return compiled, session
 
 
@@ -72,22 +74,22 @@ def test_a_deep_model_saves_what_two_blocks_keep_instead_of_all() -> None:
     compiled, session = _deep()
     residual = 2 * 8 * 64 * 4  # f32[2, 8, 64]
     kept = []
-    for below in (0, len(session.outline.regions)):
-        session.offload_below = (below,) * 4
+    for below in (0, len(session.programs.outline.regions)):
+        force(compiled, offload_below=below)
         step(compiled)
-        assert session.last is not None
-        backward = [m for m in step_timeline(session.last) if m.label.endswith("backward")]
+        assert session.programs.last is not None
+        backward = [m for m in step_timeline(session.programs.last) if m.label.endswith("backward")]
         kept.append(max(m.terms[SAVED] for m in backward))
     assert kept[0] - kept[1] >= 8 * residual
 
 
 def test_an_offloaded_value_counts_until_its_release_and_from_its_fetch() -> None:
     compiled, session = _deep()
-    regions = len(session.outline.regions)
+    regions = len(session.programs.outline.regions)
     residual = 2 * 8 * 64 * 4
-    session.offload_below = (regions,) * 4
+    force(compiled, offload_below=regions)
     step(compiled)
-    executable = session.last
+    executable = session.programs.last
     assert executable is not None
     by_label = {m.label: m.terms[SAVED] for m in step_timeline(executable)}
     labels = [f"model.layers.{i} forward" for i in range(2, 11)]
@@ -95,9 +97,9 @@ def test_an_offloaded_value_counts_until_its_release_and_from_its_fetch() -> Non
     assert len({by_label[label] for label in labels}) == 1
     kinds = [i.call.target for i in executable.forward if isinstance(i.call, StreamNode)]
     assert kinds.count(ops.offload) == kinds.count(ops.release) == 12  # what goes into the blocks
-    session.offload_below = (0,) * 4
+    force(compiled, offload_below=0)
     step(compiled)
-    assert session.last is not None
-    resident = {m.label: m.terms[SAVED] for m in step_timeline(session.last)}
+    assert session.programs.last is not None
+    resident = {m.label: m.terms[SAVED] for m in step_timeline(session.programs.last)}
     steps = [resident[b] - resident[a] for a, b in itertools.pairwise(labels)]
     assert steps == [residual] * len(steps)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-
 import pytest
 
 import chunkft_fx
 from chunkft_fx.machine.rates import Rates
 from chunkft_fx.plan.cuts import cut
+from chunkft_fx.plan.policy import Policy
 from chunkft_fx.planning.planner import parameter_specs
 from chunkft_fx.predict.predictor import Predictor
 from chunkft_fx.predict.step_memory import step_timeline
-from chunkft_fx.predict.step_time import Saving
-from chunkft_fx.program.instructions import Executable
+from chunkft_fx.runtime.session import Session
 from chunkft_fx.tools.zoo import tiny
 
 # Round figures: what is predicted with them is compared with itself.
@@ -26,26 +24,26 @@ def test_regions_get_times_where_rates_are_known() -> None:
     compiled(**batch(2, 16, 0))
     session = compiled._sessions[-1]
     (whole,) = cut(parameter_specs(model), 1)
-    assert Predictor(session).times(whole) is None
-    predictor = Predictor(session, RATES)
+    assert Predictor(session.programs).times(whole) is None
+    predictor = Predictor(session.programs, known=RATES)
     times = predictor.times(whole)
     assert times is not None
     regions = len(predictor.uses())
     for each in (
         times.forward_us,
         times.backward_us,
-        times.again_us,
+        times.recompute_us,
         times.gradients_us,
         times.fetch_us,
-        times.keep_us,
+        times.offload_us,
     ):
         assert len(each) == regions
         assert all(us >= 0 for us in each)
     assert min(times.forward_us) > 0
     # equal blocks share their variants, so their times; what comes first is kept for nobody
     assert len({times.forward_us[i] for i in range(1, regions - 1)}) == 1
-    assert times.keep_us[0] == 0
-    assert min(times.keep_us[1:]) > 0
+    assert times.offload_us[0] == 0
+    assert min(times.offload_us[1:]) > 0
     parameters = dict(model.named_parameters())
     weights = sum(p.numel() * p.itemsize for p in parameters.values())
     assert sum(times.fetch_us) == pytest.approx(weights / RATES.host_to_device_nbytes_per_s * 1e6)
@@ -57,20 +55,26 @@ def test_regions_get_times_where_rates_are_known() -> None:
     assert [w.lowest for w in works] == sorted(w.lowest for w in works)
 
 
+def absent(session: Session) -> frozenset[str]:
+    """The tangents that backward is not expected to get: those of outputs that are no loss."""
+    return frozenset(session.capture.tangents) - session._expected
+
+
 def test_the_timeline_of_a_step_holds_its_peak() -> None:
     model, batch = tiny("llama")
     compiled = chunkft_fx.compile(model, "8GB", chunks=3, backend="eager")
     compiled(**batch(2, 16, 0))
     session = compiled._sessions[-1]
-    predictor = Predictor(session)
+    given = {"batch": 1000}
+    predictor = Predictor(session.programs, absent(session), given=given)
     regions = len(predictor.uses())
-    for saving in (Saving(0), Saving(regions)):
-        moments = step_timeline(session.planned(compiled.plan.chunks[0], saving), "eager")
+    for saving in (Policy(0), Policy(regions)):
+        moments = step_timeline(session.programs.planned(compiled.plan.chunks[0], absent(session), saving), "eager")
         peak = predictor.peak(compiled.plan.chunks[0], saving)
         assert peak.label in {m.label for m in moments}
-        given = session.given
         assert peak.nbytes == max(m.nbytes for m in moments) + sum(given.values())
-    assert compiled.timeline == step_timeline(session.planned(compiled.plan.chunks[0], Saving(0)), "eager")
+    first = session.programs.planned(compiled.plan.chunks[0], absent(session), Policy())
+    assert compiled.timeline == step_timeline(first, "eager")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "cnn"])
@@ -79,15 +83,17 @@ def test_a_step_that_looks_like_a_known_one_has_its_own_moments(family: str) -> 
     model, batch = tiny(family)
     compiled = chunkft_fx.compile(model, "8GB", chunks=3, backend="eager")
     compiled(**batch(2, 16, 0))
-    session = compiled._sessions[-1]
-    known: dict[Hashable, Executable] = {}
+    programs, unexpected = compiled._sessions[-1].programs, absent(compiled._sessions[-1])
     asked = 0
     for count in (3, 40, 60):
         chunks = cut(parameter_specs(model), count)
         for chunk in (chunks[0], chunks[1], chunks[count // 2]):
-            for saving in (Saving(0), Saving(2, 2)):
+            for policy in (Policy(), Policy(2, 2)):
                 asked += 1
-                exchanged, written = session.planned(chunk, saving, known), session.planned(chunk, saving)
+                exchanged = programs.planned(chunk, unexpected, policy)
+                known, programs._planned = programs._planned, {}
+                written = programs.planned(chunk, unexpected, policy)
+                programs._planned = known
                 assert step_timeline(exchanged, "eager") == step_timeline(written, "eager")
                 assert exchanged.program.variants == written.program.variants
-    assert len(known) < asked
+    assert len(programs._planned) < asked

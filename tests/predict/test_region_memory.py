@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import chunkft_fx
+from chunkft_fx.plan.policy import RegionPolicy
 from chunkft_fx.predict import region_memory as memory_model
 from chunkft_fx.predict.region_memory import allocated_peak, workspace
 from chunkft_fx.program.lower import lower
@@ -246,7 +247,9 @@ def _block_variants(width: int, heads: int, size: int, length: int) -> tuple[lis
         loss_of(compiled(input_ids=ids, labels=ids)).backward()
     session = compiled._sessions[-1]
     saving = next(v for v in compiled.variants if v.template.index == 1)
-    recomputing = session.specializer.variant(saving.template, replace(saving.demand, recompute=True))
+    recomputing = session.programs.specializer.variant(
+        saving.template, replace(saving.demand, policy=RegionPolicy(recompute=True))
+    )
     saving.run_forward = saving.run_backward = None
     return [saving, recomputing], session.capture.fake_mode
 

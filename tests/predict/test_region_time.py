@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import chunkft_fx
 from chunkft_fx.graph import ops
 from chunkft_fx.machine.rates import Rates
+from chunkft_fx.plan.policy import RegionPolicy
 from chunkft_fx.predict.region_time import Cost, Work, graph_cost, transfer_us
 from tests.support.equivalence import loss_of
 
@@ -118,7 +119,9 @@ def test_flops_of_a_llama_block_are_the_closed_form(dtype: torch.dtype, recomput
     loss_of(compiled(input_ids=ids, labels=ids)).backward()
     block = next(v for v in compiled.variants if _is_block(v))
     if recompute:
-        block = compiled._sessions[-1].specializer.variant(block.template, replace(block.demand, recompute=True))
+        block = compiled._sessions[-1].programs.specializer.variant(
+            block.template, replace(block.demand, policy=RegionPolicy(recompute=True))
+        )
     products = 2 * size * length * (4 * width * width + 3 * width * inner)
     attention = 4 * size * length * length * width
     name = str(dtype).removeprefix("torch.")

@@ -13,12 +13,14 @@ from torch import Tensor
 import chunkft_fx
 from chunkft_fx.graph import ops
 from chunkft_fx.module.module import CompiledModule
+from chunkft_fx.plan.policy import DEPTH, Policy
 from chunkft_fx.predict import fixed_memory
 from chunkft_fx.predict import region_memory as memory_model
 from chunkft_fx.predict.step_memory import Moment, step_timeline, storages_nbytes
 from chunkft_fx.runtime.session import Session
 from chunkft_fx.tools.zoo import FAMILIES, tiny
 from tests.support.equivalence import loss_of
+from tests.support.forced_policy import force
 from tests.support.live_storages import LiveStorages
 
 # Families that differ in what matters here: tied weights, dropout, mutated buffers, no blocks.
@@ -52,7 +54,7 @@ def compare(compiled: CompiledModule, batch: dict[str, Tensor]) -> None:
             outputs = compiled(**batch)
             with tracker:
                 loss_of(outputs).backward()
-        executable = compiled._sessions[-1].last
+        executable = compiled._sessions[-1].programs.last
         assert executable is not None
         predicted = max(m.nbytes for m in step_timeline(executable, "eager", is_first))
         assert predicted == tracker.peak_nbytes, (is_first, compiled.chunk)
@@ -68,17 +70,17 @@ def test_predicted_peak_of_a_step_equals_the_tracker(family: str, chunks: int, m
     compare(compiled, batch(2, 12, 0))
     session = compiled._sessions[-1]
     away = frozenset(n for n, _ in model.named_parameters())
-    compiled.residency.settle(away, fixed_memory.DEPTH)
+    compiled.residency.settle(away, DEPTH)
     for chunk in sorted({0, chunks // 2, chunks - 1}):
         compiled.activate(chunk)
-        for save_from in (0, len(session.outline.regions) // 2 + 1):
-            session.save_from = (save_from,) * chunks
+        for save_from in (0, len(session.programs.outline.regions) // 2 + 1):
+            force(compiled, save_from=save_from)
             compare(compiled, batch(2, 12, 1))
             assert any(node.target is ops.fetch for node in compiled.program.graph.nodes)
-    ring = compiled.residency.ring(session.uses)
+    ring = compiled.residency.ring(session.programs.uses)
     assert ring is not None
     assert ring.depth * ring.buffer_nbytes == fixed_memory.ring_nbytes(
-        dict(model.named_parameters()), session.uses, away
+        dict(model.named_parameters()), session.programs.uses, away
     )
 
 
@@ -101,11 +103,11 @@ def _step(family: str, **options: Any) -> tuple[CompiledModule, Session]:
 
 def test_a_timeline_goes_through_every_region_and_ends_with_every_gradient() -> None:
     compiled, session = _step("llama")
-    executable = session.last
+    executable = session.programs.last
     assert executable is not None
     moments = step_timeline(executable)
     labels = [m.label for m in moments]
-    regions = [r.label for r in session.outline.regions]
+    regions = [r.label for r in session.programs.outline.regions]
     lowest = executable.program.lowest
     assert list(dict.fromkeys(labels)) == [f"{r} forward" for r in regions] + [
         f"{r} backward" for r in reversed(regions[lowest:])
@@ -128,8 +130,8 @@ def test_moments_add_up_their_terms() -> None:
 
 def test_low_precision_gradients_are_held_in_float32() -> None:
     compiled, session = _step("mlp", dtype=torch.bfloat16)
-    assert session.last is not None
-    *_, last = step_timeline(session.last, is_first=True)
+    assert session.programs.last is not None
+    *_, last = step_timeline(session.programs.last, is_first=True)
     held = sum(s.grad.nbytes for s in compiled.active_slices() if s.grad is not None)
     # and beside them the bfloat16 gradient that is copied last
     copied = {s.grad.numel() * 2 for s in compiled.active_slices() if s.grad is not None}
@@ -140,14 +142,14 @@ def test_only_a_model_that_writes_buffers_keeps_copies_of_them() -> None:
     written = "copies of written buffers"
     for family, is_written in (("cnn", True), ("mlp", False)):
         compiled, session = _step(family)
-        assert session.last is not None
+        assert session.programs.last is not None
         buffers = sum(b.nbytes for b in compiled.buffers())
-        assert {m.terms[written] for m in step_timeline(session.last)} == {buffers if is_written else 0}
+        assert {m.terms[written] for m in step_timeline(session.programs.last)} == {buffers if is_written else 0}
 
 
 def test_a_call_with_no_gradients_has_no_backward() -> None:
     _, session = _step("mlp")
-    executable = session.executable((), frozenset(), 0)
+    executable = session.programs.evaluation(Policy())
     moments = step_timeline(executable, is_first=True)
     assert moments
     assert all(m.label.endswith(" forward") for m in moments)

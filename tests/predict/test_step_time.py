@@ -7,18 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chunkft_fx.predict.step_time import (
-    HIDDEN_SHARE,
-    Saving,
-    StepTimes,
-    SweepWork,
-    Work,
-    bare_steps,
-    least_cost,
-    step_us,
-    streamed_regions,
-    sweep_cost,
-)
+from chunkft_fx.plan.policy import HIDDEN_SHARE, Policy, StepTimes
+from chunkft_fx.predict.step_time import SweepWork, Work, bare_steps, least_cost, step_us, streamed_regions, sweep_cost
 
 us = st.floats(0.1, 100.0)
 
@@ -35,7 +25,7 @@ def times(draw: st.DrawFn) -> StepTimes:
 @given(times())
 def test_resident_weights_cost_what_runs(t: StepTimes) -> None:
     count = len(t.forward_us)
-    bare = bare_steps(t, Saving(0), frozenset(), 2)
+    bare = bare_steps(t, Policy(0), frozenset(), 2)
     for lowest in range(count):
         assert bare.compute_us[lowest] == pytest.approx(sum(t.forward_us) + sum(t.backward_us[lowest:]))
         assert bare.link_us[lowest] == 0
@@ -48,21 +38,21 @@ def test_recomputing_streaming_and_fewer_buffers_never_make_a_step_faster(t: Ste
     streamed = data.draw(st.frozensets(st.integers(0, count - 1), min_size=1))
     work = Work(data.draw(st.integers(0, count - 1)), 5.0, data.draw(us))
 
-    def step(saving: Saving, away: frozenset[int], depth: int) -> float:
+    def step(saving: Policy, away: frozenset[int], depth: int) -> float:
         return step_us(bare_steps(t, saving, away, depth), work)
 
-    base = step(Saving(save_from), streamed, 2)
-    assert step(Saving(save_from + 1), streamed, 2) >= base - 1e-9
-    assert step(Saving(save_from), streamed, 3) <= base + 1e-9
-    assert step(Saving(save_from), frozenset(), 2) <= base + 1e-9
-    assert step(Saving(save_from, save_from), streamed, 2) >= base - 1e-9
+    base = step(Policy(save_from), streamed, 2)
+    assert step(Policy(save_from + 1), streamed, 2) >= base - 1e-9
+    assert step(Policy(save_from), streamed, 3) <= base + 1e-9
+    assert step(Policy(save_from), frozenset(), 2) <= base + 1e-9
+    assert step(Policy(save_from, save_from), streamed, 2) >= base - 1e-9
 
 
 def test_a_step_waits_for_the_slower_of_compute_and_link() -> None:
     t = StepTimes((10.0,) * 3, (10.0,) * 3, (5.0,) * 3, (10.0,) * 3, (40.0,) * 3, (1.0,) * 3, 1e-3, 0.0)
     everything = frozenset(range(3))
     # two buffers: forward waits for three fetches in a row and ends 10 after the last; backward likewise
-    bare = bare_steps(t, Saving(0), everything, 2)
+    bare = bare_steps(t, Policy(0), everything, 2)
     assert bare.compute_us[0] == 2 * (3 * 40 + 10)
     assert bare.link_us[0] == 6 * 40
     assert step_us(bare, Work(0, 1.0, 0.0)) == 261.0
@@ -75,7 +65,7 @@ def test_streamed_regions_wait_no_longer_than_evenly_spread_ones(t: StepTimes, d
     count = data.draw(st.integers(0, regions))
 
     def waits(place: tuple[int, ...]) -> float:
-        bare = bare_steps(t, Saving(0), frozenset(place), depth)
+        bare = bare_steps(t, Policy(0), frozenset(place), depth)
         return float(np.maximum(bare.compute_us, bare.link_us).mean())
 
     even = streamed_regions(regions, count, None, depth)
@@ -99,7 +89,7 @@ def test_streamed_regions_keep_away_from_where_nothing_hides_a_fetch() -> None:
 
 @given(times(), st.lists(st.tuples(st.integers(0, 1), us, us), min_size=1, max_size=5))
 def test_a_sweep_is_priced_as_its_steps(t: StepTimes, works: list[tuple[int, float, float]]) -> None:
-    bare = bare_steps(t, Saving(1), frozenset({0}), 2)
+    bare = bare_steps(t, Policy(1), frozenset({0}), 2)
     chunks = [Work(*w) for w in works]
     steps = [step_us(bare, w) for w in chunks]
     assert SweepWork.of(chunks).steps_us(bare) == pytest.approx(steps)
@@ -110,7 +100,7 @@ def test_a_sweep_is_priced_as_its_steps(t: StepTimes, works: list[tuple[int, flo
 def test_the_least_cost_is_a_bound(t: StepTimes, chunks: int) -> None:
     """Of equal chunks, whose lowest regions are spread evenly, with everything resident and saved."""
     regions, states = len(t.forward_us), 10_000
-    bare = bare_steps(t, Saving(0), frozenset(), 2)
+    bare = bare_steps(t, Policy(0), frozenset(), 2)
     share = states / chunks
     works = [
         Work(k * regions // chunks, sum(t.gradients_us) / chunks, share * t.state_us_per_byte) for k in range(chunks)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from chunkft_fx.copies.residency import Residency
 from chunkft_fx.copies.weight_ring import Ring
-from chunkft_fx.predict import fixed_memory
+from chunkft_fx.plan.policy import DEPTH
 from chunkft_fx.program.instructions import Instruction
 from chunkft_fx.program.program import RegionCall
 from chunkft_fx.runtime.step import Machine
@@ -38,7 +38,7 @@ def streaming(share: str) -> Iterator[None]:
     fetched: list[int] = []
 
     def settle_streamed(self: Residency, streamed: Iterable[str], depth: int) -> None:
-        settle(self, SHARES[share](list(self.parameters)), max(depth, fixed_memory.DEPTH))
+        settle(self, SHARES[share](list(self.parameters)), max(depth, DEPTH))
         settled.append(self)
 
     def counted_fetch(self: Ring, host: Sequence[Tensor], buffer: int) -> list[Tensor]:

@@ -75,4 +75,4 @@ def assert_recomputes_exactly(model: nn.Module, batch: dict[str, Any]) -> None:
     """The same under a budget that leaves nothing but to recompute activations in backward."""
     module = compiled(model, 3, smallest_budget(model, batch, 3))
     assert_same_gradients(module, model, batch, 1e-9)
-    assert any(v.demand.recompute for v in module.variants)
+    assert any(v.demand.policy.recompute for v in module.variants)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from chunkft_fx.plan.plan import Slice
+from chunkft_fx.plan.chunk import Slice
 
 
 @dataclass

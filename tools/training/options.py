@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from chunkft_fx.api import BACKENDS
 from chunkft_fx.bytes import parse_bytes
 from chunkft_fx.errors import OptionError
 from chunkft_fx.gradients.slices import ChunkSchedule
+from chunkft_fx.planning.planner import BACKENDS
 
 # The data order multiplies the seed, and torch's generators take 64 bits.
 MAX_SEED = 2**32 - 1

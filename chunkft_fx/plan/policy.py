@@ -1,0 +1,115 @@
+"""The policy decides nothing itself: it is the frozen record of all that a plan decided for programs and passes.
+
+The planner makes it, and it is carried whole to the program, to each region's demand and to the passes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from chunkft_fx.plan.state_policy import ASSUMED, StatePolicy
+
+# Copies of states are planned to take at most this share of a step, so that jitter of the link stays hidden too.
+HIDDEN_SHARE = 0.8
+# Buffers of the ring: one is read while the next is filled.
+DEPTH = 2
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Predicted microseconds of each region of a step, in the order of the model.
+
+    ``forward_us`` and ``backward_us`` (input gradients only) are a region's two calls, ``recompute_us`` is what
+    recomputing its activations adds to its backward, ``gradients_us`` what the gradients of all its weights add.
+    ``fetch_us`` brings all its weights from host memory, ``offload_us`` moves what it keeps between forward and
+    backward one way. ``state_us_per_byte`` is the time of a chunk's states, both ways at once,
+    ``update_us_per_element`` that of its update. ``split_us`` gives for each split of the head what a step takes more.
+    """
+
+    forward_us: tuple[float, ...]
+    backward_us: tuple[float, ...]
+    recompute_us: tuple[float, ...]
+    gradients_us: tuple[float, ...]
+    fetch_us: tuple[float, ...]
+    offload_us: tuple[float, ...]
+    state_us_per_byte: float
+    update_us_per_element: float
+    split_us: tuple[tuple[int, float], ...] = ((1, 0.0),)
+
+
+@dataclass(frozen=True)
+class RegionPolicy:
+    """The part of a policy that concerns one region: whether it recomputes and offloads, and the split of its head."""
+
+    recompute: bool = False
+    offload: bool = False
+    head_split: int = 1
+
+    @property
+    def of_variant(self) -> RegionPolicy:
+        """What the region's own graphs depend on: offloading is done between them, by the program."""
+        return replace(self, offload=False)
+
+    @property
+    def of_joint_graph(self) -> RegionPolicy:
+        """What the region's joint graph depends on, before it is split into forward and backward."""
+        return replace(self, offload=False, recompute=False)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Every decision of a plan that programs and passes act on.
+
+    Regions from ``save_from`` on keep their activations; those below it (and above the lowest active slice) recompute
+    them in backward. Regions below ``offload_below`` offload what they keep between forward and backward to host
+    memory. A chunked head holds ``1 / head_split`` of the logits that it would by itself. ``streamed`` names the
+    parameters whose weights stay in host memory, ``depth`` is the number of ring buffers that they pass through.
+    ``pacing`` are the times by which optimizer states are let in during a step; without them states come all at once.
+    ``states`` are the optimizer's options that are planned for.
+    """
+
+    save_from: int = 0
+    offload_below: int = 0
+    head_split: int = 1
+    streamed: frozenset[str] = frozenset()
+    depth: int = DEPTH
+    pacing: StepTimes | None = None
+    states: StatePolicy = ASSUMED
+
+    def of_region(self, index: int, has_head: bool) -> RegionPolicy:
+        """What is decided for the region of that index, which holds the model's chunked head or not."""
+        return RegionPolicy(index < self.save_from, index < self.offload_below, self.head_split if has_head else 1)
+
+    @property
+    def of_steps(self) -> Policy:
+        """What the moments of a step depend on if all weights are resident and states come all at once."""
+        return Policy(self.save_from, self.offload_below, self.head_split)
+
+    @property
+    def complexity(self) -> tuple[int, ...]:
+        """Tells choices of equal cost apart: the one with the smaller tuple is simpler."""
+        return self.offload_below, self.head_split, self.depth
+
+    def described(self) -> dict[str, str]:
+        """The decisions as the columns of a table: titles and entries."""
+        return {
+            "buffers": str(self.depth),
+            "recompute": str(self.save_from),
+            "offload": str(self.offload_below),
+            "split": str(self.head_split),
+        }
+
+    def sentences(self) -> list[str]:
+        """The decisions in words, those that change nothing left out."""
+        away = f"{len(self.streamed)} weights stay in host memory and pass through {self.depth} buffers"
+        told = {
+            f"regions from {self.save_from} on keep their activations, those before recompute them": self.save_from > 0,
+            f"regions before {self.offload_below} offload what they keep": self.offload_below > 0,
+            away: bool(self.streamed),
+            f"the head holds 1/{self.head_split} of its usual block of logits": self.head_split > 1,
+        }
+        return [sentence for sentence, is_told in told.items() if is_told]
+
+    def same_places(self, other: Policy) -> bool:
+        """Whether both leave every weight in the same place."""
+        return self.streamed == other.streamed and self.depth == other.depth
