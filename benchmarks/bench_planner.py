@@ -38,7 +38,7 @@ def main(
     ids = torch.randint(0, 1000, (2, 64))
     compiled = chunkft_fx.compile(model, "64GB", chunks=1)
     compiled(input_ids=ids, labels=ids)
-    session = compiled._sessions[-1]
+    session = compiled._training.sessions[-1]
 
     smallest = 1
     for share in (1.0, *SHARES):  # the first budget is hopeless, and tells what the others are shares of

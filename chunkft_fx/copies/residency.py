@@ -9,8 +9,7 @@ mistake. The session takes the weight's real tensor from here.
 from __future__ import annotations
 
 import contextlib
-import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ class Residency:
         self.streamed: frozenset[str] = frozenset()
         self.depth = 2
         self.saved = make_saved_copies(device, memory)
-        self.optimizer: weakref.ref[StageOwner] | None = None
+        self.optimizer: Callable[[], StageOwner | None] | None = None  # a weak reference
         self._memory = memory
         self._ring: Ring | None = None
         self._real: dict[str, Tensor] = {}

@@ -26,19 +26,18 @@ from chunkft_fx.errors import (
     OptionError,
     OutsideGradient,
 )
+from chunkft_fx.following import ownership
 from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.graph.layout import front, size_along
-from chunkft_fx.module import ownership
+from chunkft_fx.module.module import training_of
 from chunkft_fx.optim.checkpoint import ENTRY, describe, exported, fill_masters, read
 from chunkft_fx.optim.groups import (
-    ChunkedModule,
     check_clipping,
     check_group,
     check_hyperparameters,
     check_slices,
     parameter_groups,
     regrouped,
-    require_chunked,
 )
 from chunkft_fx.optim.host_states import HostStates, require_room
 from chunkft_fx.optim.step_counts import Counts, counted, uniform
@@ -77,7 +76,7 @@ class AdamW(Optimizer):
 
     def __init__(
         self,
-        model: ChunkedModule,
+        model: nn.Module,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -89,12 +88,12 @@ class AdamW(Optimizer):
         states: str = "keep",
         host_budget: int | str | None = None,
     ) -> None:
-        require_chunked(model)
+        training = training_of(model, "AdamW")
         check_hyperparameters(lr, betas, eps, weight_decay)
         check_clipping(max_grad_norm)
         if states not in STATES:
             raise OptionError(f"states={states!r} is not known; choose one of {', '.join(STATES)}")
-        self._model = model
+        self._model = training
         self._moments = moment_dtype(state_dtype)
         self._resets = states == "reset"
         self._host_budget = None if host_budget is None else parse_bytes(host_budget)
@@ -109,13 +108,13 @@ class AdamW(Optimizer):
         self.max_grad_norm = max_grad_norm
         self.last_grad_norm: Tensor | None = None
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        model.check()
-        super().__init__(parameter_groups(model, no_decay), defaults)
+        training.check()
+        super().__init__(parameter_groups(training, no_decay), defaults)
         self._kept = [self._host_states(self._parameters())]
         self.register_state_dict_pre_hook(_settle)
         self.register_state_dict_post_hook(_export)
         ownership.allow(self)
-        model.expect(self)
+        training.expect(self)
 
     @overload
     def step(self, closure: None = None) -> None: ...

@@ -2,66 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from chunkft_fx.errors import NoTrainableParameters, OptimizerMismatch, OptionError
-from chunkft_fx.gradients.slices import ActiveSlice, Arrivals, ChunkSchedule
+from chunkft_fx.gradients.slices import ActiveSlice
+from chunkft_fx.module.training import Training
 from chunkft_fx.optim.checkpoint import HYPERPARAMETERS
-from chunkft_fx.plan.plan import Plan
 from chunkft_fx.plan.state_spec import master_dtype
-
-
-class ChunkedModule(Protocol):
-    """What the optimizer needs of the module that `chunkft_fx.compile` returns."""
-
-    @property
-    def plan(self) -> Plan: ...
-
-    @property
-    def schedule(self) -> ChunkSchedule: ...
-
-    @property
-    def compute_device(self) -> torch.device: ...
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
-
-    def active_slices(self) -> tuple[ActiveSlice, ...]: ...
-
-    @property
-    def lock(self) -> AbstractContextManager[Any]: ...
-
-    @property
-    def arrivals(self) -> Arrivals: ...
-
-    @property
-    def optimizer(self) -> object: ...
-
-    def check(self) -> None: ...
-
-    def advance(self) -> bool: ...
-
-    def expect(self, optimizer: Any) -> None: ...
-
-    def resume(self, position: Mapping[str, Any]) -> None: ...
-
-    def schedule_position(self) -> dict[str, Any] | None: ...
-
-
-def require_chunked(model: object) -> None:
-    """Raise `OptimizerMismatch` unless ``model`` is a `ChunkedModule`."""
-    # Looked up on the class: on the object, properties would run, and they raise before there is a plan.
-    if all(hasattr(type(model), name) for name in ("plan", "schedule", "active_slices", "advance", "resume")):
-        return
-    raise OptimizerMismatch(
-        f"AdamW was given a {type(model).__module__}.{type(model).__qualname__}; pass the module returned by "
-        "chunkft_fx.compile itself, not its parameters, the plain model, or what torch.compile returned"
-    )
 
 
 def check_hyperparameters(lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
@@ -98,7 +50,7 @@ def _is_at_least_0(value: Any) -> bool:
     return is_number and not isinstance(value, bool) and 0 <= float(value) < float("inf")
 
 
-def parameter_groups(model: ChunkedModule, no_decay: Sequence[str]) -> list[dict[str, Any]]:
+def parameter_groups(model: Training, no_decay: Sequence[str]) -> list[dict[str, Any]]:
     """One group with all trainable parameters, and a second without weight decay where patterns ask for it."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if not named:

@@ -157,7 +157,7 @@ def test_inductor_keeps_outputs_apart() -> None:
 
 
 def clones(compiled: CompiledModule) -> list[fx.Node]:
-    graph = compiled._sessions[-1].capture.graph
+    graph = compiled._training.sessions[-1].capture.graph
     return [n for n in graph.nodes if n.target is torch.ops.aten.clone.default]
 
 

@@ -138,7 +138,7 @@ def test_blocks_share_a_template_however_they_are_called(name: str) -> None:
     compiled = chunkft_fx.compile(model, "1GB", chunks=2, backend="eager")
     batch = torch.randint(0, 20, (2, 5))
     compiled(batch)
-    labels = [r.label for r in compiled._sessions[-1].programs.outline.regions]
+    labels = [r.label for r in compiled._training.sessions[-1].programs.outline.regions]
     assert sum(label.endswith(tuple(f"layers.{i}" for i in range(LAYERS))) for label in labels) == LAYERS
     assert len(compiled.templates) == 3
 

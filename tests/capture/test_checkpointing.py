@@ -72,7 +72,7 @@ class Budgeted(Model):
 
 
 def labels(compiled: CompiledModule) -> list[str]:
-    return [region.label for region in compiled._sessions[-1].programs.outline.regions]
+    return [region.label for region in compiled._training.sessions[-1].programs.outline.regions]
 
 
 CASES = [(d, r) for d in (0.0, 0.3) for r in (None, False, True)]

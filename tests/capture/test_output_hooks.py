@@ -57,7 +57,7 @@ def test_outputs_asked_for_at_the_first_call(name: str) -> None:
     compiled = own(model)
     assert_same(compiled, model, name, **{f"output_{name}": True})
     assert compiled(**BATCH).get(name) is None
-    assert [r.label for r in compiled._sessions[0].programs.outline.regions][1:3] == [
+    assert [r.label for r in compiled._training.sessions[0].programs.outline.regions][1:3] == [
         "model.layers.0",
         "model.layers.1",
     ]

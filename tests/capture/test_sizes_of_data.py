@@ -150,7 +150,7 @@ def test_one_program_serves_every_number_of_rows() -> None:
     loss = module(x=rows(8)["x"] - 100)
     loss.backward()
     assert loss.item() == 0 and not any(s.grad.any() for s in module.active_slices() if s.grad is not None)
-    assert len(module._sessions) == 1
+    assert len(module._training.sessions) == 1
 
 
 def test_a_bound_that_the_model_states_is_checked_at_each_call() -> None:

@@ -39,7 +39,7 @@ def offloading(
     model, batch = tiny(family, dtype=torch.float64, **options)
     compiled = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=3, backend="eager")
     compiled(**batch(2, 12, 0))
-    session = compiled._sessions[-1]
+    session = compiled._training.sessions[-1]
     regions = len(session.programs.outline.regions)
     force(compiled, save_from=regions if save_from is None else save_from)
     force(compiled, offload_below=regions if below is None else below)
@@ -82,7 +82,7 @@ POLICIES = [
 @pytest.mark.parametrize(("family", "policy"), POLICIES)
 def test_gradients_with_offloaded_values_equal_the_dense_ones(family: str, policy: str) -> None:
     model, compiled, batch = offloading(family, dropout=0.2 if family == "bert" else 0.0)
-    session = compiled._sessions[-1]
+    session = compiled._training.sessions[-1]
     regions = len(session.programs.outline.regions)
     if policy == "recompute half":
         force(compiled, save_from=regions // 2 + 1, offload_below=regions // 2 + 1)

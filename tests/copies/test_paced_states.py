@@ -141,7 +141,7 @@ def test_the_stage_is_taken_between_plan_and_first_step(
         return run(*args)
 
     monkeypatch.setattr(runtime.Machine, "run", noted)
-    compiled.expect(owner)
+    compiled._training.expect(owner)
     compiled(**batch(2, 12, 0))
     compiled(**batch(2, 12, 1))
     assert owner.notes.index("stage") == 0

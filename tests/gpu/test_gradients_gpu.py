@@ -118,7 +118,7 @@ def test_a_penalty_outside_of_the_call_is_added_on_cuda(kind: str) -> None:
 def test_a_model_compiled_in_host_memory_moves_before_the_first_step() -> None:
     model, batch = tiny("llama", dtype=torch.float32)
     compiled = chunkft_fx.compile(copy.deepcopy(model), "8GB", chunks=2, backend="eager").cuda()
-    assert compiled.compute_device.type == "cuda"
+    assert compiled._training.compute_device.type == "cuda"
     optimizer = chunkft_fx.AdamW(compiled, lr=1e-3)
     loss = loss_of(compiled(**on_cuda(batch(2, 12, 0))))
     assert loss.is_cuda

@@ -36,7 +36,7 @@ def compiled_on_cuda(
     """A copy of a model that recomputes everything, and offloads all that may go, or nothing."""
     compiled = chunkft_fx.compile(copy.deepcopy(model).cuda(), "8GB", chunks=chunks, backend=backend)
     compiled(**on_cuda(batch))
-    session = compiled._sessions[-1]
+    session = compiled._training.sessions[-1]
     regions = len(session.programs.outline.regions)
     force(compiled, save_from=regions)
     force(compiled, offload_below=regions if is_offloading else 0)
@@ -93,7 +93,7 @@ def test_device_memory_falls_by_what_the_memory_model_says() -> None:
         loss_of(compiled(**on_cuda(wide_batch(1)))).backward()
         torch.cuda.synchronize()
         measured.append(torch.cuda.max_memory_allocated() - before)
-        executable = compiled._sessions[-1].programs.last
+        executable = compiled._training.sessions[-1].programs.last
         assert executable is not None
         predicted.append(max(m.nbytes for m in step_timeline(executable, "eager", is_first=True)))
         del compiled, executable

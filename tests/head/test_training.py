@@ -179,7 +179,7 @@ def test_other_lengths_do_not_capture_anew() -> None:
             assert s.grad is not None
             assert relative_error(s.grad, dense[s.name], 1e-6) <= 2e-5, s.slice
             s.grad = None
-    assert len(compiled._sessions) == 2
+    assert len(compiled._training.sessions) == 2
 
 
 @pytest.mark.parametrize("items", [7, torch.tensor(7)], ids=["int", "tensor"])

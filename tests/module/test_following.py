@@ -165,7 +165,7 @@ def test_before_the_first_step_any_change_is_followed(change: Callable[[Any], No
     change(compiled)
     plain = copy.deepcopy(compiled._model)
     with pytest.warns(errors.ChunkFTWarning, match="are dropped"):
-        compiled.check()
+        compiled._training.check()
     optimizer = optimizer or chunkft_fx.AdamW(compiled, lr=1e-2)
     optimizer.zero_grad()
     assert changed(compiled, optimizer, 2) == set(dict(compiled.named_parameters()))

@@ -83,7 +83,7 @@ def test_models_of_one_class_live_side_by_side() -> None:
         loss = own(IDS)
         loss.backward()
         torch.testing.assert_close(loss, model(IDS))
-        assert len(own._sessions) == 1
+        assert len(own._training.sessions) == 1
 
 
 class Counting(Net):
@@ -111,7 +111,7 @@ def test_dropping_a_model_leaves_another_compiled() -> None:
     one_model()
     gc.collect()
     kept(IDS).backward()
-    assert len(kept._sessions) == 1
+    assert len(kept._training.sessions) == 1
 
 
 def _grown() -> None:

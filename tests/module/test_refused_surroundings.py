@@ -41,7 +41,7 @@ def test_where_torch_would_run_the_plain_model_the_call_is_refused(around: Aroun
         compiled(x)
     assert all(map(torch.equal, before.values(), compiled.state_dict().values()))
     compiled(x).square().sum().backward()
-    assert compiled.arrivals.through
+    assert compiled._training.arrivals.through
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own use of it

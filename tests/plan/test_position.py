@@ -65,7 +65,7 @@ def test_a_position_of_another_order_seed_or_interval_is_refused_before_anything
         with pytest.raises(CheckpointMismatch, match=message):
             optimizer.load_state_dict(saved(**before))
         assert not optimizer.state
-        assert module.schedule_position() == (None if chunks == "auto" else module.schedule.state_dict())
+        assert module._training.schedule_position() == (None if chunks == "auto" else module.schedule.state_dict())
         step(module, optimizer)  # and training goes on from the start
         assert module.schedule.sweep + module.schedule.position + module.schedule.steps == 1
 
@@ -142,7 +142,7 @@ def test_a_position_from_before_positions_had_a_meaning_is_taken_with_a_warning(
             chunkft_fx.AdamW(module).load_state_dict(state)
     module = compiled(3)
     with pytest.warns(ChunkFTWarning, match="older version"):
-        module.resume(old)
+        module._training.resume(old)
     assert module.chunk == 2
 
 
@@ -171,4 +171,4 @@ def test_a_position_that_is_half_of_one_is_refused(change: Callable[[dict[str, A
     change(position)
     for module in (compiled(3), compiled("auto")):
         with pytest.raises(CheckpointMismatch, match="not a position"):
-            module.resume(position)
+            module._training.resume(position)

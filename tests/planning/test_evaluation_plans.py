@@ -136,7 +136,7 @@ def test_what_an_evaluation_is_said_to_need_is_what_it_takes(share: float, monke
             if not held:
                 module.zero_grad()
             batch = text(rows, length)
-            module._sessions[-1].plans._evaluated.clear()
+            module._training.sessions[-1].plans._evaluated.clear()
             with watched(module, batch) as most, torch.no_grad():
                 module(**batch)
-            assert most() == said[-1] + module.gradient_nbytes, (rows, length, held)
+            assert most() == said[-1] + module._training.gradient_nbytes, (rows, length, held)

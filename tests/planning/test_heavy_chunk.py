@@ -59,7 +59,7 @@ def test_the_smallest_budget_that_an_error_names_is_enough_for_every_chunk(heavy
     model = Scaled(heavy).train()
     module = compiled(model, "1GB", chunks=1)
     module(**BATCH)
-    session = module._sessions[-1]
+    session = module._training.sessions[-1]
 
     def plan(budget: int) -> Plan:
         options = Options(budget, "auto", "ascending", 1, 0)

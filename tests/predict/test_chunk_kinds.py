@@ -43,7 +43,7 @@ def predicted(request: pytest.FixtureRequest) -> Iterator[tuple[nn.Module, Predi
     model, batch = MODELS[request.param]()
     module = chunkft_fx.compile(model.train(), "1GB", chunks=1, backend="eager")
     module(**batch)
-    session = module._sessions[-1]
+    session = module._training.sessions[-1]
     yield model, Predictor(session.programs), Kinds(session.programs.outline.regions, session.capture.parameters)
     del module  # which sessions hold weakly
 

@@ -41,7 +41,7 @@ def test_predicted_peak_of_an_offloading_step_equals_the_tracker(family: str) ->
     model, batch = tiny(family, dropout=0.1 if family == "bert" else 0.0)
     compiled = chunkft_fx.compile(model, "8GB", chunks=3, backend="eager")
     loss_of(compiled(**batch(2, 12, 0))).backward()
-    session = compiled._sessions[-1]
+    session = compiled._training.sessions[-1]
     regions = len(session.programs.outline.regions)
     for save_from, below in ((regions, regions), (regions // 2 + 1, regions // 2 + 1), (0, regions)):
         force(compiled, save_from=save_from, offload_below=below)
@@ -53,7 +53,7 @@ def test_predicted_peak_with_streamed_weights_and_offloaded_values_equals_the_tr
     model, batch = tiny("llama")
     compiled = chunkft_fx.compile(model, "8GB", chunks=3, backend="eager")
     loss_of(compiled(**batch(2, 12, 0))).backward()
-    session = compiled._sessions[-1]
+    session = compiled._training.sessions[-1]
     compiled.residency.settle([n for n, _ in model.named_parameters()], 2)
     regions = len(session.programs.outline.regions)
     force(compiled, save_from=regions, offload_below=regions)
@@ -65,7 +65,7 @@ def _deep() -> tuple[CompiledModule, Session]:
     """Twelve blocks that recompute, lowest chunk active: between forward and backward the residual stream waits."""
     compiled = chunkft_fx.compile(deep_llama(12), "8GB", chunks=4, backend="eager")
     step(compiled)
-    session = compiled._sessions[-1]
+    session = compiled._training.sessions[-1]
     force(compiled, save_from=len(session.programs.outline.regions))
     return compiled, session
 

@@ -22,7 +22,7 @@ def test_regions_get_times_where_rates_are_known() -> None:
     model, batch = tiny("llama")
     compiled = chunkft_fx.compile(model, "8GB", chunks=3, backend="eager")
     compiled(**batch(2, 16, 0))
-    session = compiled._sessions[-1]
+    session = compiled._training.sessions[-1]
     (whole,) = cut(parameter_specs(model), 1)
     assert Predictor(session.programs).times(whole) is None
     predictor = Predictor(session.programs, known=RATES)
@@ -64,7 +64,7 @@ def test_the_timeline_of_a_step_holds_its_peak() -> None:
     model, batch = tiny("llama")
     compiled = chunkft_fx.compile(model, "8GB", chunks=3, backend="eager")
     compiled(**batch(2, 16, 0))
-    session = compiled._sessions[-1]
+    session = compiled._training.sessions[-1]
     given = {"batch": 1000}
     predictor = Predictor(session.programs, absent(session), given=given)
     regions = len(predictor.uses())
@@ -83,7 +83,7 @@ def test_a_step_that_looks_like_a_known_one_has_its_own_moments(family: str) -> 
     model, batch = tiny(family)
     compiled = chunkft_fx.compile(model, "8GB", chunks=3, backend="eager")
     compiled(**batch(2, 16, 0))
-    programs, unexpected = compiled._sessions[-1].programs, absent(compiled._sessions[-1])
+    programs, unexpected = compiled._training.sessions[-1].programs, absent(compiled._training.sessions[-1])
     asked = 0
     for count in (3, 40, 60):
         chunks = cut(parameter_specs(model), count)

@@ -245,7 +245,7 @@ def _block_variants(width: int, heads: int, size: int, length: int) -> tuple[lis
     with pytest.MonkeyPatch.context() as patched:  # the step itself need not be compiled
         patched.setattr(runtime, "lower", lambda v, backend, mode, is_backward: lower(v, "eager", mode, is_backward))
         loss_of(compiled(input_ids=ids, labels=ids)).backward()
-    session = compiled._sessions[-1]
+    session = compiled._training.sessions[-1]
     saving = next(v for v in compiled.variants if v.template.index == 1)
     recomputing = session.programs.specializer.variant(
         saving.template, replace(saving.demand, policy=RegionPolicy(recompute=True))

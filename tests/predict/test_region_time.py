@@ -119,7 +119,7 @@ def test_flops_of_a_llama_block_are_the_closed_form(dtype: torch.dtype, recomput
     loss_of(compiled(input_ids=ids, labels=ids)).backward()
     block = next(v for v in compiled.variants if _is_block(v))
     if recompute:
-        block = compiled._sessions[-1].programs.specializer.variant(
+        block = compiled._training.sessions[-1].programs.specializer.variant(
             block.template, replace(block.demand, policy=RegionPolicy(recompute=True))
         )
     products = 2 * size * length * (4 * width * width + 3 * width * inner)

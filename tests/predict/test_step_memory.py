@@ -54,7 +54,7 @@ def compare(compiled: CompiledModule, batch: dict[str, Tensor]) -> None:
             outputs = compiled(**batch)
             with tracker:
                 loss_of(outputs).backward()
-        executable = compiled._sessions[-1].programs.last
+        executable = compiled._training.sessions[-1].programs.last
         assert executable is not None
         predicted = max(m.nbytes for m in step_timeline(executable, "eager", is_first))
         assert predicted == tracker.peak_nbytes, (is_first, compiled.chunk)
@@ -68,7 +68,7 @@ def test_predicted_peak_of_a_step_equals_the_tracker(family: str, chunks: int, m
     model, batch = tiny(family, dropout=0.1 if family in ("bert", "t5") else 0.0)
     compiled = chunkft_fx.compile(model, "8GB", chunks=chunks, backend="eager")
     compare(compiled, batch(2, 12, 0))
-    session = compiled._sessions[-1]
+    session = compiled._training.sessions[-1]
     away = frozenset(n for n, _ in model.named_parameters())
     compiled.residency.settle(away, DEPTH)
     for chunk in sorted({0, chunks // 2, chunks - 1}):
@@ -98,7 +98,7 @@ def _step(family: str, **options: Any) -> tuple[CompiledModule, Session]:
     model, batch = tiny(family, **options)
     compiled = chunkft_fx.compile(model, "8GB", chunks=2, backend="eager")
     loss_of(compiled(**batch(2, 12, 0))).backward()
-    return compiled, compiled._sessions[-1]
+    return compiled, compiled._training.sessions[-1]
 
 
 def test_a_timeline_goes_through_every_region_and_ends_with_every_gradient() -> None:

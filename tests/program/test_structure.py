@@ -80,7 +80,7 @@ def test_regions_above_the_active_chunk_compute_no_weight_gradient() -> None:
     assert above
     for call in above:
         gradients = call.variant.demand.backward[: len(call.region.gradients)]
-        names = [compiled._sessions[-1].capture.parameters[p] for _, p in call.region.gradients]
+        names = [compiled._training.sessions[-1].capture.parameters[p] for _, p in call.region.gradients]
         assert all(d is None for d, n in zip(gradients, names, strict=True) if n not in active)
 
 

@@ -240,7 +240,7 @@ def test_varying_lengths_are_captured_at_most_twice() -> None:
             s.grad = None
         loss_of(compiled(**batch(2, length, 0))).backward()
         assert_active_equals(compiled, dense_gradients(model, batch(2, length, 0))[1])
-    assert len(compiled._sessions) == 2
+    assert len(compiled._training.sessions) == 2
 
 
 def test_autocast_matches_the_plain_model() -> None:

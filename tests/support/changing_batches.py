@@ -70,7 +70,7 @@ def watched(module: CompiledModule, batch: dict[str, Tensor]) -> Iterator[Callab
     States are counted as the stage for the largest chunk, as if the model ran on a GPU.
     """
     tracker = LiveStorages()
-    tracker.watch(s.grad for s in module._slices or () if s.grad is not None)
+    tracker.watch(s.grad for s in module._training._slices or () if s.grad is not None)
     ring = module.residency._ring
     tracker.watch(ring._buffers if ring is not None else ())
     call, finish, ghost = Session.__call__, Session.finish, Residency._ghost
@@ -105,9 +105,9 @@ def watched(module: CompiledModule, batch: dict[str, Tensor]) -> Iterator[Callab
 def state_of(module: CompiledModule) -> list[Any]:
     """All that a refused call must leave as it was."""
     weights = [p.detach().clone() for p in module.parameters()]
-    gradients = [None if s.grad is None else s.grad.clone() for s in module._slices or ()]
-    schedule = None if module._schedule is None else module._schedule.state_dict()
-    return [weights, gradients, schedule, module.known_plan, module.residency.streamed]
+    gradients = [None if s.grad is None else s.grad.clone() for s in module._training._slices or ()]
+    schedule = None if module._training._schedule is None else module._training._schedule.state_dict()
+    return [weights, gradients, schedule, module._training.known_plan, module.residency.streamed]
 
 
 def is_same(before: list[Any], after: list[Any]) -> bool:
@@ -136,7 +136,7 @@ def evaluate(module: CompiledModule, batch: dict[str, Tensor]) -> None:
     with watched(module, batch) as most, torch.no_grad():
         try:
             module(**batch)
-            planned = module.known_plan is not None and module.known_plan.batch
+            planned = module._training.known_plan is not None and module._training.known_plan.batch
             assert not planned or most() <= module.plan.budget_bytes
         except BudgetInfeasible:
             assert is_same(before, state_of(module))

@@ -69,4 +69,4 @@ def feed(module: CompiledModule, step: int) -> None:
     drawn = [torch.randn(s.weight().shape, generator=generator, dtype=torch.float64) for s in active]
     with module.residency.presented():  # torch takes a gradient only where its parameter is, or seems to be
         for s, gradient in zip(active, drawn, strict=True):
-            s.grad = gradient.to(module.compute_device, master_dtype(s.parameter))
+            s.grad = gradient.to(module._training.compute_device, master_dtype(s.parameter))

@@ -383,13 +383,13 @@ def refuse_foreign_optimizer(run: Run) -> None:
 
 def refuse_plain_model(run: Run) -> None:
     """A loop that calls the plain model: the step is refused, and nothing has changed."""
-    if run.compiled.arrivals.through or not run.was_stepped:
+    if run.compiled._training.arrivals.through or not run.was_stepped:
         return
     batch = run.batch()
     model: Any = run.compiled._model
     model(**batch).backward()
     run.reference.model(**batch)
-    if run.compiled.arrivals.outside:
+    if run.compiled._training.arrivals.outside:
         with pytest.raises(errors.OutsideGradient, match=r"chunkft_fx\.compile"):
             run.optimizer.step()
     run.optimizer.zero_grad()
@@ -429,7 +429,7 @@ def shrink(run: Run) -> None:
 def cast(run: Run) -> None:
     """Another dtype: followed before the first step, refused later, before any tensor changes."""
     wanted = torch.float32 if run.compiled.embed.weight.dtype == torch.float64 else torch.float64
-    if run.compiled.has_begun:
+    if run.compiled._training.has_begun:
         with pytest.raises(errors.ModelChanged, match="dtype"):
             run.compiled.to(wanted)
         return
@@ -438,7 +438,7 @@ def cast(run: Run) -> None:
 
 
 def _followed_or_refused(run: Run, change: Callable[[Any], None]) -> None:
-    if not run.compiled.has_begun:
+    if not run.compiled._training.has_begun:
         run.both(change)
         run.handles.clear()
         return

@@ -8,10 +8,12 @@ new plan waits for that step, and as long as nothing is trained at all.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -20,13 +22,12 @@ from torch import Tensor, nn
 from chunkft_fx.copies.residency import Residency, compute_device
 from chunkft_fx.copies.state_stage import StageOwner
 from chunkft_fx.errors import AlreadyCompiled, ChunkFTWarning, ModelChanged
+from chunkft_fx.following import ownership
+from chunkft_fx.following.distribution import refuse_ranks
+from chunkft_fx.following.model_watch import ModelChanges, ModelWatch
+from chunkft_fx.following.moves import Move, gradients_aside, warn_of_dropped_gradients
 from chunkft_fx.gradients.gate import GradientGate
 from chunkft_fx.gradients.slices import ActiveSlice, Arrivals, ChunkSchedule
-from chunkft_fx.module import ownership
-from chunkft_fx.module.distribution import refuse_ranks
-from chunkft_fx.module.model_watch import ModelChanges, ModelWatch
-from chunkft_fx.module.moves import Move, gradients_aside, warn_of_dropped_gradients
-from chunkft_fx.module.stand_in import StandIn
 from chunkft_fx.plan.plan import Plan
 from chunkft_fx.planning.planner import Options, first_plan
 
@@ -40,14 +41,15 @@ class ModelOptimizer(StageOwner, Protocol):
     def follow(self, parameters: Mapping[str, nn.Parameter]) -> None: ...
 
 
-class Following(StandIn):
-    """The part of a compiled module that keeps up with its model; how a model is taken up is the rest's."""
+class Following(ABC):
+    """Keeps up with a model in training; how a model is taken up is its subclass's matter (`module.training`)."""
 
-    _options: Options
+    model: nn.Module
+    options: Options
     _plan: Plan | None
     _slices: tuple[ActiveSlice, ...] | None
     _position: dict[str, Any] | None
-    _residency: Residency
+    residency: Residency
     _watch: ModelWatch
     _gate: GradientGate
     _optimizer: weakref.ref[ModelOptimizer] | None
@@ -59,13 +61,18 @@ class Following(StandIn):
     lock: threading.RLock
 
     @property
+    @abstractmethod
     def schedule(self) -> ChunkSchedule:
         """Where in the sweep training is."""
-        raise NotImplementedError
 
+    @property
+    @abstractmethod
+    def is_bound(self) -> bool:
+        """Whether another cut into chunks would lose a position, states or gradients, or a backward that may come."""
+
+    @abstractmethod
     def _take_up(self, plan: Plan | None, device: torch.device) -> None:
         """Begin with the model as it is now: nothing is captured, and of the plan only what the user gave is there."""
-        raise NotImplementedError
 
     def check(self) -> None:
         """Follow what changed in the model since it was looked at last, or refuse it, before anything else changes.
@@ -88,18 +95,18 @@ class Following(StandIn):
                 if self.has_begun or (self._must_wait() and not changes.is_another_model):
                     self._follow(changes)
                 else:
-                    self._begin_anew(self._residency.device)
+                    self._begin_anew(self.residency.device)
             if self._is_due and self.schedule.is_at_start and not self._must_wait():
-                self.__dict__["_sweep"] = self.schedule.sweep
-                self._begin_anew(self._residency.device)
+                self._sweep = self.schedule.sweep
+                self._begin_anew(self.residency.device)
 
     def _must_wait(self) -> bool:
         """Whether a new plan must wait: gradients of the present chunk wait for their step, or nothing is trained."""
         came = self.arrivals.through or self.arrivals.outside
-        return came or not any(p.requires_grad for p in self._model.parameters())
+        return came or not any(p.requires_grad for p in self.model.parameters())
 
     def _refuse_plain_tensors(self) -> None:
-        for name, p in self._model.named_parameters():
+        for name, p in self.model.named_parameters():
             if not isinstance(p, nn.Parameter):
                 raise ModelChanged(
                     f"{name} is a plain tensor in the place of a parameter, where torch.func.functional_call puts it: "
@@ -115,18 +122,18 @@ class Following(StandIn):
                 "chunkft_fx.compile on the plain model and make a new optimizer (before the first optimizer step such "
                 "changes are followed)"
             )
-        parameters, optimizer = dict(self._model.named_parameters()), self.optimizer
+        parameters, optimizer = dict(self.model.named_parameters()), self.optimizer
         if changes.replaced:
             ownership.claim(parameters.values(), self)
             if optimizer is not None:
                 optimizer.follow(parameters)
             if self._slices is not None:  # what was not replaced keeps its gradient
-                self.__dict__["_slices"] = tuple(ActiveSlice(s.slice, parameters[s.name]) for s in self._slices)
-            self._residency.rebind(parameters)
+                self._slices = tuple(ActiveSlice(s.slice, parameters[s.name]) for s in self._slices)
+            self.residency.rebind(parameters)
         self._look()
         self._gate.guard(parameters)
         if changes.frozen or changes.unfrozen:
-            self.__dict__["_is_due"] = True
+            self._is_due = True
             if not self.schedule.is_at_start:
                 warnings.warn(
                     f"in the middle of a sweep over the chunks, {changes}; what is trained now is cut into chunks anew "
@@ -160,52 +167,58 @@ class Following(StandIn):
         """
         if any(s.grad is not None for s in self._slices or ()):
             warn_of_dropped_gradients()
-        plan = first_plan(self._model, self._options)
-        parameters, optimizer = dict(self._model.named_parameters()), self.optimizer
+        plan = first_plan(self.model, self.options)
+        parameters, optimizer = dict(self.model.named_parameters()), self.optimizer
         if optimizer is not None:
             optimizer.follow(parameters)
         if self._plan is not None:
-            self.__dict__["_position"] = None  # it counted over other cuts
+            self._position = None  # it counted over other cuts
         self._take_up(plan, device)
-        self.__dict__["_is_due"] = False
+        self._is_due = False
 
     def give_up(self) -> None:
         """Leave the model to a module that was compiled later."""
         self._gate.close()
-        self.__dict__["_gave_up"] = True
+        self._gave_up = True
 
     def _drop_gradients(self) -> None:
         for s in self._slices or ():
             s.parameter.grad = None
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """What ``to``, ``cuda``, ``half`` and their like do to all tensors.
+    def place(self, fn: Callable[[Tensor], Tensor]) -> tuple[Move, Callable[[Tensor], Tensor]]:
+        """What a function that ``to``, ``cuda`` or ``half`` applies to all tensors would do to the model.
 
-        Weights stay where the plan has them: on the way to the device that the model runs on only buffers and what
-        was elsewhere by the user's own doing move. Raises `ModelChanged` for another dtype or another GPU once training
-        has begun; before, the model is planned for what it became.
+        Returns the move, and the function to apply instead. Weights stay where the plan has them: on the way to the
+        device that the model runs on only buffers and what was elsewhere by the user's own doing move. Raises
+        `ModelChanged` for another dtype or another GPU once training has begun; before, the model is planned for what
+        it became (`placed`).
         """
-        with self.lock:
-            self.check()
-            move = Move.of(self._model, fn)
-            device = self._residency.device
-            if self.has_begun and move.retypes:
-                raise ModelChanged(
-                    "the parameters of a model in training cannot be given another dtype: optimizer states belong to "
-                    "the one they have; convert the model before the first optimizer step"
-                )
-            if self.has_begun and move.device not in (device, torch.device("cpu"), None):
-                raise ModelChanged(
-                    f"a model that trains on {device} cannot be moved to {move.device}; compile the plain model there"
-                )
-            if move.device not in (device, None):
-                compute_device(self._model, move.device)  # refuses what no model can run on, before a tensor moves
-            placed = (
-                set(self._watch.parameters) if self._plan is None or not self._plan.batch else self._residency.streamed
+        self.check()
+        move, device = Move.of(self.model, fn), self.residency.device
+        if self.has_begun and move.retypes:
+            raise ModelChanged(
+                "the parameters of a model in training cannot be given another dtype: optimizer states belong to "
+                "the one they have; convert the model before the first optimizer step"
             )
-            stay = {id(self._watch.parameters[n]) for n in placed} if move.device == device else set()
-            with gradients_aside(self._watch.parameters.values()):
-                super()._apply(lambda t: move.retyped(t) if id(t) in stay else fn(t), recurse)
-            if not self.has_begun and (move.retypes or move.device not in (device, None)):
-                self._begin_anew(device if move.device is None else compute_device(self._model, move.device))
-            return self
+        if self.has_begun and move.device not in (device, torch.device("cpu"), None):
+            raise ModelChanged(
+                f"a model that trains on {device} cannot be moved to {move.device}; compile the plain model there"
+            )
+        if move.device not in (device, None):
+            compute_device(self.model, move.device)  # refuses what no model can run on, before a tensor moves
+        is_placed = self._plan is not None and self._plan.batch
+        names = self.residency.streamed if is_placed else set(self._watch.parameters)
+        stay = {id(self._watch.parameters[n]) for n in names} if move.device == device else set()
+        return move, lambda t: move.retyped(t) if id(t) in stay else fn(t)
+
+    @contextlib.contextmanager
+    def gradients_kept(self) -> Iterator[None]:
+        """While inside, parameters have no gradients; those that stay as they are get them back."""
+        with gradients_aside(self._watch.parameters.values()):
+            yield
+
+    def placed(self, move: Move) -> None:
+        """Plan for the model as a move has left it, as long as training has not begun."""
+        device = self.residency.device
+        if not self.has_begun and (move.retypes or move.device not in (device, None)):
+            self._begin_anew(device if move.device is None else compute_device(self.model, move.device))

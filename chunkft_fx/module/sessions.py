@@ -1,0 +1,57 @@
+"""Writes a session for each graph that Dynamo traces of a model: captured, cut into regions, ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from chunkft_fx.capture.aliases import separate_outputs
+from chunkft_fx.capture.blocks import block_paths, locate, warn_if_unseen
+from chunkft_fx.capture.capture import capture
+from chunkft_fx.capture.outline import outline
+from chunkft_fx.head.rewrite import chunk_head
+from chunkft_fx.machine.kernel_choice import chooser
+from chunkft_fx.program.programs import Programs
+from chunkft_fx.runtime.session import Owner, Session
+
+
+class SessionOwner(Owner, Protocol):
+    """What a new session needs of a training: the backend that lowers its graphs, and the sessions there are."""
+
+    @property
+    def backend(self) -> str: ...
+
+    @property
+    def sessions(self) -> list[Session]: ...
+
+
+def new_session(owner: SessionOwner, gm: fx.GraphModule, inputs: Sequence[Any], is_training: bool) -> Session:
+    """The session of a graph that Dynamo traced; ``inputs`` are the tensors of that trace, weights too.
+
+    Raises `UnsupportedGraph` for a graph that cannot be captured.
+    """
+    model, residency, options = owner.plain, owner.residency, owner.options
+    if is_training and not options.return_logits:
+        chunk_head(gm)
+    separate_outputs(gm)
+    names = {id(p): name for name, p in residency.parameters.items()}
+    captured = capture(gm, inputs, names, owner.backend)
+    modules = list(model.named_modules())
+    locate(captured.graph, modules)
+    regions = outline(captured, block_paths(modules))
+    if captured.tangents and not any(s.capture.tangents for s in owner.sessions):  # once a model
+        warn_if_unseen(modules, captured.parameters.values(), [r.label for r in regions.regions])
+    held = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    batch = [i for i, t in enumerate(inputs) if isinstance(t, Tensor) and id(t) not in names and _is_apart(t, held)]
+    looks = {n: torch.empty_like(p, device="meta") for n, p in residency.parameters.items()}
+    choose, own = chooser(residency.device), (options.passes, options.program_passes)
+    programs = Programs(captured, regions, looks, owner.backend, residency.device, choose, *own)
+    return Session(owner, programs, batch, is_training)
+
+
+def _is_apart(t: Tensor, held: set[int]) -> bool:
+    """Whether a tensor has memory of its own, beside what a model holds."""
+    return t.layout is not torch.strided or t.untyped_storage().data_ptr() not in held

@@ -1,0 +1,283 @@
+"""Runs the training of one model: its plan, the active chunk, and the captures that its calls go through.
+
+A compiled module (`module.module`) is what its user sees of this; sessions, the gradient gate and the optimizer ask it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from chunkft_fx.capture.tracing import trace
+from chunkft_fx.copies.host_memory import HostMemory
+from chunkft_fx.copies.residency import Residency
+from chunkft_fx.errors import NotPlanned
+from chunkft_fx.following import ownership
+from chunkft_fx.following.distribution import refuse_sharded
+from chunkft_fx.following.following import Following, ModelOptimizer
+from chunkft_fx.following.model_watch import ModelWatch
+from chunkft_fx.following.moves import gradients_aside
+from chunkft_fx.gradients.gate import GradientGate
+from chunkft_fx.gradients.slices import ActiveSlice, Arrivals, ChunkSchedule
+from chunkft_fx.module.sessions import new_session
+from chunkft_fx.plan import position as positions
+from chunkft_fx.plan.plan import Plan
+from chunkft_fx.planning.example_batch import plan_for_example
+from chunkft_fx.planning.planner import Options
+from chunkft_fx.program.instructions import Executable
+from chunkft_fx.program.programs import Programs
+from chunkft_fx.runtime.session import Session
+
+
+class Training(Following):
+    """One model in training. Calls from several threads come one after another (``lock``)."""
+
+    sessions: list[Session]
+    _schedule: ChunkSchedule | None
+    _calls: dict[bool, Callable[..., Any]]
+    _unseen: contextlib.ExitStack
+
+    def __init__(
+        self, model: nn.Module, options: Options, backend: str, plan: Plan | None, device: torch.device
+    ) -> None:
+        self.model, self.options, self.backend = model, options, backend
+        self.lock, self.arrivals = threading.RLock(), Arrivals()
+        self._plan, self._slices, self._optimizer, self._position = None, None, None, None
+        self._advanced = self._is_due = self._is_planning = self._gave_up = False
+        self._sweep = 0
+        self._watch, self._gate = ModelWatch(model), GradientGate(self)
+        self._take_up(plan, device)
+        weakref.finalize(self, self._gate.close)
+
+    def _take_up(self, plan: Plan | None, device: torch.device) -> None:
+        """Begin with the model as it is now: nothing is captured, and of the plan only what the user gave is there."""
+        model = self.model
+        refuse_sharded(model)
+        ownership.claim(model.parameters(), self)
+        self._drop_gradients()
+        self._plan, self.sessions, self._slices, self._schedule = plan, [], None, None
+        self.residency = Residency(model, device, HostMemory())
+        self.residency.optimizer = self._optimizer
+        for module in model.modules():
+            module._buffers.update({n: b.to(device) for n, b in module._buffers.items() if b is not None})
+        # Two backends, so that neither ever runs what was captured for the other; the plain model keeps them alive.
+        ours = weakref.ref(self)
+        self._calls = {f: trace(model, functools.partial(_backend, ours, f)) for f in (True, False)}
+        self._look()
+        self._gate.guard(self._watch.parameters)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model compiled, with the arguments of its forward."""
+        with self.lock:
+            self.check()
+            is_training = self.model.training and torch.is_grad_enabled()
+            with self.residency.presented(), self._gradients_unseen():
+                if is_training:
+                    self._plan_ahead(self._calls[True], args, kwargs)
+                return self._calls[is_training](*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _gradients_unseen(self) -> Iterator[None]:
+        """While inside, until a session is called: Dynamo traces no parameter that has a wider gradient."""
+        wide = [p for p in self._watch.parameters.values() if p.grad is not None and p.grad.dtype != p.dtype]
+        with contextlib.ExitStack() as unseen:
+            unseen.enter_context(gradients_aside(wide))
+            self._unseen = unseen
+            yield
+
+    def run_session(self, session: Session, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        self._unseen.close()
+        return session(*arguments)
+
+    def _plan_ahead(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the first training call, have the plan made for the largest batch that was given to compile."""
+        if self.options.batch is None or (self._plan is not None and self._plan.batch):
+            return
+        self._is_planning = True
+        try:
+            plan_for_example(call, self.options.batch, args, kwargs, self.residency.device)
+        finally:
+            self._is_planning = False
+
+    @property
+    def plan(self) -> Plan:
+        """The plan. With ``chunks="auto"`` it exists from the first training batch on, else `NotPlanned`."""
+        if self._plan is None:
+            raise NotPlanned(
+                'with chunks="auto" the plan depends on the batch; call the model once on a training batch, '
+                "or give chunks a number"
+            )
+        return self._plan
+
+    @property
+    def compute_device(self) -> torch.device:
+        """Where the model runs, and gradients are; streamed weights lie in host memory beside it."""
+        return self.residency.device
+
+    @property
+    def schedule(self) -> ChunkSchedule:
+        """Where in the sweep training is."""
+        schedule = self._schedule
+        if schedule is None:
+            plan = self.plan
+            cuts = positions.cuts_digest(plan.chunks)
+            schedule = ChunkSchedule(len(plan.chunks), plan.order, plan.interval, plan.seed, cuts=cuts)
+            if self._position is not None:
+                schedule.load_state_dict(self._position)
+            elif self._sweep:
+                schedule.sweep = self._sweep
+            self._schedule = schedule
+        return schedule
+
+    @property
+    def chunk(self) -> int:
+        """The index of the active chunk."""
+        return self.schedule.chunk
+
+    def activate(self, chunk: int) -> None:
+        """Make a chunk active; gradients of the chunk that was active are dropped if it is another one."""
+        before = self.chunk
+        self.schedule.activate(chunk)
+        if chunk != before:
+            self._leave_chunk()
+
+    def advance(self) -> bool:
+        """Count one optimizer step; moves to the next chunk when due, and says whether it did."""
+        self._advanced, self.arrivals = True, Arrivals()
+        changed = self.schedule.advance()
+        if changed:
+            self._leave_chunk()
+        return changed
+
+    def _leave_chunk(self) -> None:
+        self._drop_gradients()
+        self._slices = None
+
+    def expect(self, optimizer: ModelOptimizer) -> None:
+        """Make this the module's optimizer, in place of one that was made before; it is held weakly.
+
+        Programs say when what its stage announced may come in (``admit``), and it takes the stage's memory when a plan
+        is made.
+        """
+        self._optimizer = self.residency.optimizer = weakref.ref(optimizer)
+
+    def resume(self, position: Mapping[str, Any]) -> None:
+        """Continue at a schedule position saved by ``schedule.state_dict()``; without a plan, as soon as there is one.
+
+        A position saved with another number of chunks has no meaning here and changes nothing, with a
+        `ChunkFTWarning`. Raises `CheckpointMismatch` when it is not such a position, or would mean something else here:
+        without a plan the order, seed and interval are compared now, the cuts at the batch that makes the plan.
+        """
+        if self._plan is None:
+            positions.check(position)
+            options = self.options
+            known = {"order": options.order, "seed": options.seed, "interval": options.interval}
+            positions.require_same(position, known)
+        else:
+            self.schedule.load_state_dict(position)
+        self._position = dict(position)
+        self._leave_chunk()
+
+    def schedule_position(self) -> dict[str, Any] | None:
+        """The schedule's position for checkpoints; without a plan the one to resume at, None if there is none."""
+        return self._position if self._plan is None else self.schedule.state_dict()
+
+    def active_slices(self) -> tuple[ActiveSlice, ...]:
+        """The active slices with their gradients: the same objects until the active chunk changes."""
+        slices = self._slices
+        if slices is None:
+            chosen = self.plan.chunks[self.chunk].slices
+            slices = tuple(ActiveSlice(s, self._watch.parameters[s.name]) for s in chosen)
+            self._slices = slices
+        return slices
+
+    def active_slice(self, name: str) -> ActiveSlice | None:
+        """The active slice of a parameter, None where it has none or no chunk is known yet."""
+        return None if self._plan is None else next((s for s in self.active_slices() if s.name == name), None)
+
+    def came_through(self) -> None:
+        """A backward of this module ran."""
+        self.arrivals.through = True
+
+    def came_to_parameter(self) -> None:
+        """Autograd gave one of the parameters a gradient."""
+        self.arrivals.outside = True
+
+    @property
+    def last_programs(self) -> Programs:
+        """The programs of the latest capture that ran one; `NotPlanned` before the first call."""
+        found = next((s.programs for s in reversed(self.sessions) if s.programs.last is not None), None)
+        if found is None:
+            raise NotPlanned("there is no program yet; call the model once on a batch")
+        return found
+
+    @property
+    def last_executable(self) -> Executable:
+        """The program that ran last, or was built last, as it runs."""
+        last = self.last_programs.last
+        assert last is not None, "programs without one are not the latest"
+        return last
+
+    @property
+    def plain(self) -> nn.Module:
+        """The wrapped model."""
+        return self.model
+
+    @property
+    def is_planning(self) -> bool:
+        """Whether a call only has a plan made."""
+        return self._is_planning
+
+    @property
+    def known_plan(self) -> Plan | None:
+        """The plan, as far as there is one."""
+        return self._plan
+
+    @property
+    def gradient_nbytes(self) -> int:
+        """Bytes of the gradients that active slices hold."""
+        return sum(s.grad.nbytes for s in self._slices or () if s.grad is not None)
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether another cut into chunks would lose a position, states or gradients, or a backward that may come."""
+        if self.has_begun or self._position is not None:
+            return True
+        if self._schedule is not None and not (self._schedule.is_at_start and self._schedule.sweep == self._sweep):
+            return True
+        return self.gradient_nbytes > 0 or any(session.has_pending for session in self.sessions)
+
+    def adopt(self, plan: Plan) -> None:
+        """Go by this plan from now on; with other chunks than before, from the first one."""
+        if self._plan is None or plan.chunks is not self._plan.chunks:
+            self._leave_chunk()
+            self._schedule = None
+        self._plan = plan
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The model's parameters by name, tied ones once."""
+        return self.model.named_parameters()
+
+
+def _backend(
+    training: weakref.ref[Training], is_training: bool, gm: fx.GraphModule, inputs: Sequence[Any]
+) -> Callable[..., Any]:
+    """Dynamo's backend: a session of a training, which is alive while its model is called compiled."""
+    owner = training()
+    assert owner is not None
+    session = new_session(owner, gm, inputs, is_training)
+    owner.sessions.append(session)
+
+    def run(*arguments: Any) -> tuple[Any, ...]:
+        called = training()
+        assert called is not None
+        return called.run_session(session, arguments)
+
+    return run
