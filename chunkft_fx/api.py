@@ -12,9 +12,9 @@ from chunkft_fx.bytes import parse_bytes
 from chunkft_fx.copies.residency import compute_device
 from chunkft_fx.errors import AlreadyCompiled, OptionError
 from chunkft_fx.following.distribution import refuse_ranks
-from chunkft_fx.gradients.slices import ChunkSchedule
 from chunkft_fx.graph.region import Pass, ProgramPass
 from chunkft_fx.module.module import CompiledModule
+from chunkft_fx.plan.schedule import ChunkSchedule
 from chunkft_fx.planning.example_batch import arguments_of
 from chunkft_fx.planning.planner import BACKENDS, Options, first_plan
 from chunkft_fx.torch_internals import is_torch_compiled

@@ -26,9 +26,10 @@ from chunkft_fx.following import ownership
 from chunkft_fx.following.distribution import refuse_ranks
 from chunkft_fx.following.model_watch import ModelChanges, ModelWatch
 from chunkft_fx.following.moves import Move, gradients_aside, warn_of_dropped_gradients
-from chunkft_fx.gradients.gate import GradientGate
-from chunkft_fx.gradients.slices import ActiveSlice, Arrivals, ChunkSchedule
+from chunkft_fx.gradients.gate import Arrivals, GradientGate
+from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.plan.plan import Plan
+from chunkft_fx.plan.schedule import ChunkSchedule
 from chunkft_fx.planning.planner import Options, first_plan
 
 

@@ -22,6 +22,14 @@ from chunkft_fx.gradients.slice_gradient import SliceGradient, cut_from
 from chunkft_fx.gradients.slices import ActiveSlice
 
 
+@dataclass
+class Arrivals:
+    """Where gradients came from since the last optimizer step."""
+
+    through: bool = False  # a backward of the compiled module ran
+    outside: bool = False  # autograd gave a parameter a gradient, wherever it came from
+
+
 class GateOwner(Protocol):
     """What a gate needs of the compiled module."""
 

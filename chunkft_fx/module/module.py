@@ -12,11 +12,12 @@ from chunkft_fx.bytes import format_bytes
 from chunkft_fx.capture.outline import Template
 from chunkft_fx.copies.residency import Residency
 from chunkft_fx.errors import NotPlanned, OptimizerMismatch
-from chunkft_fx.gradients.slices import ActiveSlice, ChunkSchedule
+from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.module.routing import through_compiled
 from chunkft_fx.module.stand_in import StandIn
 from chunkft_fx.module.training import Training
 from chunkft_fx.plan.plan import Plan
+from chunkft_fx.plan.schedule import ChunkSchedule
 from chunkft_fx.planning.planner import Options, first_plan
 from chunkft_fx.predict.step_memory import Moment, step_timeline
 from chunkft_fx.program.program import Program

@@ -24,11 +24,12 @@ from chunkft_fx.following.distribution import refuse_sharded
 from chunkft_fx.following.following import Following, ModelOptimizer
 from chunkft_fx.following.model_watch import ModelWatch
 from chunkft_fx.following.moves import gradients_aside
-from chunkft_fx.gradients.gate import GradientGate
-from chunkft_fx.gradients.slices import ActiveSlice, Arrivals, ChunkSchedule
+from chunkft_fx.gradients.gate import Arrivals, GradientGate
+from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.module.sessions import new_session
-from chunkft_fx.plan import position as positions
+from chunkft_fx.plan import schedule as schedules
 from chunkft_fx.plan.plan import Plan
+from chunkft_fx.plan.schedule import ChunkSchedule
 from chunkft_fx.planning.example_batch import plan_for_example
 from chunkft_fx.planning.planner import Options
 from chunkft_fx.program.instructions import Executable
@@ -127,7 +128,7 @@ class Training(Following):
         schedule = self._schedule
         if schedule is None:
             plan = self.plan
-            cuts = positions.cuts_digest(plan.chunks)
+            cuts = schedules.cuts_digest(plan.chunks)
             schedule = ChunkSchedule(len(plan.chunks), plan.order, plan.interval, plan.seed, cuts=cuts)
             if self._position is not None:
                 schedule.load_state_dict(self._position)
@@ -176,10 +177,10 @@ class Training(Following):
         without a plan the order, seed and interval are compared now, the cuts at the batch that makes the plan.
         """
         if self._plan is None:
-            positions.check(position)
+            schedules.check_position(position)
             options = self.options
             known = {"order": options.order, "seed": options.seed, "interval": options.interval}
-            positions.require_same(position, known)
+            schedules.require_same_meaning(position, known)
         else:
             self.schedule.load_state_dict(position)
         self._position = dict(position)

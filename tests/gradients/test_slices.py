@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from chunkft_fx.errors import CheckpointMismatch, ChunkFTWarning, OptionError
-from chunkft_fx.gradients.slices import ORDERS, ActiveSlice, ChunkSchedule
+from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.plan.chunk import Slice
+from chunkft_fx.plan.schedule import ORDERS, ChunkSchedule
 
 
 def test_weight_is_a_view_of_the_parameter() -> None:

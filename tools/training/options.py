@@ -10,7 +10,7 @@ from typing import Any
 
 from chunkft_fx.bytes import parse_bytes
 from chunkft_fx.errors import OptionError
-from chunkft_fx.gradients.slices import ChunkSchedule
+from chunkft_fx.plan.schedule import ChunkSchedule
 from chunkft_fx.planning.planner import BACKENDS
 
 # The data order multiplies the seed, and torch's generators take 64 bits.

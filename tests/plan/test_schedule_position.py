@@ -10,10 +10,9 @@ import torch
 
 import chunkft_fx
 from chunkft_fx.errors import CheckpointMismatch, ChunkFTWarning
-from chunkft_fx.gradients.slices import ChunkSchedule
 from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.plan.cuts import ParameterSpec, cut
-from chunkft_fx.plan.position import cuts_digest
+from chunkft_fx.plan.schedule import ChunkSchedule, cuts_digest
 from chunkft_fx.tools.zoo import tiny
 
 BATCH = (2, 4, 0)

@@ -1,0 +1,168 @@
+"""Decides which chunk is active: the schedule of a sweep, and its position as checkpoints have it.
+
+A position is three counts, and what gives them their meaning.
+
+``{"sweep", "position", "steps", "chunks"}`` count; ``{"order", "seed", "interval", "cuts"}`` name what they were
+counted over, ``cuts`` being `cuts_digest` of the plan's chunks. The same counts over other cuts, or in another order,
+would train some slices twice in a sweep and others not at all, so they are refused. Counts mean the same with another
+seed unless the order is random, and at the start of a chunk's interval with another interval.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from chunkft_fx.errors import CheckpointMismatch, ChunkFTWarning, OptionError
+from chunkft_fx.plan.chunk import Chunk
+
+ORDERS = ("ascending", "descending", "random")
+COUNTS = ("sweep", "position", "steps", "chunks")
+MEANING = {"order": str, "seed": int, "interval": int, "cuts": str}
+
+
+def cuts_digest(chunks: Sequence[Chunk]) -> str:
+    """16 hexadecimal digits that tell one way of cutting from another: names and ranges of all slices, in order."""
+    cuts = [[[s.name, s.dim, s.start, s.length, s.size] for s in chunk.slices] for chunk in chunks]
+    return hashlib.sha256(json.dumps(cuts).encode()).hexdigest()[:16]
+
+
+def check_position(state: Mapping[str, Any]) -> None:
+    """Raise `CheckpointMismatch` unless this is a position; one of before positions had a meaning is none the less."""
+    counts = [state.get(key) for key in COUNTS]
+    is_position = all(isinstance(c, int) and not isinstance(c, bool) and c >= 0 for c in counts)
+    named = [key for key in MEANING if key in state]
+    if named:
+        is_position &= all(isinstance(state.get(key), kind) for key, kind in MEANING.items())
+    if not is_position or state["position"] >= state["chunks"]:
+        raise CheckpointMismatch(f"{dict(state)!r} is not a position saved by ChunkSchedule.state_dict")
+
+
+def require_same_meaning(state: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Raise `CheckpointMismatch` where a saved position means something else under the ``current`` order, seed,
+    interval and cuts; those that ``current`` does not have are not known yet, and not compared.
+
+    A position that names none of them is taken as it is, with a warning.
+    """
+    if "order" not in state:
+        warnings.warn(
+            "the saved position is of an older version and does not say over which order, seed, interval and cuts it "
+            "counts; it is taken to be the present ones",
+            ChunkFTWarning,
+            stacklevel=3,
+        )
+        return
+    compared = ["order", "cuts"]
+    if state["order"] == "random":
+        compared.append("seed")
+    if state["steps"]:
+        compared.append("interval")
+    changed = [key for key in compared if key in current and state[key] != current[key]]
+    if changed:
+        listed = ", ".join(f"{key} {state[key]} (now {current[key]})" for key in changed)
+        raise CheckpointMismatch(
+            f"the position in the sweep was saved with {listed} and would mean something else here; compile with the "
+            "same chunks, order, seed, interval and budget, or set the position in the checkpoint's entry "
+            '"chunkft" to None to begin a new sweep with the saved states'
+        )
+
+
+def warn_of_other_count(state: Mapping[str, Any], chunks: int) -> None:
+    """Say that a position with another number of chunks is left unused."""
+    warnings.warn(
+        f"the position in the sweep was saved with {state['chunks']} chunks and means nothing with {chunks}: "
+        "states and step counts are kept, and a new sweep begins",
+        ChunkFTWarning,
+        stacklevel=3,
+    )
+
+
+@dataclass
+class ChunkSchedule:
+    """Which chunk is active: ``interval`` optimizer steps each, every sweep visits every chunk once.
+
+    ``order="random"`` draws a new permutation for each sweep from ``seed``, so that a run can be
+    repeated and resumed: the state is three integers. ``cuts`` is the digest of the plan's chunks
+    (`cuts_digest`), empty where there is no plan.
+    """
+
+    chunks: int
+    order: str = "ascending"
+    interval: int = 1
+    seed: int = 0
+    sweep: int = 0
+    position: int = 0
+    steps: int = 0
+    cuts: str = ""
+    _permutations: dict[int, list[int]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise OptionError(f"order={self.order!r} is not known; choose one of {', '.join(ORDERS)}")
+        if not isinstance(self.interval, int) or self.interval < 1:
+            raise OptionError(f"interval={self.interval!r} must be a whole number of optimizer steps, 1 or more")
+
+    def permutation(self, sweep: int) -> list[int]:
+        """The order in which one sweep visits the chunks."""
+        if self.order == "ascending":
+            return list(range(self.chunks))
+        if self.order == "descending":
+            return list(reversed(range(self.chunks)))
+        if sweep not in self._permutations:
+            order = list(range(self.chunks))
+            random.Random(self.seed * 1_000_003 + sweep).shuffle(order)
+            self._permutations = {sweep: order}
+        return self._permutations[sweep]
+
+    @property
+    def chunk(self) -> int:
+        """The index of the active chunk."""
+        return self.permutation(self.sweep)[self.position]
+
+    @property
+    def is_at_start(self) -> bool:
+        """Whether no step of the current sweep was counted."""
+        return self.position == self.steps == 0
+
+    def advance(self) -> bool:
+        """Count one optimizer step; returns True when another chunk became active."""
+        self.steps += 1
+        if self.steps < self.interval:
+            return False
+        before = self.chunk
+        self.steps = 0
+        self.position += 1
+        if self.position == self.chunks:
+            self.position, self.sweep = 0, self.sweep + 1
+        return self.chunk != before
+
+    def activate(self, chunk: int) -> None:
+        """Make ``chunk`` active within the current sweep, at the start of its interval."""
+        if not 0 <= chunk < self.chunks:
+            raise OptionError(f"chunk {chunk} does not exist; the plan has chunks 0 to {self.chunks - 1}")
+        self.position = self.permutation(self.sweep).index(chunk)
+        self.steps = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The schedule's position, for checkpoints, with what it means nothing without ."""
+        counts = {"sweep": self.sweep, "position": self.position, "steps": self.steps, "chunks": self.chunks}
+        return counts | {"order": self.order, "seed": self.seed, "interval": self.interval, "cuts": self.cuts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue at a position saved by `state_dict`, if it was saved with the same number of chunks.
+
+        With another number of chunks the position has no meaning here: nothing changes, with a `ChunkFTWarning`.
+        Raises `CheckpointMismatch` when ``state`` is not such a position, or means something else here: in another
+        order, with another seed of a random order, over other cuts, within another interval.
+        """
+        check_position(state)
+        if state["chunks"] != self.chunks:
+            warn_of_other_count(state, self.chunks)
+            return
+        require_same_meaning(state, self.state_dict())
+        self.sweep, self.position, self.steps = state["sweep"], state["position"], state["steps"]
