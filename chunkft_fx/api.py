@@ -1,4 +1,4 @@
-"""The public entry point: ``compile``."""
+"""Runs ``compile``, the public entry point: checks what the user asked, and makes the module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes as people write them: ``"24GB"`` is 24·10^9 and ``"24GiB"`` is 24·2^30, parsed and printed only here."""
+"""Writes and reads bytes as people do: ``"24GB"`` is 24·10^9 and ``"24GiB"`` is 24·2^30."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every mistake a user can make has one error class here; each message says what, where and what to change."""
+"""Holds one error class for every mistake a user can make; each message says what, where and what to change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Logging: ``CHUNKFT_LOGS=passes,lowering`` (or ``all``) shows what the named parts of the library do."""
+"""Writes logs: ``CHUNKFT_LOGS=passes,program`` (or ``all``) shows what the named rooms of the library do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Typed functions over private torch interfaces: all that the library uses of them beside tracing (`capture`)."""
+"""Runs private torch interfaces behind typed functions: all that the library uses of them beside `capture`."""
 
 from __future__ import annotations
 

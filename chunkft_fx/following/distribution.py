@@ -1,4 +1,4 @@
-"""Distribution: several ranks, and the wrappers that spread a model over them, are refused by name."""
+"""Decides nothing, refuses by name: several ranks, and the wrappers that spread a model over them."""
 
 from __future__ import annotations
 

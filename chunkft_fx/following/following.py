@@ -1,4 +1,4 @@
-"""Following a model that changes: what its user does to it after compile is taken up, or refused by name.
+"""Decides what becomes of a change that its user makes to the model after compile: it is taken up, or refused by name.
 
 Before the first optimizer step every change is followed: the model is captured and planned anew. Later, parameters may
 be replaced by others of the same shape and dtype, whose states go on, and what was frozen or unfrozen counts from the

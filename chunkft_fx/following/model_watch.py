@@ -1,4 +1,4 @@
-"""Model watch: whether the model is still the one that was looked at, asked before every call and every step.
+"""Checks whether the model is still the one that was looked at, before every call and every step.
 
 A model is a tree of registries, ``_parameters`` and ``_modules`` of each module. The watch remembers what they held and
 compares by identity, which costs a few microseconds a layer; only a difference is looked at closely.

@@ -1,4 +1,4 @@
-"""Moves: what ``to``, ``cuda``, ``half`` and their like would do to a model's parameters, found on empty tensors."""
+"""Predicts what ``to``, ``cuda``, ``half`` and their like would do to a model's parameters, on empty tensors."""
 
 from __future__ import annotations
 

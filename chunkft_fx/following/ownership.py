@@ -1,4 +1,4 @@
-"""Ownership: which compiled module trains which parameters, so that nothing else updates or compiles them unseen.
+"""Decides which compiled module trains which parameters, so that nothing else updates or compiles them unseen.
 
 A parameter belongs to one compiled module at most, as long as that lives. Torch calls a hook of this file before the
 step of every optimizer in the process: one that would update parameters of a compiled module sees no gradients of

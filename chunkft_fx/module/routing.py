@@ -1,4 +1,4 @@
-"""Routing: methods of a model that call the model itself, such as ``generate``, made to call it compiled.
+"""Runs a model's own methods that call the model, such as ``generate``, with the compiled call in the place of its forward.
 
 They are bound to the wrapped model, whose own forward would read streamed weights where they lie. Only while such a
 method runs does the model's ``forward`` lead to the compiled call, and there back to the model's own for tracing.

@@ -1,4 +1,4 @@
-"""A module in the place of another: same names, registries, class and attributes, but a call of its own."""
+"""Runs in the place of another module: same names, registries, class and attributes, but a call of its own."""
 
 from __future__ import annotations
 

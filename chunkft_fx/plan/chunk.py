@@ -1,4 +1,4 @@
-"""What a chunk is: data that plans, demands, gradients and optimizers are written in."""
+"""Holds what a chunk is: data that plans, demands, gradients and optimizers are written in."""
 
 from __future__ import annotations
 

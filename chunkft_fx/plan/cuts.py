@@ -1,4 +1,4 @@
-"""Cut the trainable parameters into chunks of nearly equal bytes.
+"""Decides where the trainable parameters are cut into chunks of nearly equal bytes.
 
 All parameters, in the order given, form one stream of bytes (weights and optimizer state). Boundary
 ``k`` of ``n`` aims at ``k/n`` of it and then snaps, to keep the number of distinct region variants small

@@ -1,4 +1,4 @@
-"""The plan: the frozen, serialisable decision of the planner."""
+"""Holds the plan: the frozen, serialisable decision of the planner."""
 
 from __future__ import annotations
 

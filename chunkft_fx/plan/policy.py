@@ -1,4 +1,4 @@
-"""The policy decides nothing itself: it is the frozen record of all that a plan decided for programs and passes.
+"""Holds the policy: the frozen record of all that a plan decided for programs and passes.
 
 The planner makes it, and it is carried whole to the program, to each region's demand and to the passes.
 """

@@ -1,4 +1,4 @@
-"""A plan as a table that a person can read: plain text, no colours, of limited width."""
+"""Writes a plan as a table that a person can read: plain text, no colours, of limited width."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans for the batches that come: before a batch runs, it is known how, or refused.
+"""Decides by which plan a batch runs, before it does, or refuses it.
 
 A session can be called with batches of other sizes than it was captured for. Each is compared with those that plans
 were made for: a batch that is no larger in any size runs as the larger one would; any other is planned first, with its

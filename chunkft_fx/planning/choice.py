@@ -1,4 +1,4 @@
-"""Choices of the planner: what one is, how it fits, and what is asked of a model to tell."""
+"""Holds what the search decides between: what a choice is, how it fits, and what is asked of a model to tell."""
 
 from __future__ import annotations
 

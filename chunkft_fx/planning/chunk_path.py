@@ -1,4 +1,4 @@
-"""Chunk boundaries as a shortest path: of all places where `plan.cuts` may cut, those of the cheapest sweep.
+"""Decides chunk boundaries by a shortest path: of all places where `plan.cuts` may cut, those of the cheapest sweep.
 
 Boundary ``k`` of ``n`` has a few candidates; they are the nodes of a directed graph in ``n - 1`` layers, between the
 beginning and the end of the parameters. An edge is the chunk between two boundaries, and weighs what a step on it

@@ -1,4 +1,4 @@
-"""What a choice of the planner costs, and which bytes it needs whatever its steps do; each found once.
+"""Predicts what a choice of the planner costs, and which bytes it needs whatever its steps do; each found once.
 
 A choice costs `predict.step_time.sweep_cost` of its predicted steps. Where no times are known (on the CPU) choices are
 compared by whether they offload, then by streamed regions, chunks, recomputing regions and the split.

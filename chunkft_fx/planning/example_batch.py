@@ -1,4 +1,4 @@
-"""The largest batch to plan for, given to compile as an example: only its structure, shapes and dtypes count."""
+"""Decides what to plan for before the first batch: an example of the largest one, given to compile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Planner: from what the user asked and what a captured model predicts of itself to a plan.
+"""Decides the plan: from what the user asked and what a captured model predicts of itself.
 
 The search itself is `planning.search`; here its result becomes a `Plan`, or an error that says what would be enough.
 """

@@ -1,4 +1,4 @@
-"""The planner's search: all decisions that trade bytes for time, tried together.
+"""Decides all that trades bytes for time, together.
 
 A choice is a number of chunks, how many regions stream their weights and through how many buffers, and a `Policy`, of
 which the borders and the split of the head are tried. What a choice needs is the fixed terms of its chunks and the

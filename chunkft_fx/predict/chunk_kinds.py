@@ -1,4 +1,4 @@
-"""Kinds of chunks: which of a sweep's steps have to be looked at, so that none of them needs more than is known.
+"""Decides which of a sweep's steps have to be looked at, so that none of them needs more than is known.
 
 Chunks that demand the same of equal regions are of one *kind*, and of a kind the one that lies lowest needs most: its
 backward is the deepest, and all that the others keep for it is kept by it too. A sweep has up to hundreds of kinds, and

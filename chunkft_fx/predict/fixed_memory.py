@@ -1,4 +1,4 @@
-"""The bytes of a plan that need no batch: weights, the ring of streamed ones, gradients and staged optimizer states."""
+"""Predicts the bytes of a plan that need no batch: weights, the ring of streamed ones, gradients, staged states."""
 
 from __future__ import annotations
 

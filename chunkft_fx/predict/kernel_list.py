@@ -1,4 +1,4 @@
-"""Kernel list: the kernels that a region graph becomes when it is compiled.
+"""Predicts the kernels that a region graph becomes when it is compiled.
 
 A compiler fuses elementwise chains, so a value is *stored* only if something outside its kernel needs it: it is an
 output of the graph, an operand of a kernel that is not generated (matrix products, attention, convolutions, custom

@@ -1,4 +1,4 @@
-"""What a captured model predicts of itself for the planner: the largest moment of a step, and how long its parts take.
+"""Predicts for the planner the largest moment of a step, and how long its parts take.
 
 Bytes come from replaying the very programs that would run (`predict.step_memory`), microseconds from the cost model and
 the measured rates of the machine. On the CPU states are updated where they are and host memory is device memory, so

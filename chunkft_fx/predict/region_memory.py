@@ -1,4 +1,4 @@
-"""Memory model: bytes that a region needs while it runs.
+"""Predicts the bytes that a region needs while it runs.
 
 The model is liveness, storage by storage (views count once), over the kernels that a partitioned graph becomes
 (`predict.kernel_list.kernels`). With ``backend="eager"`` every value is stored and the caller's inputs stay alive until

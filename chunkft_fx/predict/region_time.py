@@ -1,4 +1,4 @@
-"""Cost model: how long a region graph takes, kernel by kernel.
+"""Predicts how long a region graph takes, kernel by kernel.
 
 Times are those of a roofline: a kernel takes as long as its arithmetic or its memory traffic, whichever is slower,
 and one launch. A plan is made before anything is compiled, so measured are the rates of the machine, not variants.

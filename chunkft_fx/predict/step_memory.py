@@ -1,4 +1,4 @@
-"""The memory of a whole step: a timeline of what is alive, from the first region's forward to the last gradient.
+"""Predicts the memory of a whole step: what is alive, from the first region's forward to the last gradient.
 
 A step's instructions are replayed over storages instead of tensors: each region call adds the peak that the memory
 model found for its graph, and every value dies where the run time drops it. Counted is what a step adds to what is

@@ -1,4 +1,4 @@
-"""How long a step of a plan takes: regions one after another, copies between host and device beside them.
+"""Predicts how long a step takes: regions one after another, copies between host and device beside them.
 
 Compute runs region by region. A streamed weight must have arrived before its region runs, and its buffer is filled
 again once the region is done; states of the next chunk and offloaded activations share the link. A step takes as long

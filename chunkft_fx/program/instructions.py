@@ -1,4 +1,4 @@
-"""Executables: a program's graph as a flat list of instructions over numbered slots.
+"""Writes a program's graph as a flat list of instructions over numbered slots: an executable.
 
 A value is dropped as soon as its last instruction has taken it, so the memory of a step is what the graph says it is.
 """

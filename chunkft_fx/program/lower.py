@@ -1,4 +1,4 @@
-"""Lowering: from a variant's partitioned FX graphs to callables, once for each variant and direction."""
+"""Writes a variant's partitioned FX graphs as callables, once for each variant and direction."""
 
 from __future__ import annotations
 

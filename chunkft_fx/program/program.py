@@ -1,4 +1,4 @@
-"""The program: the outer FX graph of one step for one chunk, region calls in the order they run.
+"""Writes the program: the outer FX graph of one step for one chunk, region calls in the order they run.
 
 Placeholders are the captured inputs (parameters, batch, constants), then the gradients that the caller
 provides. Each region is called once forward, and once backward if a gradient is asked of it. The

@@ -1,4 +1,4 @@
-"""Specialise: a template and a demand become a variant, and each distinct variant is made once.
+"""Writes variants: a template specialised to a demand, each distinct one once.
 
 Demand flows both ways through the regions of a step. From the top, tangents that the caller will not
 provide make gradients zero; from the bottom, each region asks the ones above it only for the gradients

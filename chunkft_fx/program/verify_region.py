@@ -1,4 +1,4 @@
-"""The verifier: invariants of a region graph, checked after every pass in tests and on demand.
+"""Checks the invariants of a region graph, after every pass in tests and on demand.
 
 A violation is a defect of a pass; the message names the pass and the node.
 """

@@ -1,4 +1,4 @@
-"""Stream verifier: proves that a program's fetches are waited for, used in time, and never overwritten.
+"""Checks that a program's fetches are waited for, used in time, and never overwritten.
 
 It walks a program once. Every buffer of the ring goes through ``free → filling → ready → free``; every offloaded value
 through ``on the device → going → released → coming → ready``. What it proves holds for any timing of the copies:

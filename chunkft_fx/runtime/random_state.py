@@ -1,4 +1,4 @@
-"""The random state of a step: taken before a forward, so that running it again draws the same."""
+"""Copies the random state of a step before its forward, so that running it again draws the same."""
 
 from __future__ import annotations
 

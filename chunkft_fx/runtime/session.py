@@ -1,4 +1,4 @@
-"""A session: one captured graph of a model, with everything made from it, called once a step.
+"""Runs one captured graph of a model, with everything made from it, once a step.
 
 Dynamo makes a session for each set of modes and shapes it has to tell apart (training, evaluation,
 static and dynamic lengths). A session takes the program of the active chunk (`program.programs`), runs it

@@ -1,4 +1,4 @@
-"""Run: execute a program inside autograd, keep what backward needs, and hand gradients to the active slices.
+"""Runs a program inside autograd: keeps what backward needs, and hands gradients to the active slices.
 
 Forward and backward are two parts of an `Executable`; the slots that are alive between them belong to one `Step`, which
 is everything that a pending backward owns.
