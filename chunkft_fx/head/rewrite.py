@@ -37,7 +37,7 @@ from torch.nn import functional
 
 from chunkft_fx.head import operators as head
 
-log = logging.getLogger("chunkft_fx.head.operators")
+log = logging.getLogger("chunkft_fx.head.rewrite")
 
 _LINEAR = functional.linear
 _CASTS = ("float", "double", "to", "type", "bfloat16", "half")

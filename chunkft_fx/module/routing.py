@@ -1,4 +1,4 @@
-"""Runs a model's own methods that call the model, such as ``generate``, with the compiled call in the place of its forward.
+"""Runs a model's methods that call the model, such as ``generate``, with the compiled call for its forward.
 
 They are bound to the wrapped model, whose own forward would read streamed weights where they lie. Only while such a
 method runs does the model's ``forward`` lead to the compiled call, and there back to the model's own for tracing.
