@@ -8,6 +8,7 @@ from chunkft_fx.optim.adamw import AdamW
 from chunkft_fx.plan.chunk import Chunk, Slice
 from chunkft_fx.plan.plan import Plan
 
+__version__ = "0.1.0"
 __all__ = ["AdamW", "Chunk", "CompiledModule", "Plan", "Slice", "compile", "errors"]
 
 enable_logs()  # as $CHUNKFT_LOGS says
