@@ -35,7 +35,7 @@ import torch
 import chunkft_fx
 from benchmarks.shapes import batches, build
 from chunkft_fx.bytes import parse_bytes
-from chunkft_fx.machine.rates import rates
+from chunkft_fx.machine.known_rates import known_rates
 
 GIB = 2**30
 SPOTS = 4
@@ -219,7 +219,7 @@ def main() -> None:
         result = run(cases[0], chunks, args.states, "cuda" if args.on_device else "cpu")
         print(table([result]), json.dumps(asdict(result)), sep="\n")
         return
-    rates(torch.device("cuda"))  # once, undisturbed; the cases read it from its cache
+    known_rates(torch.device("cuda"))  # once, undisturbed; the cases read it from its cache
     results: list[Result] = []
     room = Room(torch.cuda.mem_get_info()[0])
     with ThreadPoolExecutor(args.jobs) as pool:

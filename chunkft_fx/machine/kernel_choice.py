@@ -2,16 +2,12 @@
 
 The candidates are the graph as traced (a copy of the slice, the library's product in the operands' dtype, and the
 float32 copy in which gradients are added up), the library's product on the columns in place with a float32 result, and
-each tiling of the Triton kernel. The answers are kept in this process and in ``kernels.json`` beside the rates
-(`machine.rates.cache_path`), one entry for each device, torch version and driver. The file only saves time: a damaged
-or unwritable one is measured around, and logged.
+each tiling of the Triton kernel. The answers are kept in this process and in the cache file ``kernels.json``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -22,7 +18,8 @@ import torch
 from torch import Tensor
 
 from chunkft_fx.kernels.weight_gradient import LIBRARY, TILINGS, Choose, Problem, has_kernel, launch, reference
-from chunkft_fx.machine.rates import cache_path, device_key, elapsed_seconds
+from chunkft_fx.machine.cache import CacheFile, device_key
+from chunkft_fx.machine.calibrate import elapsed_seconds
 
 log = logging.getLogger("chunkft_fx.machine.kernel_choice")
 
@@ -38,8 +35,43 @@ _MOST_RUNS = 30
 # Columns beside the slice, so that its rows lie apart as in the matrix it is cut from.
 _BESIDE = 64
 
-# By file and device, what each problem was decided to.
-_known: dict[tuple[Path, str], dict[Problem, str | None]] = {}
+# What computes each problem: a name for `chunkft_fx.kernels.weight_gradient`, or None for the graph as traced.
+Decided = dict[Problem, str | None]
+
+
+def _parsed(entry: Any) -> Decided:
+    return {_problem(name): _by(value) for name, value in entry.items()}
+
+
+def _plain(decided: Decided) -> dict[str, str | None]:
+    return {_name(problem): by for problem, by in decided.items()}
+
+
+def _name(problem: Problem) -> str:
+    dtype = str(problem.dtype).removeprefix("torch.")
+    return f"{problem.tokens} {problem.rows} {problem.columns} {problem.dim} {dtype}"
+
+
+def _problem(name: str) -> Problem:
+    """The problem that a line of the file names. Raises `ValueError` if it names none."""
+    *numbers, dtype = name.split(" ")
+    tokens, rows, columns, dim = map(int, numbers)
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype) or dim not in (0, 1):
+        raise ValueError(f"{name!r} is no problem")
+    return Problem(tokens, rows, columns, dim, kind)
+
+
+def _by(value: Any) -> str | None:
+    if value is None or value == LIBRARY or value in TILINGS:
+        return value
+    raise ValueError(f"{value!r} computes no gradients")
+
+
+FILE = CacheFile("kernels.json", 1, _parsed, _plain)
+
+# By file and device.
+_known: dict[tuple[Path, str], Decided] = {}
 
 
 def chooser(device: torch.device) -> Choose | None:
@@ -61,9 +93,9 @@ def choice(device: torch.device, problem: Problem) -> str | None:
     """
     if not has_kernel(device, problem.dtype):
         return None
-    path, key = cache_path().with_name("kernels.json"), device_key(device)
+    path, key = FILE.path(), device_key(device)
     if (path, key) not in _known:
-        _known[path, key] = _load(path).get(key, {})
+        _known[path, key] = FILE.load().get(key, {})
     known = _known[path, key]
     if problem not in known:
         reason = _too_large(device, problem)
@@ -74,7 +106,8 @@ def choice(device: torch.device, problem: Problem) -> str | None:
         found = _measured(device, problem)
         known[problem] = None if found is None else fastest(found)
         if found is not None:
-            _store(path, key, {problem: known[problem]})
+            # beside what other processes have decided meanwhile
+            FILE.store(key, FILE.load().get(key, {}) | {problem: known[problem]})
     return known[problem]
 
 
@@ -162,61 +195,3 @@ def _us(run: Callable[[], Any], device: torch.device) -> float:
             run()
 
     return elapsed_seconds(all_of_them, device) / runs * 1e6
-
-
-def _load(path: Path) -> dict[str, dict[Problem, str | None]]:
-    """The readable entries of a cache file, by device."""
-    try:
-        devices: Any = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        log.warning("%s is not readable, kernels are measured anew: %s", path, error)
-        return {}
-    if not isinstance(devices, dict):
-        log.warning("%s does not hold an object, kernels are measured anew", path)
-        return {}
-    found: dict[str, dict[Problem, str | None]] = {}
-    for key, entries in devices.items():
-        try:
-            found[key] = {_problem(name): _by(value) for name, value in entries.items()}
-        except (AttributeError, TypeError, ValueError) as error:
-            log.warning("%s: the entry %r is damaged and measured anew: %s", path, key, error)
-    return found
-
-
-def _store(path: Path, key: str, decided: dict[Problem, str | None]) -> None:
-    """Add decisions; the file is replaced as a whole, so a reader never sees half of it."""
-    devices = _load(path)
-    devices[key] = devices.get(key, {}) | decided
-    text = json.dumps({k: {_name(p): by for p, by in entries.items()} for k, entries in devices.items()}, indent=1)
-    part = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text)
-        part.replace(path)
-    except OSError as error:
-        log.warning("%s cannot be written, choices are kept for this process only: %s", path, error)
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
-def _name(problem: Problem) -> str:
-    dtype = str(problem.dtype).removeprefix("torch.")
-    return f"{problem.tokens} {problem.rows} {problem.columns} {problem.dim} {dtype}"
-
-
-def _problem(name: str) -> Problem:
-    """The problem that a line of the file names. Raises `ValueError` if it names none."""
-    *numbers, dtype = name.split(" ")
-    tokens, rows, columns, dim = map(int, numbers)
-    kind = getattr(torch, dtype, None)
-    if not isinstance(kind, torch.dtype) or dim not in (0, 1):
-        raise ValueError(f"{name!r} is no problem")
-    return Problem(tokens, rows, columns, dim, kind)
-
-
-def _by(value: Any) -> str | None:
-    if value is None or value == LIBRARY or value in TILINGS:
-        return value
-    raise ValueError(f"{value!r} computes no gradients")

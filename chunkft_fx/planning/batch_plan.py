@@ -18,7 +18,8 @@ from chunkft_fx.bytes import format_bytes
 from chunkft_fx.copies.residency import Residency
 from chunkft_fx.errors import BudgetInfeasible
 from chunkft_fx.graph.sizes import Sizes, size_reader
-from chunkft_fx.machine.memory_limit import LIMITS, overhead, take_workspaces
+from chunkft_fx.machine.memory_limit import LIMITS, take_workspaces
+from chunkft_fx.machine.overhead import overhead
 from chunkft_fx.plan.plan import Plan
 from chunkft_fx.plan.policy import Policy
 from chunkft_fx.plan.state_policy import policy_of

@@ -14,8 +14,9 @@ from chunkft_fx.capture.outline import Region
 from chunkft_fx.graph.sizes import AS_TRACED, Sizes
 from chunkft_fx.head.memory import operands
 from chunkft_fx.head.operators import is_head, useful_splits
-from chunkft_fx.machine.memory_limit import overhead
-from chunkft_fx.machine.rates import Rates, rates
+from chunkft_fx.machine.known_rates import known_rates
+from chunkft_fx.machine.overhead import overhead
+from chunkft_fx.machine.rates import Rates
 from chunkft_fx.plan.chunk import Chunk
 from chunkft_fx.plan.policy import Policy, StepTimes
 from chunkft_fx.predict.chunk_kinds import Kinds, sweep_peak
@@ -106,7 +107,7 @@ class Predictor:
         if self._known is None and device.type != "cuda":
             return None
         if self.known_times is None:
-            self.known_times = self._predicted(deepest, self._known or rates(device))
+            self.known_times = self._predicted(deepest, self._known or known_rates(device))
         return self.known_times
 
     def work(self, chunk: Chunk, times: StepTimes, states_nbytes: int) -> Work:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import chunkft_fx
 from chunkft_fx import errors
 from chunkft_fx.copies.weight_ring import CudaRing
-from chunkft_fx.machine import rates
+from chunkft_fx.machine.calibrate import calibrate
 from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.runtime.step import Machine
 from chunkft_fx.tools.zoo import tiny
@@ -177,7 +177,7 @@ def test_rates_are_measured_on_a_nearly_full_card() -> None:
     free, _ = torch.cuda.mem_get_info()
     held = torch.empty(free - 400 * 2**20, dtype=torch.uint8, device="cuda")
     try:
-        measured = rates.calibrate("cuda")
+        measured = calibrate("cuda")
     finally:
         del held
         torch.cuda.empty_cache()

@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import chunkft_fx
 from chunkft_fx.errors import BudgetInfeasible
-from chunkft_fx.machine.memory_limit import LIMITS, PAGE_NBYTES, PAGES_NBYTES
+from chunkft_fx.machine.memory_limit import LIMITS
+from chunkft_fx.machine.overhead import PAGE_NBYTES, PAGES_NBYTES
 
 pytestmark = pytest.mark.gpu
 

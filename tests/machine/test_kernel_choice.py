@@ -50,6 +50,11 @@ def cache(folder: Path) -> Path:
     return folder / "cache" / "kernels.json"
 
 
+def devices(entries: dict[str, object]) -> str:
+    """The text of a cache file."""
+    return json.dumps({"version": kernel_choice.FILE.version, "devices": entries})
+
+
 def test_on_the_cpu_it_is_always_the_library(measured: list[Problem]) -> None:
     assert chooser(torch.device("cpu")) is None
     assert not measured
@@ -116,13 +121,15 @@ def test_memory_is_asked_for_before_it_is_taken(monkeypatch: pytest.MonkeyPatch)
     assert "more than" in str(kernel_choice._too_large(CUDA, Problem(2**20, 256, 4096, 0, torch.bfloat16)))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "null", '{"cuda:0": 1}', '{"cuda:0": {"8 8": null}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", "null", devices({"cuda:0": 1}), devices({"cuda:0": {"8 8": None}}), '{"devices": {}}']
+)
 def test_a_damaged_file_is_measured_anew_and_replaced(
     measured: list[Problem], text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache(tmp_path).parent.mkdir()
     cache(tmp_path).write_text(text)
-    with caplog.at_level(logging.WARNING, logger="chunkft_fx.machine.kernel_choice"):
+    with caplog.at_level(logging.WARNING, logger="chunkft_fx.machine.cache"):
         assert choice(CUDA, SMALL) == "128x256"
     assert "kernels.json" in caplog.text
     forget()
@@ -138,13 +145,13 @@ def test_a_damaged_entry_loses_only_its_device(
     measured: list[Problem], entry: dict[str, object], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     choice(torch.device("cuda", 1), SMALL)
-    devices = json.loads(cache(tmp_path).read_text())
-    cache(tmp_path).write_text(json.dumps(devices | {"cuda:0": entry}))
+    known = json.loads(cache(tmp_path).read_text())["devices"]
+    cache(tmp_path).write_text(devices(known | {"cuda:0": entry}))
     forget()
-    with caplog.at_level(logging.WARNING, logger="chunkft_fx.machine.kernel_choice"):
+    with caplog.at_level(logging.WARNING, logger="chunkft_fx.machine.cache"):
         assert choice(CUDA, SMALL) == "128x256"
     assert "damaged" in caplog.text
-    assert json.loads(cache(tmp_path).read_text()).keys() == {"cuda:0", "cuda:1"}
+    assert kernel_choice.FILE.load().keys() == {"cuda:0", "cuda:1"}
     assert [p.name for p in cache(tmp_path).parent.iterdir()] == ["kernels.json"]
 
 
@@ -152,7 +159,7 @@ def test_without_a_writable_folder_choices_last_for_the_process(
     measured: list[Problem], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
-    with caplog.at_level(logging.WARNING, logger="chunkft_fx.machine.kernel_choice"):
+    with caplog.at_level(logging.WARNING, logger="chunkft_fx.machine.cache"):
         assert choice(CUDA, SMALL) == choice(CUDA, SMALL) == "128x256"
     assert "cannot be written" in caplog.text
     assert measured == [SMALL]

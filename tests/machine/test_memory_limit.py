@@ -7,15 +7,8 @@ import torch
 from torch import nn
 
 from chunkft_fx.machine import memory_limit
-from chunkft_fx.machine.memory_limit import (
-    PAGE_NBYTES,
-    PAGE_ROUNDING_NBYTES,
-    Allocator,
-    Limits,
-    expandable,
-    explained,
-    overhead,
-)
+from chunkft_fx.machine.memory_limit import Allocator, Limits, expandable, explained
+from chunkft_fx.machine.overhead import PAGE_ROUNDING_NBYTES
 
 GIB = 2**30
 
@@ -132,11 +125,3 @@ def test_an_out_of_memory_error_keeps_its_type_and_says_what_was_needed() -> Non
     with pytest.raises(torch.OutOfMemoryError) as caught, explained(lambda: "the plan needs 3 bytes"):
         raise torch.OutOfMemoryError("CUDA out of memory")
     assert "the plan needs 3 bytes" in caught.value.__notes__[0]
-
-
-def test_what_the_limit_holds_back_is_predicted() -> None:
-    """A step that needs what was predicted, and whose last page is nearly empty, must not meet the limit."""
-    predicted = overhead(torch.device("cuda"), 0)
-    assert predicted["fragmentation"] >= PAGE_ROUNDING_NBYTES + PAGE_NBYTES
-    assert overhead(torch.device("cuda"), 1000 * 2**20)["fragmentation"] > predicted["fragmentation"]
-    assert overhead(torch.device("cpu"), 1000 * 2**20) == {}

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from chunkft_fx.machine.rates import calibrate
+from chunkft_fx.machine.calibrate import calibrate
 
 pytestmark = pytest.mark.gpu
 

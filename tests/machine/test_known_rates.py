@@ -1,4 +1,4 @@
-"""Rates: measured figures make sense, and the cache saves time without ever being trusted or needed."""
+"""Known rates: the cache saves time without ever being trusted or needed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from chunkft_fx.machine import rates as module
-from chunkft_fx.machine.rates import Rates, cache_path, calibrate, rates
+from chunkft_fx.machine import known_rates as module
+from chunkft_fx.machine.known_rates import FILE, known_rates
+from chunkft_fx.machine.rates import Rates
 
 SOME = Rates({"float32": 1e11, "bfloat16": 2e11}, 2e10, 1e10, 1.1e10, 5e9, 2.5)
 
@@ -30,55 +31,32 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Rates]:
 
     monkeypatch.setenv("CHUNKFT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(module, "calibrate", stand_in)
-    monkeypatch.setattr(module, "_measured", {})
+    monkeypatch.setattr(module, "_known", {})
     return made
 
 
 def forget() -> None:
     """As if a new process began."""
-    module._measured.clear()
-
-
-def test_the_cpu_is_measured_with_positive_finite_rates() -> None:
-    state = torch.get_rng_state()
-    found = calibrate("cpu")
-    figures = asdict(found)
-    by_dtype = figures.pop("matmul_flops_per_s")
-    assert set(by_dtype) == {"bfloat16", "float16", "float32", "float64"}
-    assert all(math.isfinite(f) and f > 0 for f in [*by_dtype.values(), *figures.values()])
-    assert torch.equal(state, torch.get_rng_state())
-
-
-def test_an_unknown_device_is_refused() -> None:
-    with pytest.raises(ValueError, match="meta"):
-        calibrate("meta")
-
-
-def test_a_link_that_others_used_for_a_while_is_not_taken_for_a_slow_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("host_to_device_nbytes_per_s", "device_to_host_nbytes_per_s", "both_ways_nbytes_per_s")
-    seen = [dict(zip(names, rates, strict=True)) for rates in ((1e9, 5e9, 3e9), (4e9, 2e9, 3.5e9))]
-    monkeypatch.setattr(module, "_links", lambda _device, _smaller: seen.pop())
-    found = calibrate("cpu")
-    assert [getattr(found, name) for name in names] == [4e9, 5e9, 3.5e9]
+    module._known.clear()
 
 
 def test_rates_are_measured_once_and_read_back_by_the_next_process(measured: list[Rates]) -> None:
-    first = rates("cpu")
-    assert rates(torch.device("cpu")) is first
+    first = known_rates("cpu")
+    assert known_rates(torch.device("cpu")) is first
     forget()
-    assert rates("cpu") == first
+    assert known_rates("cpu") == first
     assert len(measured) == 1
 
 
 def test_each_number_of_threads_has_rates_of_its_own(measured: list[Rates]) -> None:
-    one = rates("cpu")
+    one = known_rates("cpu")
     torch.set_num_threads(2)
-    two = rates("cpu")
+    two = known_rates("cpu")
     torch.set_num_threads(1)
     forget()
-    assert rates("cpu") == one != two
+    assert known_rates("cpu") == one != two
     assert len(measured) == 2
-    assert len(json.loads(cache_path().read_text())) == 2
+    assert len(FILE.load()) == 2
 
 
 def _without_a_field(entry: dict[str, Any]) -> None:
@@ -124,58 +102,83 @@ def _with_a_list(entry: dict[str, Any]) -> None:
 def test_a_damaged_entry_is_measured_anew_and_repaired(
     measured: list[Rates], damage: Callable[[dict[str, Any]], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    rates("cpu")
-    entries = json.loads(cache_path().read_text())
-    for entry in entries.values():
+    known_rates("cpu")
+    content = json.loads(FILE.path().read_text())
+    for entry in content["devices"].values():
         damage(entry)
-    cache_path().write_text(json.dumps(entries))
+    FILE.path().write_text(json.dumps(content))
     forget()
-    with caplog.at_level(logging.WARNING, logger="chunkft_fx.machine.rates"):
-        assert rates("cpu") == measured[1]
+    with caplog.at_level(logging.WARNING, logger="chunkft_fx.machine.cache"):
+        assert known_rates("cpu") == measured[1]
     assert "damaged" in caplog.text
     forget()
-    assert rates("cpu") == measured[1]
+    assert known_rates("cpu") == measured[1]
     assert len(measured) == 2
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "null", '{"a": 1}', "\0\0"])
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "null", '{"a": 1}', "\0\0", '{"version": 1, "devices": []}'])
 def test_a_damaged_file_is_measured_anew_and_replaced(
     measured: list[Rates], text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cache_path().parent.mkdir()
-    cache_path().write_text(text)
-    with caplog.at_level(logging.WARNING, logger="chunkft_fx.machine.rates"):
-        rates("cpu")
-    assert str(cache_path()) in caplog.text
+    FILE.path().parent.mkdir()
+    FILE.path().write_text(text)
+    with caplog.at_level(logging.WARNING, logger="chunkft_fx.machine.cache"):
+        known_rates("cpu")
+    assert str(FILE.path()) in caplog.text
     forget()
-    assert rates("cpu") == measured[0]
+    assert known_rates("cpu") == measured[0]
     assert len(measured) == 1
 
 
 def test_entries_of_other_machines_are_kept(measured: list[Rates]) -> None:
-    cache_path().parent.mkdir()
-    cache_path().write_text(json.dumps({"another machine": asdict(SOME)}))
-    rates("cpu")
-    entries = json.loads(cache_path().read_text())
-    assert entries["another machine"] == asdict(SOME)
+    FILE.path().parent.mkdir()
+    FILE.path().write_text(json.dumps({"version": FILE.version, "devices": {"another machine": asdict(SOME)}}))
+    known_rates("cpu")
+    entries = FILE.load()
+    assert entries["another machine"] == SOME
     assert len(entries) == 2
-    assert [p.name for p in cache_path().parent.iterdir()] == ["rates.json"]
+    assert [p.name for p in FILE.path().parent.iterdir()] == ["rates.json"]
 
 
 def test_without_a_writable_folder_rates_last_for_the_process(
     measured: list[Rates], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
-    with caplog.at_level(logging.WARNING, logger="chunkft_fx.machine.rates"):
-        first = rates("cpu")
+    with caplog.at_level(logging.WARNING, logger="chunkft_fx.machine.cache"):
+        first = known_rates("cpu")
     assert "cannot be written" in caplog.text
-    assert rates("cpu") is first
+    assert known_rates("cpu") is first
     assert len(measured) == 1
 
 
 def test_the_cache_is_below_the_home_folder_unless_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("CHUNKFT_CACHE", raising=False)
-    assert cache_path() == tmp_path / ".cache" / "chunkft_fx" / "rates.json"
+    assert FILE.path() == tmp_path / ".cache" / "chunkft_fx" / "rates.json"
     monkeypatch.setenv("CHUNKFT_CACHE", str(tmp_path / "other"))
-    assert cache_path() == tmp_path / "other" / "rates.json"
+    assert FILE.path() == tmp_path / "other" / "rates.json"
+
+
+@pytest.mark.parametrize("version", [0, FILE.version + 1, None])
+def test_a_file_of_another_version_is_measured_anew_and_replaced(
+    measured: list[Rates], version: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    known_rates("cpu")
+    content = json.loads(FILE.path().read_text())
+    FILE.path().write_text(json.dumps(content | {"version": version}))
+    forget()
+    with caplog.at_level(logging.WARNING, logger="chunkft_fx.machine.cache"):
+        assert known_rates("cpu") == measured[1]
+    assert f"not a file of version {FILE.version}" in caplog.text
+    assert json.loads(FILE.path().read_text())["version"] == FILE.version
+
+
+def test_a_file_without_a_version_is_measured_anew(measured: list[Rates], caplog: pytest.LogCaptureFixture) -> None:
+    known_rates("cpu")
+    content = json.loads(FILE.path().read_text())
+    del content["version"]
+    FILE.path().write_text(json.dumps(content))
+    forget()
+    with caplog.at_level(logging.WARNING, logger="chunkft_fx.machine.cache"):
+        assert known_rates("cpu") == measured[1]
+    assert f"not a file of version {FILE.version}" in caplog.text
