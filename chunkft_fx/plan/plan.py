@@ -9,6 +9,9 @@ from chunkft_fx.plan.chunk import Chunk
 from chunkft_fx.plan.policy import Policy
 from chunkft_fx.plan.table import Considered, PlanTables
 
+# Of the JSON text of a plan; changes when a field comes, goes or means something else.
+VERSION = 1
+
 
 @dataclass(frozen=True)
 class Plan(PlanTables):
@@ -42,5 +45,5 @@ class Plan(PlanTables):
         return self.policy.streamed
 
     def to_json(self) -> str:
-        """The plan as JSON text, sets as sorted lists."""
-        return json.dumps(asdict(self), indent=1, default=sorted)
+        """The plan as JSON text for other programs: its fields, sets as sorted lists, and this format's ``version``."""
+        return json.dumps({"version": VERSION} | asdict(self), indent=1, default=sorted)

@@ -1,11 +1,10 @@
 """Decides which chunk is active: the schedule of a sweep, and its position as checkpoints have it.
 
-A position is three counts, and what gives them their meaning.
-
-``{"sweep", "position", "steps", "chunks"}`` count; ``{"order", "seed", "interval", "cuts"}`` name what they were
-counted over, ``cuts`` being `cuts_digest` of the plan's chunks. The same counts over other cuts, or in another order,
-would train some slices twice in a sweep and others not at all, so they are refused. Counts mean the same with another
-seed unless the order is random, and at the start of a chunk's interval with another interval.
+``{"sweep", "position", "steps", "chunks"}`` are counts; ``{"order", "seed", "interval", "cuts"}`` name what they were
+counted over, ``cuts`` being `cuts_digest` of the plan's chunks; ``"version"`` is that of this format. The same counts
+over other cuts, or in another order, would train some slices twice in a sweep and others not at all, so they are
+refused. Counts mean the same with another seed unless the order is random, and at the start of a chunk's interval with
+another interval.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from chunkft_fx.errors import CheckpointMismatch, ChunkFTWarning, OptionError
 from chunkft_fx.plan.chunk import Chunk
 
 ORDERS = ("ascending", "descending", "random")
+VERSION = 1
 COUNTS = ("sweep", "position", "steps", "chunks")
 MEANING = {"order": str, "seed": int, "interval": int, "cuts": str}
 
@@ -33,30 +33,23 @@ def cuts_digest(chunks: Sequence[Chunk]) -> str:
 
 
 def check_position(state: Mapping[str, Any]) -> None:
-    """Raise `CheckpointMismatch` unless this is a position; one of before positions had a meaning is none the less."""
+    """Raise `CheckpointMismatch` unless this is a whole position of this version."""
+    if state.get("version") != VERSION:
+        raise CheckpointMismatch(
+            f"the position in the sweep was saved in version {state.get('version')!r} of its format, and this "
+            f"chunkft_fx reads version {VERSION}; load it with the chunkft_fx that saved it, or set the position in "
+            'the checkpoint\'s entry "chunkft" to None to begin a new sweep with the saved states'
+        )
     counts = [state.get(key) for key in COUNTS]
     is_position = all(isinstance(c, int) and not isinstance(c, bool) and c >= 0 for c in counts)
-    named = [key for key in MEANING if key in state]
-    if named:
-        is_position &= all(isinstance(state.get(key), kind) for key, kind in MEANING.items())
+    is_position &= all(isinstance(state.get(key), kind) for key, kind in MEANING.items())
     if not is_position or state["position"] >= state["chunks"]:
         raise CheckpointMismatch(f"{dict(state)!r} is not a position saved by ChunkSchedule.state_dict")
 
 
 def require_same_meaning(state: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Raise `CheckpointMismatch` where a saved position means something else under the ``current`` order, seed,
-    interval and cuts; those that ``current`` does not have are not known yet, and not compared.
-
-    A position that names none of them is taken as it is, with a warning.
-    """
-    if "order" not in state:
-        warnings.warn(
-            "the saved position is of an older version and does not say over which order, seed, interval and cuts it "
-            "counts; it is taken to be the present ones",
-            ChunkFTWarning,
-            stacklevel=3,
-        )
-        return
+    interval and cuts; those that ``current`` does not have are not known yet, and not compared."""
     compared = ["order", "cuts"]
     if state["order"] == "random":
         compared.append("seed")
@@ -87,7 +80,7 @@ class ChunkSchedule:
     """Which chunk is active: ``interval`` optimizer steps each, every sweep visits every chunk once.
 
     ``order="random"`` draws a new permutation for each sweep from ``seed``, so that a run can be
-    repeated and resumed: the state is three integers. ``cuts`` is the digest of the plan's chunks
+    repeated and resumed: the state is three counts. ``cuts`` is the digest of the plan's chunks
     (`cuts_digest`), empty where there is no plan.
     """
 
@@ -149,9 +142,10 @@ class ChunkSchedule:
         self.steps = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The schedule's position, for checkpoints, with what it means nothing without ."""
+        """The schedule's position for checkpoints: its counts, over what they count, and the format's version."""
         counts = {"sweep": self.sweep, "position": self.position, "steps": self.steps, "chunks": self.chunks}
-        return counts | {"order": self.order, "seed": self.seed, "interval": self.interval, "cuts": self.cuts}
+        meaning = {"order": self.order, "seed": self.seed, "interval": self.interval, "cuts": self.cuts}
+        return {"version": VERSION} | counts | meaning
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue at a position saved by `state_dict`, if it was saved with the same number of chunks.

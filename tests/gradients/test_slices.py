@@ -118,7 +118,7 @@ def test_a_position_of_another_number_of_chunks_changes_nothing() -> None:
     schedule.advance()
     before = schedule.state_dict()
     with pytest.warns(ChunkFTWarning, match="saved with 4 chunks and means nothing with 5"):
-        schedule.load_state_dict({"sweep": 3, "position": 2, "steps": 0, "chunks": 4})
+        schedule.load_state_dict(ChunkSchedule(4, sweep=3, position=2).state_dict())
     assert schedule.state_dict() == before
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from chunkft_fx.plan.chunk import Chunk, Slice
 from chunkft_fx.plan.cuts import ParameterSpec, cut
-from chunkft_fx.plan.plan import Plan
+from chunkft_fx.plan.plan import VERSION, Plan
 from chunkft_fx.plan.policy import Policy
 
 SLICES = (
@@ -59,6 +59,7 @@ plans = st.builds(
 @given(plans)
 def test_json_holds_every_field(plan: Plan) -> None:
     read = json.loads(plan.to_json())
+    assert read.pop("version") == VERSION
     assert set(read) == {f.name for f in dataclasses.fields(Plan)}
     assert read["policy"]["streamed"] == sorted(plan.policy.streamed)
     assert [len(c["slices"]) for c in read["chunks"]] == [len(c.slices) for c in plan.chunks]

@@ -41,7 +41,7 @@ def test_a_position_names_what_it_counts_over() -> None:
     position = saved(order="random", seed=7, interval=2)["chunkft"]["position"]
     module = compiled(order="random", seed=7, interval=2)
     assert position == {
-        "sweep": 0, "position": 1, "steps": 0, "chunks": 3,
+        "version": 1, "sweep": 0, "position": 1, "steps": 0, "chunks": 3,
         "order": "random", "seed": 7, "interval": 2, "cuts": cuts_digest(module.plan.chunks),
     }  # fmt: skip
 
@@ -131,18 +131,15 @@ def test_another_number_of_chunks_begins_a_new_sweep_and_says_so() -> None:
     assert optimizer.state
 
 
-def test_a_position_from_before_positions_had_a_meaning_is_taken_with_a_warning() -> None:
+@pytest.mark.parametrize("version", [None, 0, 2, "1"])
+def test_a_position_of_another_version_is_refused_before_anything_changes(version: Any) -> None:
     state = saved(2)
-    old = {key: state["chunkft"]["position"][key] for key in ("sweep", "position", "steps", "chunks")}
-    state["chunkft"]["position"] = old
-    for chunks in (3, "auto"):
-        module = compiled(chunks)
-        with pytest.warns(ChunkFTWarning, match="older version"):
-            chunkft_fx.AdamW(module).load_state_dict(state)
-    module = compiled(3)
-    with pytest.warns(ChunkFTWarning, match="older version"):
-        module._training.resume(old)
-    assert module.chunk == 2
+    state["chunkft"]["position"]["version"] = version
+    for module in (compiled(3), compiled("auto")):
+        optimizer = chunkft_fx.AdamW(module)
+        with pytest.raises(CheckpointMismatch, match=r"reads version 1; .* to None to begin a new sweep"):
+            optimizer.load_state_dict(state)
+        assert not optimizer.state
 
 
 def test_a_position_saved_again_before_there_is_a_plan_is_not_lost() -> None:
@@ -156,6 +153,7 @@ def test_a_position_saved_again_before_there_is_a_plan_is_not_lost() -> None:
 @pytest.mark.parametrize(
     "change",
     [
+        lambda p: [p.pop(key) for key in ("order", "seed", "interval", "cuts")],
         lambda p: p.pop("cuts"),
         lambda p: p.update(cuts=3),
         lambda p: p.update(order=None),

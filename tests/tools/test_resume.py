@@ -130,7 +130,14 @@ def test_another_order_is_refused(saved: Callable[..., Path]) -> None:
     refused(saved(), r"order ascending \(now descending\)", compiled(order="descending"))
 
 
-def test_a_checkpoint_of_before_runs_were_checked_is_refused(
+@pytest.mark.parametrize("version", [None, 0, 2])
+def test_a_checkpoint_in_another_version_of_the_format_is_refused(saved: Callable[..., Path], version: Any) -> None:
+    refused(
+        saved(version=version), rf"version {version} of the format of checkpoints, and this chunkft reads version 1"
+    )
+
+
+def test_a_checkpoint_without_the_options_of_its_run_is_refused(
     saved: Callable[..., Path], states: dict[torch.dtype, dict[str, Any]]
 ) -> None:
     folder = saved()

@@ -18,6 +18,8 @@ from chunkft_fx.tools.training.data import Batches
 from chunkft_fx.tools.training.folder import CHECKPOINT, require_finite
 from chunkft_fx.tools.training.options import TrainOptions
 
+# Of the entries of a checkpoint; changes when one of them comes, goes or means something else.
+VERSION = 1
 _ENTRIES = ("step", "options", "model", "optimizer", "scheduler", "batches", "random", "random_cuda")
 
 
@@ -41,6 +43,7 @@ class Run:
         require_finite(self.model, f"a checkpoint in {folder} is of before; lower --lr, or check the data")
         folder.mkdir(parents=True, exist_ok=True)
         state = {
+            "version": VERSION,
             "step": step,
             "options": self.options.lasting(),
             "model": self.model.state_dict(),
@@ -60,9 +63,14 @@ class Run:
         """
         path = require_checkpoint(folder)
         state = checkpoint_file.read(path)
+        if state.get("version") != VERSION:
+            raise CheckpointMismatch(
+                f"{path} is in version {state.get('version')!r} of the format of checkpoints, and this chunkft reads "
+                f"version {VERSION}; resume with the chunkft that wrote it, or begin a new run"
+            )
         missing = [name for name in _ENTRIES if name not in state]
         if missing:
-            raise CheckpointMismatch(f"{path} has no {', '.join(missing)}: no run of this version of chunkft wrote it")
+            raise CheckpointMismatch(f"{path} has no {', '.join(missing)}: no run of chunkft wrote it")
         step = _steps(path, state["step"], self.options.steps)
         _check_options(path, state["options"], self.options)
         _check_weights(path, state["model"], self.model.state_dict())
