@@ -7,7 +7,7 @@ VENV := $(if $(TORCH)$(TRANSFORMERS),.venv-$(notdir $(PYTHON))-$(TORCH)-$(TRANSF
 BIN := $(VENV)/bin
 CONSTRAINTS := $(VENV)/constraints.txt
 
-.PHONY: demo test test-all check test-gpu bench clean
+.PHONY: demo test test-all check docs test-gpu bench clean
 
 # torch first and by its exact pin, so that nothing else can choose another build; a given torch brings its own triton.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -36,6 +36,10 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# docs/api.md from the docstrings; a test says when it is out of date
+docs: $(VENV)/.installed
+	$(BIN)/python -m docs.api_page
 
 # Runs with whichever Python has a CUDA build of torch: make test-gpu PYTHON=python3
 test-gpu:
