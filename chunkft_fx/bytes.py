@@ -7,6 +7,8 @@ from decimal import Decimal
 
 from chunkft_fx.errors import BudgetParseError
 
+# Parsed here because humanfriendly also takes "24", "24g" and "24 gigs", where a unit that was meant otherwise would be
+# taken for another budget; pint evaluates expressions.
 UNITS = {"B": 1} | {
     prefix + suffix: base**power
     for suffix, base, prefixes in (("B", 1000, ("k", "M", "G", "T")), ("iB", 1024, ("K", "M", "G", "T")))

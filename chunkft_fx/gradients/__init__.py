@@ -1,0 +1,1 @@
+"""Gradients: what a parameter's ``.grad`` is after backward, and which slices are active. Internal."""

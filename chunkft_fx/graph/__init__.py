@@ -1,0 +1,1 @@
+"""Graph: tools for FX graphs that passes and predictions share (storages, sizes, rewrites, operators). Internal."""

@@ -18,6 +18,7 @@ from chunkft_fx.plan.cuts import cut_dim
 from chunkft_fx.plan.state_spec import state_dtypes
 from chunkft_fx.torch_internals import release_idle_pinned
 
+# Read here because psutil knows no control groups, and in a container their limit is the one that is met.
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 # Of a control group: its limit, its use, and in its memory.stat the files' pages, which give way when asked for.
 _LIMITS = (

@@ -1,0 +1,1 @@
+"""Runtime: runs the programs of one capture as one autograd function. Internal."""

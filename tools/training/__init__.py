@@ -1,0 +1,1 @@
+"""``chunkft train``: data, the loop, and checkpoints of a run. Internal."""
