@@ -188,11 +188,13 @@ def apart(case: str, args: argparse.Namespace, room: Room) -> Result:
 
 
 def table(results: list[Result]) -> str:
+    """The results as a table in Markdown, a line each; bytes in GiB, times in milliseconds."""
     titles = "case|budget|predicted|allocated|error|reserved|chunks|recompute|offload|streamed|predicted step|step"
     return "\n".join([f"| {titles.replace('|', ' | ')} |", "| --- " * 12 + "|", *map(row, results)])
 
 
 def row(r: Result) -> str:
+    """One line of the table; of a case that failed the last line of its error."""
     if r.error:
         return f"| {r.case} | failed: {r.error.splitlines()[-1]} |"
     sizes = [f"{n / GIB:.2f}" for n in (r.budget, r.predicted, r.allocated)]
@@ -203,6 +205,7 @@ def row(r: Result) -> str:
 
 
 def main() -> None:
+    """Measure the cases, each in a process of its own, and print a table; one case alone runs in this process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", help="shape,batch,sequence,budget; one runs in this process")
     parser.add_argument("--chunks", default="auto")

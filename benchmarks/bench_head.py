@@ -110,6 +110,7 @@ def error(found: Tensor, truth: Tensor) -> float:
 
 
 def make(args: argparse.Namespace) -> Inputs:
+    """Random bfloat16 inputs on the GPU; a tenth of the labels is ignored."""
     torch.manual_seed(0)
     hidden = torch.randn(args.tokens, args.features, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(args.classes, args.features, device="cuda", dtype=torch.bfloat16) * args.features**-0.5
@@ -119,6 +120,7 @@ def make(args: argparse.Namespace) -> Inputs:
 
 
 def table(rows: list[Row]) -> str:
+    """The rows as a table in Markdown; times in milliseconds, peaks in MiB, errors as relative norms."""
     lines = [
         "| head | median | peak above inputs | loss | hidden states | weight |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -132,6 +134,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> None:
+    """Measure the head in blocks and whole, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--classes", type=int, default=128_256)

@@ -60,6 +60,7 @@ class Row:
 
     @property
     def rate(self) -> str:
+        """Bytes moved in a second, in TB/s on the device and GiB/s over the link."""
         bytes_per_s = self.nbytes / (self.median_ms * 1e-3)
         if not self.on_link:
             return f"{bytes_per_s / 1e12:.2f} TB/s"
@@ -104,6 +105,7 @@ def slices(numel: int, count: int, host: bool, dim: int = 0) -> list[SliceUpdate
 def adamw_row(
     name: str, updates: Sequence[SliceUpdate], host: bool, steps: int, launch: LaunchOptions | None = None
 ) -> Row:
+    """Time the fused AdamW on these slices, whose states are on the device or on the host (``host``)."""
     numel = sum(u.weight.numel() for u in updates)
     options = launch or LaunchOptions()
     times = measure(partial(launch_adamw, updates, **OPTIONS, launch=options), steps)
@@ -111,6 +113,7 @@ def adamw_row(
 
 
 def torch_adamw_row(numel: int, steps: int) -> Row:
+    """Time torch's fused AdamW on ``numel`` float32 elements on the device."""
     params = [torch.nn.Parameter(torch.randn(numel // SLICES, device="cuda")) for _ in range(SLICES)]
     for p in params:
         p.grad = torch.randn_like(p)
@@ -134,6 +137,7 @@ class Buffers:
 
     @classmethod
     def make(cls, numel: int, count: int) -> Buffers:
+        """Buffers of ``numel`` elements in all, in ``count`` tensors each; those on the host are pinned."""
         size = numel // count
         host, back = ([torch.zeros(size, pin_memory=True) for _ in range(count)] for _ in range(2))
         device, device_back = ([torch.zeros(size, device="cuda") for _ in range(count)] for _ in range(2))
@@ -141,6 +145,7 @@ class Buffers:
 
     @property
     def nbytes(self) -> int:
+        """Bytes that are copied in one direction."""
         return sum(t.nbytes for t in self.host)
 
     def directions(self) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
@@ -155,6 +160,7 @@ class Buffers:
 
 
 def copy_row(name: str, direction: str, buffers: Buffers, steps: int, launch: LaunchOptions | None = None) -> Row:
+    """Time the copy kernel in a direction of `Buffers.directions`."""
     sources, destinations = buffers.directions()[direction]
     device = torch.device("cuda", torch.cuda.current_device())
     times = measure(partial(launch_copy, sources, destinations, device, launch), steps)
@@ -215,12 +221,14 @@ def sweep(numel: int, steps: int) -> Iterator[Row]:
 
 
 def table(rows: Sequence[Row]) -> str:
+    """The rows as a table in Markdown; times on the device in milliseconds, of the call in microseconds."""
     lines = ["| what | median | rate | call | tile, warps, programs |", "| --- | --- | --- | --- | --- |"]
     lines += [f"| {r.name} | {r.median_ms:.2f} ms | {r.rate} | {r.call_us:.0f} us | {setting(r)} |" for r in rows]
     return "\n".join(lines)
 
 
 def setting(row: Row) -> str:
+    """A row's launch options as text; empty for torch's own kernels."""
     if row.launch is None:
         return ""
     o = row.launch

@@ -44,6 +44,7 @@ class Case:
 
     @classmethod
     def parse(cls, text: str) -> Case:
+        """A case of ``batch,sequence,budget[,chunks[,held or streamed]]``; raises `ValueError` for anything else."""
         batch, sequence, budget, *rest = text.split(",")
         chunks, also = rest + ["auto", ""][len(rest) :]
         if also not in ("", "held", "streamed"):
@@ -100,6 +101,7 @@ def measure(name: str, batch: int, step: Callable[[int], None], warm: Callable[[
 
 
 def ours(case: Case, model: nn.Module, data: list[Tensor], checked: bool) -> tuple[Row, str, list[Check]]:
+    """Time this library on a case; returns its row, its plan as text and, if ``checked``, its gradients compared."""
     compiled = chunkft_fx.compile(model, case.budget, chunks=case.chunks, device="cuda")
     optimizer = chunkft_fx.AdamW(compiled, lr=1e-5, weight_decay=0.0)
 
@@ -171,6 +173,7 @@ def check_gradients(model: nn.Module, ids: Tensor, gradients: dict[str, Any]) ->
 
 
 def dense_gradients(model: nn.Module, ids: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
+    """The gradients of the named parameters in one eager step, of their shapes and dtypes."""
     for name, p in model.named_parameters():
         p.requires_grad_(name in names)
     model(input_ids=ids, labels=ids).loss.backward()
@@ -202,6 +205,7 @@ def badam(batch: int, model: Any, data: list[Tensor]) -> Row:
 
 
 def table(rows: list[Row]) -> str:
+    """The rows as a table in Markdown; times in milliseconds, memory in GiB."""
     titles = "trainer|batch|mean step|median|slowest|states held|weights streamed|allocated|reserved|first step|steps"
     lines = [f"| {titles.replace('|', ' | ')} |", "| --- " * 11 + "|"]
     for r in rows:
@@ -222,6 +226,7 @@ def clear() -> None:
 
 
 def main() -> None:
+    """Time all cases, and BAdam on the same batches before them, and print tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", type=Case.parse, required=True)
     parser.add_argument("--shape", choices=SHAPES, default="llama2-7b")

@@ -43,12 +43,14 @@ class Row:
 
 
 def problem_of(tokens: int, weight: tuple[int, int], dim: int, share: Fraction) -> Problem:
+    """The gradient of a share of a weight ``[out, features]`` along ``dim``, from this many tokens in bfloat16."""
     sizes = list(weight)
     sizes[dim] = int(sizes[dim] * share)
     return Problem(tokens, sizes[0], sizes[1], dim, torch.bfloat16)
 
 
 def row(tokens: int, weight: tuple[int, int], dim: int, share: Fraction, rounds: int) -> Row:
+    """The median microseconds of each candidate over ``rounds`` measurements."""
     problem = problem_of(tokens, weight, dim, share)
     device = torch.device("cuda", torch.cuda.current_device())
     measured = [measure(problem, device) for _ in range(rounds)]
@@ -59,6 +61,7 @@ def row(tokens: int, weight: tuple[int, int], dim: int, share: Fraction, rounds:
 
 
 def line(r: Row) -> str:
+    """One line of the table; times in milliseconds."""
     names = ("traced", LIBRARY, *TILINGS)
     figures = " | ".join(f"{r.us[n] / 1e3:.3f}" if n in r.us else "-" for n in names)
     gain = 1 - min(r.us.values()) / r.us["traced"]
@@ -70,6 +73,7 @@ def line(r: Row) -> str:
 
 
 def main() -> None:
+    """Measure all problems and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)

@@ -48,6 +48,7 @@ def run(model: torch.nn.Module, batch: torch.Tensor, budget: int) -> list[float]
 
 
 def main() -> None:
+    """Train the same model again and again in one process, and end with an error when losses are not finite."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--case", default="qwen3-4b,8,1024,16GB", help="shape,batch,sequence,budget")
     parser.add_argument("--runs", type=int, default=30)

@@ -31,6 +31,7 @@ class ConvNet(nn.Module):
         self.classifier = nn.Linear(256, 10)
 
     def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss (a scalar) and logits ``[batch, 10]`` of ``f32[batch, 3, height, width]`` and ``i64[batch]``."""
         logits = self.classifier(self.features(x).flatten(1))
         return nn.functional.cross_entropy(logits, labels), logits
 
@@ -43,6 +44,7 @@ class Perceptron(nn.Module):
         self.layers = nn.Sequential(nn.Linear(48, 96), nn.ReLU(), nn.Linear(96, 96), nn.GELU(), nn.Linear(96, 10))
 
     def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss (a scalar) and logits ``[batch, 10]`` of ``f32[batch, 48]`` and labels ``i64[batch]``."""
         logits = self.layers(x)
         return nn.functional.cross_entropy(logits, labels), logits
 

@@ -26,9 +26,11 @@ class Allocator:
         return float(torch.cuda.get_per_process_memory_fraction(device))
 
     def set_fraction(self, device: torch.device, fraction: float) -> None:
+        """Let the process reserve at most this share (0 to 1) of a device's memory."""
         torch.cuda.set_per_process_memory_fraction(fraction, device)
 
     def total_nbytes(self, device: torch.device) -> int:
+        """Bytes of a device's memory."""
         return int(torch.cuda.get_device_properties(device).total_memory)
 
     def is_native(self) -> bool:

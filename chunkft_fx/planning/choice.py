@@ -58,6 +58,7 @@ class Fit:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the predicted peak."""
         return sum(self.terms.values())
 
     def considered(self) -> Considered:

@@ -120,6 +120,7 @@ def kernels(held: Storages, fused: bool = True) -> list[Kernel]:
 
 
 def packet_of(node: fx.Node) -> Any:
+    """What a node calls: an operator's packet (all its overloads), else the target itself."""
     return getattr(node.target, "overloadpacket", node.target)
 
 

@@ -76,6 +76,7 @@ class Cost:
 
     @property
     def launches(self) -> int:
+        """How many kernels are started."""
         return sum(k.launches for k in self.kernels)
 
     def us(self, rates: Rates) -> float:

@@ -41,6 +41,7 @@ class Moment:
 
     @property
     def nbytes(self) -> int:
+        """Bytes alive, of all terms."""
         return sum(self.terms.values())
 
 

@@ -84,6 +84,7 @@ class SweepWork:
 
     @classmethod
     def of(cls, works: Sequence[Work]) -> SweepWork:
+        """The columns of one work a chunk, in the order of the sweep."""
         columns = ([w.lowest for w in works], [w.gradients_us for w in works], [w.states_us for w in works])
         return cls(*(np.array(c) for c in columns))
 
