@@ -13,8 +13,10 @@ import transformers
 from torch import Tensor, nn
 
 import chunkft_fx
+from chunkft_fx.bytes import format_bytes
 from chunkft_fx.errors import CheckpointMismatch, OptionError
 from chunkft_fx.module.module import CompiledModule
+from chunkft_fx.plan.plan import VERSION
 from chunkft_fx.tools import cli, console, demo, inspect
 from chunkft_fx.tools.load import pick_device, pick_dtype, source
 from chunkft_fx.tools.training.data import pack
@@ -234,12 +236,22 @@ def test_plan_shows_the_peak_with_its_terms_the_timeline_and_what_was_not_taken(
     printed = capsys.readouterr().out
     chunkft("plan", "tiny:llama", *options, "--json")
     plan = json.loads(capsys.readouterr().out)
-    assert plan["peak_at"] in printed
-    chunks, budget = len(plan["chunks"]), plan["budget_bytes"]
-    assert f"{chunks} chunk(s), ascending order" in printed
-    assert any(len(c["policy"]) > 3 and c["chunks"] < chunks and c["nbytes"] > budget for c in plan["considered"])
-    assert "over budget" in printed
-    assert printed.split(plan.explain())[1].count("backward") == 3 + 2  # blocks, and what lies before and after them
+    assert plan["version"] == VERSION
+    head, rest = printed.split("choices beside the plan's, for ")
+    lines = head.splitlines()
+    peak = format_bytes(plan["predicted_peak_bytes"])
+    assert lines[0].startswith(f"budget {format_bytes(plan['budget_bytes'])}, predicted peak {peak}")
+    assert plan["peak_at"]
+    assert f"for {plan['batch']}, in {plan['peak_at']}" in " ".join(head.split())
+    terms = [f"{format_bytes(nbytes)}  {name}" for name, nbytes in plan["terms"]]
+    assert set(terms) <= {line.strip() for line in lines}
+    assert f"{len(plan['chunks'])} chunk(s), ascending order, 1 step each" in lines
+    assert rest.startswith(plan["batch"])
+    assert any(c["chunks"] < len(plan["chunks"]) and c["nbytes"] > plan["budget_bytes"] for c in plan["considered"])
+    why, moments = rest.split("moment")
+    assert sum(format_bytes(c["nbytes"]) in why for c in plan["considered"]) == len(plan["considered"])
+    assert "over budget" in why
+    assert moments.count("backward") == 3 + 2  # blocks, and what lies before and after them
 
 
 def test_inspect_prints_plan_program_and_variants(capsys: pytest.CaptureFixture[str]) -> None:
