@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 
 import chunkft_fx
@@ -19,17 +21,21 @@ from chunkft_fx.gradients.slice_gradient import SliceGradient
 from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.head.missing_logits import MissingLogits
 from chunkft_fx.module.module import CompiledModule
+from chunkft_fx.plan.policy import Policy
+from chunkft_fx.plan.table import Considered
 
 PAGE = Path(__file__).with_name("api.md")
-# What users get without making it, with the members that are for them. All others serve the library, or are torch's.
-GIVEN: dict[type, tuple[str, ...]] = {
-    CompiledModule: (
-        "plan", "chunk", "activate", "active_slices", "program", "templates", "variants", "timeline", "compute_device",
-    ),
+# What users get without making it. Of classes that also serve the library, the members that are for users.
+GIVEN: dict[type, tuple[str, ...] | None] = {
+    CompiledModule: None,
+    Policy: (),
+    Considered: (),
     ActiveSlice: ("grad", "weight"),
     SliceGradient: ("part",),
     MissingLogits: (),
-}  # fmt: skip
+}
+# What torch calls.
+OF_TORCH = ("extra_repr",)
 OF_OPTIMIZERS = ("step", "zero_grad", "state_dict", "load_state_dict")
 WIDTH = 100
 
@@ -54,7 +60,7 @@ def page() -> str:
         parts += [f"## chunkft_fx.{name}", _signature(name, thing), *_described(thing)]
     parts.append("# What calls return")
     for kind in GIVEN:
-        parts += [f"## {kind.__name__}", *_described(kind)]
+        parts += [f"## {kind.__name__}", *_fields(kind), *_described(kind)]
     parts += ["# Errors", "All are in `chunkft_fx.errors`; [troubleshooting](troubleshooting.md) says what to do."]
     for name, error in error_classes().items():
         parts += [f"**`{name}`** ({', '.join(base.__name__ for base in error.__bases__)})", _doc(error)]
@@ -64,6 +70,12 @@ def page() -> str:
 def error_classes() -> dict[str, type]:
     """The classes of `chunkft_fx.errors` by name, in the order of the file."""
     return {n: c for n, c in vars(errors).items() if inspect.isclass(c) and c.__module__ == errors.__name__}
+
+
+def _fields(kind: type) -> Iterator[str]:
+    """The signature of a frozen record, which names its fields."""
+    if dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        yield _signature(kind.__name__, kind)
 
 
 def _described(thing: Any) -> Iterator[str]:
@@ -83,14 +95,20 @@ def _described(thing: Any) -> Iterator[str]:
 
 
 def _members(kind: type) -> list[tuple[str, Any]]:
-    """The documented members that users call, of an optimizer those that differ from torch's."""
-    if kind in GIVEN:
-        return [(name, inspect.getattr_static(kind, name)) for name in GIVEN[kind]]
-    own = {n: m for n, m in vars(kind).items() if isinstance(m, property) or inspect.isfunction(m)}
+    """The documented members that users call: not those that torch defines, or calls."""
+    named = GIVEN.get(kind)
+    if named is not None:
+        return [(name, inspect.getattr_static(kind, name)) for name in named]
+    ours = [c for c in kind.__mro__ if c is kind or (_is_ours(c) and not issubclass(c, nn.Module))]
+    own = {n: m for c in ours for n, m in vars(c).items() if isinstance(m, property) or inspect.isfunction(m)}
     if issubclass(kind, Optimizer):
         found = {n: inspect.getattr_static(kind, n) for n in OF_OPTIMIZERS}
-        return [(n, m) for n, m in found.items() if m.__module__.startswith("chunkft_fx")]
-    return [(n, m) for n, m in own.items() if not n.startswith("_") and m.__doc__]
+        return [(n, m) for n, m in found.items() if _is_ours(m)]
+    return [(n, m) for n, m in own.items() if not n.startswith("_") and n not in OF_TORCH and m.__doc__]
+
+
+def _is_ours(thing: Any) -> bool:
+    return bool(thing.__module__.startswith("chunkft_fx"))
 
 
 def _signature(name: str, thing: Callable[..., Any]) -> str:
@@ -106,8 +124,10 @@ def _signature(name: str, thing: Callable[..., Any]) -> str:
     end = "" if inspect.isclass(thing) else f" -> {returns}"
     line = f"{name}{signature}{end}"
     if len(line) > WIDTH:
-        inside = str(signature)[1:-1]
-        line = f"{name}(\n    " + re.sub(r", (?=\*?\*?\w+[:,=)]|\*)", ",\n    ", inside) + f",\n){end}"
+        named = [str(p) for p in shown if p.kind is p.KEYWORD_ONLY]
+        usual = [str(p) for p in shown if p.kind is not p.KEYWORD_ONLY]
+        each = usual + (["*", *named] if named else [])
+        line = f"{name}(\n" + "".join(f"    {p},\n" for p in each) + f"){end}"
     return f"```python\n{line}\n```"
 
 

@@ -34,7 +34,7 @@ def variables() -> dict[str, set[str]]:
     for file, tree in sources():
         for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and re.fullmatch(r"CHUNKFT_[A-Z_]+", str(node.value)):
-                found.setdefault(node.value, set()).add(file)
+                found.setdefault(str(node.value), set()).add(file)
     return found
 
 

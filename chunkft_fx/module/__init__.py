@@ -1,1 +1,1 @@
-"""Module: what ``compile`` returns; it stands in for the model, and follows or refuses changes of it. Internal."""
+"""Module: what ``compile`` returns, which runs in the model's place, and the training behind it. Internal."""
