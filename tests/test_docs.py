@@ -81,3 +81,17 @@ def test_links_between_pages_lead_to_files() -> None:
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_files_and_modules_that_pages_name_exist() -> None:
+    """Paths from the root or the package, or a file's name alone; modules as ``python -m`` has them."""
+    folders = [ROOT / name for name in ("chunkft_fx", "passes", "tools", "tests", "benchmarks", "docs")]
+    files = {f"/{p.relative_to(ROOT)}" for folder in folders for p in folder.rglob("*.py")}
+    files |= {f"/chunkft_fx{file}" for file in files}
+    modules = {file[1:].removesuffix(".py").replace("/", ".") for file in files}
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        text = page.read_text()
+        for path in re.findall(r"`([\w/]+\.py)`", text):
+            assert any(file.endswith(f"/{path}") for file in files), f"{page.name} names {path}"
+        for module in re.findall(r"-m ((?:chunkft_fx|benchmarks|tests|docs)[\w.]+)", text):
+            assert module in modules, f"{page.name} names {module}"

@@ -1,4 +1,4 @@
-"""``chunkft``: the programs of this folder as subcommands."""
+"""Runs ``chunkft``: each program of this folder is a subcommand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the command-line programs share: the entry point, errors without traceback, and a progress bar."""
+"""Runs the command-line programs: turns errors into one line and an exit code, and draws the progress bar."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _warnings_as_lines() -> Iterator[None]:
 
 
 def run_command(command: Callable[..., None]) -> None:
-    """Run one program alone, as ``python -m`` does."""
+    """Run one command as a program of its own, for ``python -m``."""
     app = typer.Typer(add_completion=False)
     app.command()(command)
     run(app)
@@ -104,7 +104,7 @@ def progress(title: str, steps: int) -> Iterator[Callable[[StepInfo], None]]:
 
 
 def describe(info: StepInfo) -> str:
-    """One step in one line."""
+    """One step as a line: its loss, tokens a second, active chunk, learning rate, and peak memory."""
     return (
         f"loss {info.loss:.3f}  {info.tokens_per_s:,.0f} tokens/s  chunk {info.chunk}  "
         f"lr {info.lr:.2e}  memory {format_bytes(info.peak_nbytes)}"

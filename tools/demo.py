@@ -148,7 +148,7 @@ def prompt_of_held_out_topic() -> str:
 
 @torch.no_grad()
 def generate(model: CompiledModule, tokenizer: Any, prompt: str) -> str:
-    """What the model most likely writes after the prompt."""
+    """The text that the model writes after the prompt, greedily, of 48 tokens at most."""
     model.eval()
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(next(model.parameters()).device)
     tokens = model.generate(**inputs, max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.eos_token_id)

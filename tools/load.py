@@ -1,4 +1,4 @@
-"""Models and tokenizers by name: a folder, a name on the Hugging Face hub, or a GGUF file."""
+"""Loads models and tokenizers by name: from a folder, the Hugging Face hub, or a GGUF file."""
 
 from __future__ import annotations
 

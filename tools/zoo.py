@@ -1,4 +1,4 @@
-"""Tiny models with random weights, one per family: for tests, and for ``chunkft inspect tiny:NAME``."""
+"""Makes tiny models with random weights, one for each family: for tests, and for ``chunkft inspect tiny:NAME``."""
 
 from __future__ import annotations
 

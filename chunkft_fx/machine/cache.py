@@ -1,4 +1,4 @@
-"""Cache files: what was measured on a machine is read from a JSON file by device, and written there as a whole.
+"""Reads and writes the cache files: what was measured on a machine, as JSON, by device.
 
 A file holds ``{"version": ..., "devices": {...}}``, one entry for each device, torch version and driver. It only saves
 time: a file that is damaged, of another version or not writable is measured around, and logged.

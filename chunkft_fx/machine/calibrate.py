@@ -1,4 +1,4 @@
-"""Calibration: a device's rates are measured by multiplying matrices, moving bytes and starting small kernels."""
+"""Measures a device's rates: it multiplies matrices, moves bytes and starts small kernels, and takes the time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernel choice: who computes a slice's weight gradient fastest on this machine, measured once for each problem.
+"""Decides which kernel computes a slice's weight gradient on this machine: the fastest, measured once a problem.
 
 The candidates are the graph as traced (a copy of the slice, the library's product in the operands' dtype, and the
 float32 copy in which gradients are added up), the library's product on the columns in place with a float32 result, and
@@ -75,10 +75,10 @@ _known: dict[tuple[Path, str], Decided] = {}
 
 
 def chooser(device: torch.device) -> Choose | None:
-    """Decides for problems on CUDA with ``CHUNKFT_MEASURE_KERNELS=1``; else None: the library's product, as traced.
+    """`choice` for a CUDA device where ``CHUNKFT_MEASURE_KERNELS=1``, else None: all graphs then run as traced.
 
-    Not by default, because each new problem costs seconds while a model is compiled, and gradients of weights are a
-    small part of a step with many chunks.
+    Problems are not measured by default, because each new one costs seconds while a model is compiled, and gradients of
+    weights are a small part of a step with many chunks.
     """
     is_asked = device.type == "cuda" and os.environ.get(SWITCH) == "1"
     return functools.partial(choice, device) if is_asked else None

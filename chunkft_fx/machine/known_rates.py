@@ -1,4 +1,4 @@
-"""A machine's rates, measured once: they come from this process, else from ``rates.json``, else from calibration."""
+"""Decides where a machine's rates come from: this process, else the file ``rates.json``, else a measurement."""
 
 from __future__ import annotations
 

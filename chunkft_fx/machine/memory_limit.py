@@ -1,4 +1,4 @@
-"""The budget as a limit: torch's allocator for a device is told never to reserve more.
+"""Holds the process to its budget: torch's allocator for a device is told never to reserve more.
 
 What a plan did not foresee then ends in an error of the process that made the promise, not in more memory. Several
 models in one process may reserve the sum of their budgets.
@@ -19,7 +19,7 @@ from chunkft_fx.torch_internals import release_workspaces, set_allocator
 
 
 class Allocator:
-    """What is asked of torch's caching allocator for CUDA; for any other device nothing is."""
+    """The calls to torch's caching allocator for CUDA. Other devices have no such allocator."""
 
     def fraction(self, device: torch.device) -> float:
         """The share of a device's memory that the process may reserve."""
@@ -34,7 +34,7 @@ class Allocator:
         return int(torch.cuda.get_device_properties(device).total_memory)
 
     def is_native(self) -> bool:
-        """Whether it is torch's own, which has the settings asked for here."""
+        """Whether the allocator is torch's own: no other one has segments that grow."""
         return torch.cuda.get_allocator_backend() == "native"
 
     def set_up(self, settings: str) -> None:
@@ -47,7 +47,7 @@ class Allocator:
         torch.cuda.empty_cache()
 
     def give_back_workspaces(self, device: torch.device) -> None:
-        """Let the product library's workspaces go, which hold cached memory."""
+        """Free the workspaces of cuBLAS, which hold cached memory."""
         torch.cuda.synchronize(device)
         release_workspaces()
 
@@ -88,8 +88,8 @@ class Limits:
     def hold(self, owner: object, device: torch.device, budget_bytes: int) -> None:
         """Let no more than this model's budget and those of others be reserved on a CUDA device, while it lives.
 
-        Cached memory is given back. The allocator compares its limit with the block that is asked for, and then takes
-        whole pages: up to 18 MiB more, which are held back.
+        Cached memory is given back. The allocator compares its limit with the block that is asked for and then takes
+        whole pages, up to 18 MiB more: so the limit is set that much below the budget.
         """
         if device.type != "cuda":
             return
@@ -140,9 +140,9 @@ def expandable(environment: Mapping[str, str]) -> str | None:
 
 
 def take_workspaces(device: torch.device) -> None:
-    """Have the product library take its workspaces now, for forward's thread and for autograd's.
+    """Have cuBLAS take its workspaces now, one for the thread of the forward pass and one for autograd's.
 
-    Taken in the middle of a step they would lie between blocks that come and go, and split their memory for good.
+    Workspaces that are taken in the middle of a step lie between blocks that are freed later, and split that memory.
     """
     if device.type != "cuda":
         return
@@ -153,7 +153,7 @@ def take_workspaces(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def explained(needed: Callable[[], str]) -> Iterator[None]:
-    """Say in an out-of-memory error that the budget is what it met, and what was needed of it."""
+    """Say in an out-of-memory error that the limit was the budget, and what the plan needs of it (``needed()``)."""
     try:
         yield
     except torch.OutOfMemoryError as error:

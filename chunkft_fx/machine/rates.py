@@ -1,4 +1,4 @@
-"""Rates of a machine, as a record: how fast one device multiplies matrices, moves bytes and starts kernels."""
+"""Describes a machine as rates: how fast a device multiplies matrices, moves bytes and starts kernels."""
 
 from __future__ import annotations
 

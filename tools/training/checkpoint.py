@@ -1,4 +1,4 @@
-"""What a run needs to continue: gathered into one state, and put back once all of it is known to belong to the run."""
+"""Gathers what a run needs to continue, and puts it back once all of a checkpoint is known to belong to the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint on disk: a file of ``torch.save`` with a checksum behind it, replaced as a whole or not at all.
+"""Writes and reads a checkpoint file: ``torch.save`` with a checksum behind it, replaced as a whole or not at all.
 
 The SHA-256 of all bytes before stands at the end, behind a mark; ``torch.load`` does not mind it. Nothing is unpickled
 before the sum is right, and then only tensors and plain values.

@@ -1,4 +1,4 @@
-"""Training text: read it, turn it into sequences of equal length, and deal them out in batches."""
+"""Reads training text, cuts it into sequences of equal length, and deals them out in batches."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ class Batches:
         return self.sequences[order[index * self.batch_size : (index + 1) * self.batch_size]]
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and what it means nothing without; ``text`` is a digest of all tokens."""
+        """The position in the data, and over what it counts: ``text`` is a digest of all tokens."""
         return {
             "position": self.position,
             "batch_size": self.batch_size,

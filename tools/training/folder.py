@@ -1,4 +1,4 @@
-"""The folder that a run writes to: held by one process at a time, and never with half of a model in it."""
+"""Holds the folder that a run writes to for one process, and saves models so that none is ever there by half."""
 
 from __future__ import annotations
 

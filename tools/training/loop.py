@@ -1,4 +1,4 @@
-"""The training loop of the tools: batches in, updated weights out, checkpoints on the way."""
+"""Runs training for the tools: batches in, updated weights out, checkpoints on the way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options of a training run and what they may be, found out before a model is loaded."""
+"""Checks the options of a training run before a model is loaded."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class TrainOptions:
 
 
 def at_least(name: str, value: int, least: int) -> None:
-    """Raise `OptionError` for a count that is too small, called as the command line calls it."""
+    """Raise `OptionError` for a count below ``least``; the message names the option as on the command line."""
     if value < least:
         raise OptionError(f"{name.replace('_', '-')} is {value}; it must be {least} or more")
 
@@ -73,7 +73,7 @@ def chunk_count(chunks: str) -> int | str:
 
 
 def check_compile_options(budget: str, order: str, interval: int, backend: str) -> None:
-    """Raise what `chunkft_fx.compile` would raise for these, which takes a model to call."""
+    """Raise what `chunkft_fx.compile` would raise for these options, before there is a model to call it with."""
     parse_bytes(budget)
     ChunkSchedule(1, order, interval)
     if backend not in BACKENDS:

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP: a program that is told to stop says what became of its work, and ends with 128 + signal.
+"""Decides when a program that gets SIGINT, SIGTERM or SIGHUP ends: its exit code is 128 + signal.
 
 While a model trains, the first signal is noted and looked at between two steps, where there is something whole to save.
 At any other time it ends the program in an orderly way. A second one always ends it at once, as the system does.
@@ -38,7 +38,7 @@ def at_once() -> Iterator[None]:
 
 @contextmanager
 def between_steps() -> Iterator[Callable[[], int | None]]:
-    """Note the first signal; what is given says which, or None."""
+    """Note the first signal; the function that is given back returns it, or None before it came."""
     noted: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -53,7 +53,7 @@ def between_steps() -> Iterator[Callable[[], int | None]]:
 
 
 def _default() -> None:
-    """Leave the next signal to the system, which does not wait for Python to get its turn."""
+    """Leave the next signal to the system, which ends the program at once, whatever Python is doing."""
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
@@ -61,7 +61,7 @@ def _default() -> None:
 
 @contextmanager
 def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Have the signals handled, but those that whoever started the program has it ignore (``nohup``, ``&``)."""
+    """Handle the signals, except those that the program was started to ignore (by ``nohup`` or ``&``)."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Python handles signals in the main thread only
         return
