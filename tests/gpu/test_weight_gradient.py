@@ -65,7 +65,7 @@ def test_a_step_gives_the_librarys_gradients(backend: Any, by: str, monkeypatch:
     model, batch = tiny("llama", dtype=torch.bfloat16)
     model.cuda()
     values = {name: value.cuda() for name, value in batch(2, 12, 0).items()}
-    monkeypatch.setattr("chunkft_fx.program.programs.chooser", lambda device: lambda problem: None)
+    monkeypatch.setattr("chunkft_fx.module.sessions.chooser", lambda device: lambda problem: None)
     usual = chunk_gradients(chunkft_fx.compile(copy.deepcopy(model), "8GB", chunks=5, backend=backend), values)
     asked = choose_everywhere(monkeypatch, by)
     lowered = chunkft_fx.compile(copy.deepcopy(model), "8GB", chunks=5, backend=backend)

@@ -15,7 +15,7 @@ from chunkft_fx.kernels import weight_gradient
 from chunkft_fx.kernels.weight_gradient import LIBRARY, Choose, Problem
 from chunkft_fx.machine import kernel_choice
 from chunkft_fx.machine.kernel_choice import choice, chooser, fastest, operand_nbytes
-from chunkft_fx.program import programs as session_programs
+from chunkft_fx.module import sessions
 from chunkft_fx.tools.zoo import tiny
 from tests.predict.test_step_memory import compare
 from tests.support.equivalence import chunk_gradients
@@ -176,7 +176,7 @@ def choose_everywhere(monkeypatch: pytest.MonkeyPatch, by: str = LIBRARY) -> lis
     def always(_: torch.device) -> Choose:
         return choose
 
-    monkeypatch.setattr(session_programs, "chooser", always)
+    monkeypatch.setattr(sessions, "chooser", always)
     return asked
 
 
