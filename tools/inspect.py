@@ -179,7 +179,7 @@ def print_program_passes(compiled: CompiledModule) -> None:
         print(f"\n== {name}: {rewrites} rewrites in {seconds * 1e3:.1f} ms")
         print(module.code if rewrites else "the program did not change")
 
-    compiled.programs.rewritten(show)
+    compiled._programs.rewritten(show)
 
 
 def _show_graphs(before: fx.Graph, after: fx.Graph) -> None:

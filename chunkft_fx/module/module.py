@@ -57,7 +57,7 @@ class CompiledModule(StandIn):
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
         """Copies and pickles carry the wrapped model, the options and hooks; the copy is traced and planned anew."""
         training = self._training
-        return _rebuild, (self._model, training.options, training.backend, training.residency.device), self.call_hooks
+        return _rebuild, (self._model, training.options, training.backend, training.residency.device), self._call_hooks
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """What ``to``, ``cuda``, ``half`` and their like do to all tensors, as far as the plan allows.
@@ -104,7 +104,7 @@ class CompiledModule(StandIn):
         return self._training.residency
 
     @property
-    def programs(self) -> Programs:
+    def _programs(self) -> Programs:
         """All programs of the latest capture; `NotPlanned` before the first call."""
         return self._training.last_programs
 

@@ -136,6 +136,6 @@ class StandIn(nn.Module):
         self._model._load_from_state_dict(*args, **kwargs)
 
     @property
-    def call_hooks(self) -> dict[str, Any]:
+    def _call_hooks(self) -> dict[str, Any]:
         """The hooks on this module's call, by the registry that they are in; those that are there."""
         return {name: held for name in _CALL_HOOKS if (held := self.__dict__[name])}
