@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 import chunkft_fx
-from chunkft_fx.copies import state_stage as streaming
-from chunkft_fx.copies.state_stage import CudaStage
+from chunkft_fx.copies import stage_batches
+from chunkft_fx.copies.link import CudaLink, Link
+from chunkft_fx.copies.state_stage import CopiedStage, Stage
+from chunkft_fx.copies.tier import HostTier
 from chunkft_fx.graph import ops
 from chunkft_fx.machine.rates import Rates
 from chunkft_fx.module.module import CompiledModule
@@ -24,7 +26,7 @@ from chunkft_fx.runtime import step as runtime
 from chunkft_fx.runtime.session import Session
 from chunkft_fx.tools.zoo import Batch, tiny
 from tests.support.equivalence import smallest_budget
-from tests.support.stream_machine import Machine, machine
+from tests.support.stream_machine import CPU, Machine, machine
 
 __all__ = ["machine"]
 
@@ -33,14 +35,14 @@ RATES = Rates({"float32": 1e10}, 1e10, 1e9, 1e9, 1e9, 3.0)
 CHUNKS = 3
 
 
-class Recorded(CudaStage):
+class Recorded(CopiedStage):
     """A stage that remembers each share that was admitted, and how many batches that let begin."""
 
     def __init__(self, capacity: int) -> None:
-        super().__init__(torch.device("cpu"), capacity)
+        super().__init__(CudaLink(CPU), CudaLink(CPU), HostTier(CPU), capacity)
         self.begun: list[tuple[float, int]] = []
 
-    def admit(self, share: float, after: Sequence[torch.cuda.Stream] = ()) -> None:
+    def admit(self, share: float, after: Sequence[Link] = ()) -> None:
         before = self._admitted
         super().admit(share, after)
         self.begun.append((share, self._admitted - before))
@@ -73,7 +75,7 @@ def train(compiled: CompiledModule, optimizer: chunkft_fx.AdamW, batches: list[d
 def test_training_with_paced_states_equals_training_in_place(
     llama: tuple[nn.Module, Batch], machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming, "BATCH_NBYTES", 4096)
+    monkeypatch.setattr(stage_batches, "BATCH_NBYTES", 4096)
     machine.chance = random.Random(0)
     model, batch = llama
     model.train()
@@ -113,7 +115,7 @@ class Asked:
     has_begun = False
 
     def __init__(self) -> None:
-        self.stage = streaming.Stage(torch.device("cpu"))
+        self.stage = Stage(CPU)
         self.state_dtype, self.states = "float32", "keep"
         self.state: dict[Any, Any] = {}
         self.notes: list[str] = []

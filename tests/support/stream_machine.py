@@ -10,6 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from chunkft_fx.copies.link import CudaLink
+from chunkft_fx.copies.state_stage import CopiedStage
+from chunkft_fx.copies.tier import HostTier
+
+CPU = torch.device("cpu")
+
 
 class Machine:
     """Streams whose work is done when something waits for it, or at a moment that ``chance`` picks.
@@ -92,6 +98,11 @@ class Event:
 
     def record(self, stream: Stream) -> None:
         self.last = stream.last
+
+
+def copied_stage(capacity: int) -> CopiedStage:
+    """A stage whose links are streams of the machine."""
+    return CopiedStage(CudaLink(CPU), CudaLink(CPU), HostTier(CPU), capacity)
 
 
 @pytest.fixture
