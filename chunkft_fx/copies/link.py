@@ -63,7 +63,7 @@ class Link:
 
     def mark(self, holding: Sequence[Tensor] = ()) -> Mark:
         """A mark behind the copies begun so far; these tensors are held until it is waited for."""
-        mark = Mark(holding)
+        mark = Mark(tuple(holding))
         if holding:
             self._holding.add(mark)
         return mark

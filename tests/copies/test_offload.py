@@ -14,9 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import chunkft_fx
-from chunkft_fx.copies.link import Link
-from chunkft_fx.copies.saved_values import BufferPool, KeptCopy, SavedValues, buffer_nbytes
-from chunkft_fx.copies.tier import HostTier
+from chunkft_fx.copies.saved_values import KeptCopy
 from chunkft_fx.graph import ops
 from chunkft_fx.graph.layout import run_strides
 from chunkft_fx.module.module import CompiledModule
@@ -248,41 +246,3 @@ def test_run_strides_of_a_dense_tensor_are_its_own(drawn: tuple[list[int], list[
     gaps = torch.empty([2 * n for n in shape])[tuple(slice(None, None, 2) for _ in shape)].permute(order)
     dense = torch.empty_strided(gaps.shape, run_strides(gaps.shape, gaps.stride()))
     assert dense.untyped_storage().nbytes() == 4 * gaps.numel()
-
-
-@given(st.integers(0, 10**10))
-def test_buffers_waste_an_eighth_at_most(nbytes: int) -> None:
-    size = buffer_nbytes(nbytes)
-    assert nbytes <= size <= max(nbytes * 9 / 8, buffer_nbytes(0))
-    assert size % 16 == 0  # every dtype can be laid over it
-    assert buffer_nbytes(size) == size
-
-
-def test_a_pool_takes_the_smallest_free_buffer_that_is_large_enough() -> None:
-    pool = BufferPool(HostTier(torch.device("cpu")))
-    small, large = pool.take(4096), pool.take(16384)
-    held = pool.nbytes
-    pool.give_back(large)
-    pool.give_back(small)
-    assert pool.take(4000) is small
-    assert pool.take(4000) is large
-    assert pool.nbytes == held
-    pool.take(4000)
-    assert pool.nbytes == held + 4096
-
-
-def test_values_come_back_with_their_dtype_and_strides() -> None:
-    carrier = SavedValues(Link(torch.device("cpu")), HostTier(torch.device("cpu")))
-    values = [torch.randn(3, 5).t(), torch.randn(2, 3, 4).to(torch.bfloat16), torch.arange(7), torch.tensor(True)]
-    host = carrier.offload(values, 0)
-    kept = [v.clone() for v in values]
-    carrier.release(0)
-    for value in values:
-        value.zero_()
-    copies = carrier.fetch(host, 1)
-    carrier.wait(1)
-    for a, b, host_copy in zip(copies, kept, host, strict=True):
-        assert torch.equal(a, b)
-        assert a.stride() == b.stride()
-        assert a.dtype == b.dtype
-        assert a.data_ptr() != host_copy.tensor.data_ptr()

@@ -1,19 +1,19 @@
-"""State streaming without a GPU: the CUDA stage with streams that work as late as they may, and pinned slabs."""
+"""State streaming without a GPU: the CUDA stage with streams that work as late as they may."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from chunkft_fx.copies import stage_batches, state_stage, tier
-from chunkft_fx.copies.link import CudaLink
+from chunkft_fx.copies import stage_batches, state_stage
+from chunkft_fx.copies.link import CudaLink, Link
 from chunkft_fx.copies.stage_batches import Batch, last_conflict
-from chunkft_fx.copies.state_stage import Stage
+from chunkft_fx.copies.state_stage import CopiedStage, Stage
 from chunkft_fx.copies.tier import HostTier
 from chunkft_fx.optim.adamw import AdamW
 from tests.support.small_net import compiled, feed, net, train_step
@@ -164,6 +164,49 @@ def test_the_stage_takes_memory_once_for_the_largest_chunk(machine: Machine) -> 
     assert torch.equal(stage.tensors()[0], torch.arange(400.0))
 
 
+class Interrupted(HostTier):
+    """A tier at which the user interrupts the copies of the ``last`` batch halfway."""
+
+    def __init__(self, last: int) -> None:
+        super().__init__(CPU)
+        self.left = last
+
+    def copy_in(self, link: Link, kept: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        super().copy_in(link, kept, targets)
+
+
+@pytest.mark.parametrize("last", [1, 4, 10])
+def test_states_whose_copies_were_interrupted_come_in_all_the_same(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, last: int
+) -> None:
+    monkeypatch.setattr(stage_batches, "BATCH_NBYTES", 4096)
+    stage = CopiedStage(CudaLink(CPU), CudaLink(CPU), Interrupted(last), 0)
+    host = torch.arange(1, 10 * 1024 + 1.0)
+    stage.announce([host])
+    with pytest.raises(KeyboardInterrupt):
+        stage.admit(1.0)
+    stage.abandon()
+    assert torch.equal(stage.tensors()[0], host)
+
+
+def test_an_abandoned_step_leaves_updated_states_and_what_was_announced(machine: Machine) -> None:
+    stage = copied_stage(0)
+    first, second = torch.ones(100), torch.full((100,), 5.0)
+    stage.announce([first])
+    stage.tensors()[0].add_(1)  # newer than host memory until it is written back
+    stage.abandon()
+    assert bool(stage.tensors()[0].eq(2).all())
+    stage.write_back()
+    stage.announce([second])
+    stage.admit(0.5)
+    stage.abandon()
+    assert bool(first.eq(2).all())
+    assert bool(stage.tensors()[0].eq(5).all())
+
+
 @pytest.mark.parametrize(
     ("dtype", "state_dtype", "interval"),
     [(torch.float32, "float32", 1), (torch.float32, "bfloat16", 3), (torch.bfloat16, "bfloat16", 1)]
@@ -209,32 +252,3 @@ def test_the_capacity_is_what_the_largest_chunk_takes(machine: Machine) -> None:
         feed(module, step)
         optimizer.step()
     assert stage._arena is first
-
-
-def test_pinned_memory_is_carved_from_zeroed_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
-    slabs: list[int] = []
-    zeros = torch.zeros
-
-    def pinned_zeros(numel: int, *, dtype: torch.dtype, pin_memory: bool) -> Tensor:
-        assert pin_memory
-        slabs.append(numel * dtype.itemsize)
-        return zeros(numel, dtype=dtype)
-
-    monkeypatch.setattr(tier, "SMALLEST_SLAB", 1024)
-    monkeypatch.setattr(tier, "LARGEST_SLAB", 4096)
-    monkeypatch.setattr(torch, "zeros", pinned_zeros)
-    memory = HostTier(torch.device("cuda"))
-    taken = [memory.allocate((n, 10), torch.float32) for n in (10, 10, 30, 2, 150, 60)]
-    taken.append(memory.allocate((3,), torch.float64))
-    # 400 + 400 + 80 bytes fit the first slab, 1200 the second; 6000 need a larger one, and float64 has its own.
-    assert slabs == [1024, 2048, 8192, 4096, 1024]
-    for i, t in enumerate(taken):
-        assert not t.any()
-        t.fill_(i + 1)
-    assert all(bool((t == i + 1).all()) for i, t in enumerate(taken))
-    assert all(t.is_contiguous() for t in taken)
-
-
-def test_memory_that_is_not_pinned_is_plain() -> None:
-    t = HostTier(CPU).allocate((2, 3), torch.float64)
-    assert (t.shape, t.dtype, t.any().item()) == ((2, 3), torch.float64, False)

@@ -28,6 +28,7 @@ class Machine:
         self.work: list[Work] = []
         self.current: Stream | None = None
         self.chance: random.Random | None = None
+        self.compute = Stream(self, computes=True)
 
     def queue(self, stream: Stream, action: Callable[[], object] | None, after: Work | None = None) -> None:
         stream.queued += action is not None
@@ -35,6 +36,10 @@ class Machine:
         stream.last = work
         self.work.append(work)
         self.drift()
+
+    def compute_late(self, action: Callable[[], object]) -> None:
+        """Put work on the compute stream that is done only when something comes behind it."""
+        self.queue(self.compute, action)
 
     def drift(self) -> None:
         """Let some of the waiting work happen now."""
@@ -54,7 +59,7 @@ class Machine:
         for work in [w for w in self.work if w in needed]:  # as queued, which no dependency contradicts
             if work.action is not None:
                 work.action()
-            work.done = True
+            work.done, work.action = True, None  # lets go of its tensors
         self.work = [w for w in self.work if not w.done]
 
 
@@ -109,7 +114,6 @@ def copied_stage(capacity: int) -> CopiedStage:
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     """CUDA streams on the CPU."""
     machine = Machine()
-    compute = Stream(machine, computes=True)
     copy = Tensor.copy_
 
     @contextlib.contextmanager
@@ -127,7 +131,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(machine))
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: compute)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: machine.compute)
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(Tensor, "copy_", copied)
     monkeypatch.setattr(Tensor, "record_stream", lambda *_: None)
