@@ -17,18 +17,13 @@ from torch import Tensor
 from chunkft_fx.errors import OptionError
 from chunkft_fx.kernels.adamw import adamw, launch_adamw
 from chunkft_fx.kernels.adamw_reference import SliceUpdate, adamw_reference
-from chunkft_fx.kernels.copy import copy, launch_copy
 from chunkft_fx.kernels.launch import LaunchOptions
 from tests.kernels.operands import (
-    CopySpec,
     Spec,
-    assert_copied,
     assert_same_memory,
     build,
-    copy_specs,
     specs,
     spelled_out,
-    tensors_to_copy,
     ulps,
 )
 
@@ -220,35 +215,3 @@ def test_float64_is_updated_by_torch() -> None:
     for u in pairs:
         adamw([u], **OPTIONS)
     torch.testing.assert_close(pairs[1].weight.cpu(), pairs[0].weight, rtol=1e-14, atol=0)
-
-
-@settings(max_examples=25)
-@given(
-    drawn=st.lists(
-        st.tuples(copy_specs(), st.frozensets(st.sampled_from(["source", "destination"]))), min_size=1, max_size=4
-    ),
-    launch=st.sampled_from([None, SMALL]),
-)
-def test_copy_in_any_direction(drawn: list[tuple[CopySpec, frozenset[str]]], launch: LaunchOptions | None) -> None:
-    cases = [tensors_to_copy(spec, Place(pinned)) for spec, pinned in drawn]
-    sources, destinations = [c.source for c in cases], [c.destination for c in cases]
-    with no_synchronization():
-        launch_copy(sources, destinations, torch.device("cuda", torch.cuda.current_device()), launch)
-    torch.cuda.synchronize()
-    for case in cases:
-        assert_copied(case)
-
-
-def test_a_large_copy_there_and_back() -> None:
-    original = torch.randn(2**24 + 3).pin_memory()
-    there, back = torch.empty_like(original, device="cuda"), torch.empty_like(original).pin_memory()
-    copy([original], [there])
-    copy([there], [back])
-    torch.cuda.synchronize()
-    assert torch.equal(there.cpu(), original)
-    assert torch.equal(back, original)
-
-
-def test_unpinned_memory_is_not_copied() -> None:
-    with pytest.raises(OptionError, match="a destination is on cpu"):
-        copy([torch.zeros(3, device="cuda")], [torch.zeros(3)])

@@ -190,51 +190,6 @@ def ulps(a: Tensor, b: Tensor) -> Tensor:
     return (a.contiguous().view(torch.int32).long() - b.contiguous().view(torch.int32).long()).abs()
 
 
-@dataclass(frozen=True)
-class CopySpec:
-    """A tensor to copy: its elements, and how many elements after an aligned address it begins on either side."""
-
-    numel: int
-    dtype: torch.dtype
-    source_offset: int
-    destination_offset: int
-
-
-@dataclass
-class CopyCase:
-    """Source and destination, the destination's whole buffer, and what that must hold after the copy."""
-
-    source: Tensor
-    destination: Tensor
-    buffer: Tensor
-    expected: Tensor
-
-
-@st.composite
-def copy_specs(draw: st.DrawFn) -> CopySpec:
-    return CopySpec(
-        numel=draw(st.sampled_from([0, 1, 3, 63, 64, 65, 700])),
-        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.uint8, torch.float64])),
-        source_offset=draw(st.integers(0, 3)),
-        destination_offset=draw(st.integers(0, 3)),
-    )
-
-
-def tensors_to_copy(spec: CopySpec, place: Placement) -> CopyCase:
-    """Random values on one side, canaries on the other; ``place`` is asked for "source" and "destination"."""
-    values = torch.randint(0, 200, (spec.numel + 2 * MARGIN,)).to(spec.dtype)
-    expected = torch.full_like(values, CANARY)
-    sides = (place("source", values), place("destination", expected.clone()))
-    begins = (MARGIN + spec.source_offset, MARGIN + spec.destination_offset)
-    source, destination = (side[at : at + spec.numel] for side, at in zip(sides, begins, strict=True))
-    expected[begins[1] : begins[1] + spec.numel] = values[begins[0] : begins[0] + spec.numel]
-    return CopyCase(source, destination, sides[1], expected)
-
-
-def assert_copied(case: CopyCase) -> None:
-    assert torch.equal(case.buffer.cpu(), case.expected)
-
-
 def product_operands(
     first: tuple[int, int], second: tuple[int, int], dtype: torch.dtype, layout: str, device: str, seed: int
 ) -> tuple[Tensor, Tensor]:
