@@ -20,8 +20,8 @@ CPU = torch.device("cpu")
 class Machine:
     """Streams whose work is done when something waits for it, or at a moment that ``chance`` picks.
 
-    The compute stream is the Python program itself. What a stream may do early or late is bounded only by the
-    waits that were asked for, so that a wait that is missing shows as a wrong value.
+    The compute stream is the Python program itself, and what `compute_late` puts there. What a stream may do early or
+    late is bounded only by the waits that were asked for, so that a wait that is missing shows as a wrong value.
     """
 
     def __init__(self) -> None:
