@@ -22,8 +22,8 @@ from chunkft_fx.graph import ops
 from chunkft_fx.machine.rates import Rates
 from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.predict.predictor import Predictor
+from chunkft_fx.program.programs import Programs
 from chunkft_fx.runtime import step as runtime
-from chunkft_fx.runtime.session import Session
 from chunkft_fx.tools.zoo import Batch, tiny
 from tests.support.equivalence import smallest_budget
 from tests.support.stream_machine import CPU, Machine, machine
@@ -52,8 +52,8 @@ class Recorded(CopiedStage):
 def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times are predicted as they are on a GPU, so that programs pace states."""
 
-    def predictor(session: Session, **of_a_batch: Any) -> Predictor:
-        return Predictor(session.programs, known=RATES, **of_a_batch)
+    def predictor(programs: Programs, absent: frozenset[str], **of_a_batch: Any) -> Predictor:
+        return Predictor(programs, absent, known=RATES, **of_a_batch)
 
     monkeypatch.setattr("chunkft_fx.planning.batch_plan.Predictor", predictor)
 
