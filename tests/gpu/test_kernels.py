@@ -32,18 +32,18 @@ pytestmark = pytest.mark.gpu
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
 # few programs for many tiles, so that every program walks over several tiles and slices
 SMALL = LaunchOptions(tile=256, num_warps=2, per_multiprocessor=1, on_host=3)
-PLAIN = Spec((9, 40), (0, 1), 0, 2, 5, torch.bfloat16, torch.float32, "front", True, 0, 3, 0)
+PLAIN = Spec((9, 40), (0, 1), 0, 2, 5, torch.bfloat16, torch.float32, "front", 0, 3, 0)
 STATES = ("master", "exp_avg", "exp_avg_sq")
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Puts the operands of these names, and host weights, into pinned host memory, the others on the device."""
+    """Puts the operands of these names into pinned host memory, the others on the device."""
 
     pinned: frozenset[str]
 
     def __call__(self, name: str, buffer: Tensor) -> Tensor:
-        return buffer.pin_memory() if name in self.pinned | {"host_weight"} else buffer.cuda()
+        return buffer.pin_memory() if name in self.pinned else buffer.cuda()
 
 
 places = st.builds(Place, st.frozensets(st.sampled_from(["weight", *STATES])))
@@ -101,7 +101,6 @@ def test_a_thousand_slices_take_several_steps_without_a_wait(place: Place, state
             length=20 + seed % 7,
             weight_dtype=dtype,
             state_dtype=state_dtype,
-            has_host_weight=False,
             step=1 + seed % 3,
             seed=seed,
         )
@@ -192,12 +191,11 @@ def test_bfloat16_second_moment_decays() -> None:
 
 def test_memory_that_the_kernel_cannot_reach_is_refused() -> None:
     u = build(PLAIN, ON_DEVICE).update
-    assert u.master is not None and u.host_weight is not None
+    assert u.master is not None
     changes: tuple[dict[str, Any], ...] = (
         {"master": u.master.cpu()},
         {"exp_avg": u.exp_avg.cpu()},
         {"weight": u.weight.cpu()},
-        {"host_weight": u.host_weight.clone()},
     )
     for change in changes:
         with pytest.raises(OptionError, match="pinned host memory"):
