@@ -96,6 +96,52 @@ def test_training_with_paced_states_equals_training_in_place(
     assert within > sum(count for _, count in stage.begun) / 2
 
 
+class Interrupted(Recorded):
+    """A stage at whose copies the user interrupts the program once, at its call number ``left``."""
+
+    left = 7
+
+    def admit(self, share: float, after: Sequence[Link] = ()) -> None:
+        if share < 1.0 and self.left > 0:
+            self.left -= 1
+            if self.left == 0:
+                super().admit(share, after)  # some of them are under way
+                raise KeyboardInterrupt
+        super().admit(share, after)
+
+
+def test_steps_that_are_interrupted_while_states_come_in_can_be_made_again(
+    llama: tuple[nn.Module, Batch], machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage_batches, "BATCH_NBYTES", 4096)
+    machine.chance = random.Random(1)
+    model, batch = llama
+    batches = [batch(2, 12, seed) for seed in range(2 * CHUNKS)]
+    budget = smallest_budget(model.train(), batches[0], CHUNKS)
+    plain, paced = (chunkft_fx.compile(copy.deepcopy(model), budget, chunks=CHUNKS, backend="eager") for _ in range(2))
+    in_place, optimizer = chunkft_fx.AdamW(plain, lr=1e-2), chunkft_fx.AdamW(paced, lr=1e-2)
+    paced(**batches[0])
+    optimizer._stage = stage = Interrupted(optimizer._capacity())
+    interrupted = 0
+    for seed, given in enumerate(batches):
+        for module, its in ((plain, in_place), (paced, optimizer)):
+            torch.manual_seed(seed)
+            try:
+                module(**given).loss.backward()
+            except KeyboardInterrupt:
+                interrupted += 1
+                torch.manual_seed(seed)
+                module(**given).loss.backward()
+            its.step()
+            its.zero_grad()
+    assert (interrupted, stage.left) == (1, 0)
+    for (name, p), q in zip(plain.named_parameters(), paced.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    a, b = in_place.state_dict()["state"], optimizer.state_dict()["state"]
+    for i, state in a.items():
+        assert all(torch.equal(v, b[i][k]) for k, v in state.items() if isinstance(v, torch.Tensor)), i
+
+
 def test_an_optimizer_that_is_gone_is_not_missed() -> None:
     model, batch = tiny("llama")
     compiled = chunkft_fx.compile(model.train(), "1GB", chunks=CHUNKS, backend="eager")
