@@ -1,4 +1,4 @@
-"""How fast the AdamW and copy kernels move bytes, on device and pinned host memory, beside torch's own.
+"""How fast the AdamW kernel and torch's copy engine move bytes, on device and pinned host memory.
 
     python -m benchmarks.bench_kernels --sweep --out kernels.json
 
@@ -24,7 +24,6 @@ import typer
 from torch import Tensor
 
 from chunkft_fx.kernels.adamw import SliceUpdate, launch_adamw
-from chunkft_fx.kernels.copy import copy_reference, launch_copy
 from chunkft_fx.kernels.launch import LaunchOptions
 
 GIB = 2**30
@@ -159,14 +158,6 @@ class Buffers:
         }
 
 
-def copy_row(name: str, direction: str, buffers: Buffers, steps: int, launch: LaunchOptions | None = None) -> Row:
-    """Time the copy kernel in a direction of `Buffers.directions`."""
-    sources, destinations = buffers.directions()[direction]
-    device = torch.device("cuda", torch.cuda.current_device())
-    times = measure(partial(launch_copy, sources, destinations, device, launch), steps)
-    return Row(name, *times, buffers.nbytes, 2 if direction == "both ways" else 1, True, launch)
-
-
 def engine_row(name: str, direction: str, buffers: Buffers, steps: int) -> Row:
     """Copies of torch's copy engine; both ways at once take a stream each."""
     ways = buffers.directions()
@@ -178,7 +169,8 @@ def engine_row(name: str, direction: str, buffers: Buffers, steps: int) -> Row:
         for stream, (sources, destinations) in zip(streams, chosen, strict=True):
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
-                copy_reference(sources, destinations)
+                for source, destination in zip(sources, destinations, strict=True):
+                    destination.copy_(source, non_blocking=True)
         for stream in streams:
             current.wait_stream(stream)
 
@@ -186,7 +178,7 @@ def engine_row(name: str, direction: str, buffers: Buffers, steps: int) -> Row:
 
 
 def compare(numel: int, steps: int) -> Iterator[Row]:
-    """The kernels at their default settings and torch's own, a row at a time."""
+    """AdamW's kernel at its default settings, torch's AdamW and torch's copies, a row at a time."""
     for host, place in ((False, "on the device"), (True, "states on the host")):
         yield adamw_row(f"AdamW, rows, {place}", slices(numel, SLICES, host), host, steps)
         yield adamw_row(f"AdamW, columns, {place}", slices(numel, SLICES, host, dim=1), host, steps)
@@ -195,7 +187,6 @@ def compare(numel: int, steps: int) -> Iterator[Row]:
     for count in (SLICES, MANY_SLICES):
         buffers = Buffers.make(numel, count)
         for direction in buffers.directions():
-            yield copy_row(f"copy kernel, {count} tensors {direction}", direction, buffers, steps)
             yield engine_row(f"copy engine, {count} tensors {direction}", direction, buffers, steps)
 
 
@@ -207,16 +198,11 @@ def settings(counts: Sequence[int], field: str) -> Iterator[LaunchOptions]:
 
 
 def sweep(numel: int, steps: int) -> Iterator[Row]:
-    """The kernels at every setting; the fastest of each first."""
+    """AdamW's kernel at every setting; the fastest first."""
     for host, place in ((False, "on the device"), (True, "states on the host")):
         updates = slices(numel, SLICES, host)
         choices = settings(ON_HOST, "on_host") if host else settings(PER_MULTIPROCESSOR, "per_multiprocessor")
         rows = [adamw_row(f"AdamW, rows, {place}", updates, host, steps, launch) for launch in choices]
-        yield from sorted(rows, key=lambda r: r.median_ms)
-    buffers = Buffers.make(numel, SLICES)
-    for direction in buffers.directions():
-        choices = settings(ON_HOST, "on_host")
-        rows = [copy_row(f"copy kernel {direction}", direction, buffers, steps, launch) for launch in choices]
         yield from sorted(rows, key=lambda r: r.median_ms)
 
 
@@ -245,7 +231,7 @@ def main(
     shown: Annotated[int, typer.Option(help="settings of each kernel to print, the fastest first")] = 5,
     out: Annotated[Path | None, typer.Option(help="write all rows here, as JSON")] = None,
 ) -> None:
-    """Measure the AdamW and copy kernels on one CUDA GPU."""
+    """Measure the AdamW kernel and torch's copy engine on one CUDA GPU."""
     if not torch.cuda.is_available():
         raise typer.BadParameter("this measurement needs a CUDA GPU")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {numel:,} elements")

@@ -1,4 +1,4 @@
-"""Residency: where each weight lives, and how the model is called while some weights live in host memory.
+"""Residency: says where each weight lives, and shows the model to its callers while some weights live in host memory.
 
 A streamed weight stays in ``parameter.data``, in (pinned) host memory, where ``state_dict``, copies and pickles
 find it. Only while the model runs does its parameter stand for a tensor on the compute device that has no storage:
@@ -9,52 +9,35 @@ mistake. The session takes the weight's real tensor from here.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from chunkft_fx.copies.host_memory import HostMemory
-from chunkft_fx.copies.saved_values import make_saved_copies
-from chunkft_fx.copies.state_stage import Stage, StageOwner
-from chunkft_fx.copies.weight_ring import Ring, make_ring, ring_buffer_nbytes
+from chunkft_fx.copies.tier import HostTier
 from chunkft_fx.errors import OptionError
 
 
 class Residency:
     """The weights of one model: those named in ``streamed`` are fetched for each use, the others are on ``device``."""
 
-    def __init__(self, model: nn.Module, device: torch.device, memory: HostMemory) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, tier: HostTier) -> None:
         self.device = device
         self.parameters = dict(model.named_parameters())
         self.streamed: frozenset[str] = frozenset()
         self.depth = 2
-        self.saved = make_saved_copies(device, memory)
-        self.optimizer: Callable[[], StageOwner | None] | None = None  # a weak reference
-        self._memory = memory
-        self._ring: Ring | None = None
+        self._tier = tier
         self._real: dict[str, Tensor] = {}
         self._ghosts: dict[str, Tensor] = {}
         self._nesting = 0
 
-    def stage_owner(self) -> StageOwner | None:
-        """The optimizer, if there is one."""
-        return None if self.optimizer is None else self.optimizer()
-
-    def stage(self) -> Stage | None:
-        """The optimizer's stage, if there is an optimizer."""
-        optimizer = self.stage_owner()
-        return None if optimizer is None else optimizer.stage
-
-    def take_stage(self) -> None:
-        """Have the optimizer, if there is one, take its device memory before a step takes any."""
-        optimizer = self.stage_owner()
-        if optimizer is not None:
-            optimizer.take_stage()
-
     def real(self, name: str) -> Tensor:
         """The tensor that holds a weight, also while the model runs."""
-        return self._holder(name).detach()
+        return self.holder(name).detach()
+
+    def holder(self, name: str) -> Tensor:
+        """As `real`, without ``detach()``: this is called for every weight in every step, only to look at it."""
+        return self._real.get(name, self.parameters[name])
 
     def away(self) -> frozenset[str]:
         """The weights that a program must fetch: the streamed ones, and any that someone moved off the device."""
@@ -62,19 +45,6 @@ class Residency:
             return self.streamed.union(self._real)
         elsewhere = {n for n, p in self.parameters.items() if p.device != self.device}
         return self.streamed | elsewhere
-
-    def ring(self, uses: Sequence[frozenset[str]]) -> Ring | None:
-        """The ring for a program whose region calls read these parameters; None when it fetches nothing."""
-        away = self.away()
-        if not away:
-            self._ring = None
-            return None
-        nbytes = ring_buffer_nbytes([[self._holder(name) for name in use & away] for use in uses])
-        known = self._ring
-        if known is None or known.depth != self.depth or known.buffer_nbytes < nbytes:
-            self._ring = None  # free before taking a larger one
-            self._ring = make_ring(self.device, self.depth, nbytes)
-        return self._ring
 
     def rebind(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Let other parameters take the place of those of the same names, and put them where those were."""
@@ -86,7 +56,7 @@ class Residency:
         self.streamed, self.depth = frozenset(streamed), depth
         for name, parameter in self.parameters.items():
             real = self._real.pop(name, parameter.data)
-            wanted = self._to_host(real) if name in self.streamed else real.to(self.device)
+            wanted = self._tier.moved(real) if name in self.streamed else real.to(self.device)
             if self._nesting and name in self.streamed:
                 self._real[name] = wanted
                 wanted = self._ghost(name, wanted)
@@ -112,16 +82,6 @@ class Residency:
                 for name, real in self._real.items():
                     self.parameters[name].data = real
                 self._real.clear()
-
-    def _holder(self, name: str) -> Tensor:
-        """`real`, or the parameter itself where that is it: for a glance at each of hundreds of weights."""
-        return self._real.get(name, self.parameters[name])
-
-    def _to_host(self, weight: Tensor) -> Tensor:
-        pinned = self.device.type == "cuda"
-        if weight.device.type == "cpu" and (not pinned or weight.is_pinned()):
-            return weight
-        return self._memory.like(weight, pinned)
 
     def _ghost(self, name: str, like: Tensor) -> Tensor:
         ghost = self._ghosts.get(name)

@@ -1,4 +1,4 @@
-"""AdamW over many slices in one pass: reconcile, decay, moments, step, and the weight's rounded copies.
+"""AdamW over many slices in one pass: reconcile, decay, moments, step, and the weight's rounded copy.
 
 On CUDA a Triton kernel reads and writes each operand once, wherever it is: master weights and moments may be
 staged on the device or stay in pinned host memory, which the kernel reaches over the link. On the CPU, and for
@@ -128,7 +128,7 @@ def launch_adamw(
 
 @dataclass(frozen=True)
 class _Layout:
-    """A slice as (rows, middle, columns): sizes, and nine strides in elements, of weight, host weight and gradient.
+    """A slice as (rows, middle, columns): sizes, and six strides in elements, of weight and gradient.
 
     A run has its length as number of rows.
     """
@@ -142,13 +142,12 @@ class _Layout:
 class _Variant:
     """What the kernel is compiled for; slices of one variant share a launch.
 
-    ``dims`` says of weight, host weight and gradient where their stride is one. ``even`` means that every access
+    ``dims`` says of weight and gradient where their stride is one. ``even`` means that every access
     may be as wide as `chunkft_fx.kernels.launch.ACCESS_NBYTES`.
     """
 
     weight_dtype: torch.dtype
     state_dtype: torch.dtype
-    has_host_weight: bool
     is_run: bool
     even: bool
     dims: tuple[int, ...]
@@ -193,7 +192,7 @@ def _groups(updates: Sequence[SliceUpdate], launch: LaunchOptions) -> tuple[_Gro
 
 def _place(u: SliceUpdate) -> tuple[Any, ...]:
     """All that the checks and the rows of an update depend on; the address also says which memory it is."""
-    walked = (u.weight, u.gradient, u.host_weight)
+    walked = (u.weight, u.gradient)
     states = (u.master, u.exp_avg, u.exp_avg_sq)
     return (
         *[t if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride()) for t in walked],
@@ -237,7 +236,7 @@ def _numbers(
 
 def _addresses(u: SliceUpdate) -> list[int]:
     """The operands' addresses in the order of the table; 0 for one that is absent."""
-    named = (u.weight, u.host_weight, u.gradient, u.master, u.exp_avg, u.exp_avg_sq)
+    named = (u.weight, u.gradient, u.master, u.exp_avg, u.exp_avg_sq)
     return [0 if t is None else t.data_ptr() for t in named]
 
 
@@ -247,13 +246,13 @@ def _layout(u: SliceUpdate) -> _Layout:
     Raises `OptionError` if that takes more than three dimensions: a parameter that is contiguous, in any memory
     format, takes three at most where `chunkft_fx.plan.cuts.cut_dim` cuts it.
     """
-    walked = [u.weight, u.weight if u.host_weight is None else u.host_weight, u.gradient]
+    walked = [u.weight, u.gradient]
     sizes, strides = join_dims(walked)
     if len(sizes) > 3:
         found = ", ".join(str(t.stride()) for t in walked)
-        raise OptionError(f"weight, host weight and gradient have strides {found}; make the parameter contiguous")
+        raise OptionError(f"weight and gradient have strides {found}; make the parameter contiguous")
     if all(s == [1] for s in strides):
-        return _Layout((sizes[0], 1, 1), (0,) * 9, is_run=True)
+        return _Layout((sizes[0], 1, 1), (0,) * 6, is_run=True)
     missing = 3 - len(sizes)
     # one dimension: a single row; two: no middle
     at = min(1, len(sizes) - 1)
@@ -268,11 +267,11 @@ def _variant(u: SliceUpdate, layout: _Layout) -> _Variant:
     if not layout.is_run:
         from chunkft_fx.kernels.adamw_triton import COLUMNS, DIVISOR, NO_DIM, ROWS
 
-        triples = [layout.strides[i : i + 3] for i in (0, 3, 6)]
+        triples = [layout.strides[i : i + 3] for i in (0, 3)]
         dims = tuple(ROWS.value if s[0] == 1 else COLUMNS.value if s[2] == 1 else NO_DIM.value for s in triples)
         steps = [x for s in triples for x in s if x != 1] + [layout.sizes[0], layout.sizes[2]]
         even = even and all(x % DIVISOR.value == 0 for x in steps)
-    return _Variant(u.weight.dtype, u.exp_avg.dtype, u.host_weight is not None, layout.is_run, even, dims)
+    return _Variant(u.weight.dtype, u.exp_avg.dtype, layout.is_run, even, dims)
 
 
 def _kernel(variant: _Variant, launch: LaunchOptions) -> tuple[Any, dict[str, Any]]:
@@ -285,10 +284,9 @@ def _kernel(variant: _Variant, launch: LaunchOptions) -> tuple[Any, dict[str, An
     constants = {
         "WEIGHT_DTYPE": pointees[variant.weight_dtype],
         "STATE_DTYPE": pointees[variant.state_dtype],
-        "HAS_HOST_WEIGHT": variant.has_host_weight,
     }
     if variant.is_run:
         return adamw_triton.adamw_runs, constants | {"ALIGNED": variant.even, "TILE": launch.tile}
-    names = ("WEIGHT_DIM", "HOST_WEIGHT_DIM", "GRADIENT_DIM")
+    names = ("WEIGHT_DIM", "GRADIENT_DIM")
     dims = dict(zip(names, variant.dims, strict=True))
     return adamw_triton.adamw_tiles, constants | {"EVEN": variant.even} | dims

@@ -35,8 +35,6 @@ class SliceUpdate:
     (float64 for float64 weights), with any strides. ``master`` is contiguous, of the gradient's dtype and the
     weight's number of elements, or `None` for a weight that is its own master. ``exp_avg`` and ``exp_avg_sq``
     are contiguous, of the gradient's dtype or bfloat16. ``step`` counts updates of this slice, this one included.
-    ``host_weight``, of the weight's shape and dtype with any strides, is a second copy of the weight in pinned
-    host memory (the original of a streamed weight), written with it and never read.
     """
 
     weight: Tensor
@@ -45,14 +43,12 @@ class SliceUpdate:
     exp_avg: Tensor
     exp_avg_sq: Tensor
     step: int
-    host_weight: Tensor | None = None
 
 
 def operands(u: SliceUpdate) -> dict[str, Tensor]:
     """The tensors of an update, by name."""
     named = {
         "weight": u.weight,
-        "host_weight": u.host_weight,
         "gradient": u.gradient,
         "master": u.master,
         "exp_avg": u.exp_avg,
@@ -64,7 +60,7 @@ def operands(u: SliceUpdate) -> dict[str, Tensor]:
 def require_one_device(u: SliceUpdate) -> None:
     """Refuse what torch's own operators cannot update."""
     for name, operand in operands(u).items():
-        if name != "host_weight" and operand.device != u.weight.device:
+        if operand.device != u.weight.device:
             raise OptionError(
                 f"{name} is on {operand.device}, the weight on {u.weight.device}; "
                 f"a {u.gradient.dtype} slice is updated where all of it is"
@@ -78,12 +74,6 @@ def check_operands(u: SliceUpdate) -> None:
         raise OptionError(
             f"the gradient is {tuple(u.gradient.shape)}, {u.gradient.dtype}; "
             f"for this weight it must be {tuple(u.weight.shape)}, {expected}"
-        )
-    host = u.host_weight
-    if host is not None and (host.shape, host.dtype, host.device.type) != (u.weight.shape, u.weight.dtype, "cpu"):
-        raise OptionError(
-            f"the host weight is {tuple(host.shape)}, {host.dtype} on {host.device}; "
-            f"it must be {tuple(u.weight.shape)}, {u.weight.dtype} in host memory"
         )
     if (u.master is None) != (expected == u.weight.dtype):
         raise OptionError(f"a {u.weight.dtype} weight needs {'no' if u.master is not None else 'a'} master")
@@ -139,9 +129,7 @@ def adamw_reference(
             noise = random_words(seed, index, master.numel(), master.device).view(shape)
             u.exp_avg.view(shape).copy_(round_stochastically(moments[0], noise & 0xFFFF))
             u.exp_avg_sq.view(shape).copy_(round_stochastically(moments[1], noise >> 16))
-        for weight in (u.weight, u.host_weight):
-            if weight is not None:
-                weight.copy_(master, non_blocking=True)
+        u.weight.copy_(master, non_blocking=True)
 
 
 def round_stochastically(value: Tensor, noise: Tensor) -> Tensor:

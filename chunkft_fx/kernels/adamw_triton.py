@@ -29,21 +29,19 @@ DIVISOR = tl.constexpr(16)
 # Sizes and strides are those of (rows, middle, columns).
 SIZES = tl.constexpr(0)
 WEIGHT = tl.constexpr(3)
-HOST_WEIGHT = tl.constexpr(4)
-GRADIENT = tl.constexpr(5)
-MASTER = tl.constexpr(6)
-EXP_AVG = tl.constexpr(7)
-EXP_AVG_SQ = tl.constexpr(8)
-WEIGHT_STRIDES = tl.constexpr(9)
-HOST_WEIGHT_STRIDES = tl.constexpr(12)
-GRADIENT_STRIDES = tl.constexpr(15)
-LR = tl.constexpr(18)
-WEIGHT_DECAY = tl.constexpr(19)
-FIRST_CORRECTION = tl.constexpr(20)
-SECOND_CORRECTION = tl.constexpr(21)
-SLICE_INDEX = tl.constexpr(22)
-SEED = tl.constexpr(23)
-FIELDS = tl.constexpr(24)
+GRADIENT = tl.constexpr(4)
+MASTER = tl.constexpr(5)
+EXP_AVG = tl.constexpr(6)
+EXP_AVG_SQ = tl.constexpr(7)
+WEIGHT_STRIDES = tl.constexpr(8)
+GRADIENT_STRIDES = tl.constexpr(11)
+LR = tl.constexpr(14)
+WEIGHT_DECAY = tl.constexpr(15)
+FIRST_CORRECTION = tl.constexpr(16)
+SECOND_CORRECTION = tl.constexpr(17)
+SLICE_INDEX = tl.constexpr(18)
+SEED = tl.constexpr(19)
+FIELDS = tl.constexpr(20)
 
 # The dimension along which an operand is one run of memory.
 NO_DIM = tl.constexpr(0)
@@ -136,7 +134,7 @@ def _factors(row, lr):
 @triton.jit
 def _update(pointers, noise, mask, factors, scale, beta1_rest, beta2, beta2_rest, eps):
     """Load the elements at these pointers, update them, store them."""
-    weight, host_weight, gradient, master, exp_avg, exp_avg_sq = pointers
+    weight, gradient, master, exp_avg, exp_avg_sq = pointers
     kept, step_size, correction = factors
     # all loads first, so that they are in flight together
     stored = tl.load(weight, mask=mask)
@@ -158,10 +156,7 @@ def _update(pointers, noise, mask, factors, scale, beta1_rest, beta2, beta2_rest
     square = square * beta2 + beta2_rest * grad * grad
     denominator = tl.div_rn(tl.sqrt_rn(square), correction) + eps
     param = param - tl.div_rn(step_size * average, denominator)
-    rounded = _round_to_nearest(param, stored.dtype)
-    tl.store(weight, rounded, mask=mask)
-    if host_weight is not None:
-        tl.store(host_weight, rounded, mask=mask)
+    tl.store(weight, _round_to_nearest(param, stored.dtype), mask=mask)
     if master is not None:
         tl.store(master, param, mask=mask)
     if noise is None:
@@ -184,7 +179,6 @@ def adamw_runs(
     eps,
     WEIGHT_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
-    HAS_HOST_WEIGHT: tl.constexpr,
     ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -200,7 +194,6 @@ def adamw_runs(
             row = table + rows + index * FIELDS
             numel = tl.load(row + SIZES)
             weight = _pointer(row, WEIGHT, WEIGHT_DTYPE, ALIGNED)
-            host_weight = _pointer(row, HOST_WEIGHT, WEIGHT_DTYPE, ALIGNED) if HAS_HOST_WEIGHT else None
             gradient = _pointer(row, GRADIENT, tl.float32, ALIGNED)
             master = _pointer(row, MASTER, tl.float32, ALIGNED) if HAS_MASTER else None
             exp_avg = _pointer(row, EXP_AVG, STATE_DTYPE, ALIGNED)
@@ -210,7 +203,6 @@ def adamw_runs(
                 start = (tile - begin) * TILE
                 pointers = (
                     weight + start + within,
-                    host_weight + start + within if HAS_HOST_WEIGHT else None,
                     gradient + start + within,
                     master + start + within if HAS_MASTER else None,
                     exp_avg + start + within,
@@ -247,10 +239,8 @@ def adamw_tiles(
     eps,
     WEIGHT_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
-    HAS_HOST_WEIGHT: tl.constexpr,
     EVEN: tl.constexpr,
     WEIGHT_DIM: tl.constexpr,
-    HOST_WEIGHT_DIM: tl.constexpr,
     GRADIENT_DIM: tl.constexpr,
 ):
     """Weights and gradients in any order of (rows, middle, columns); states in that order itself."""
@@ -274,9 +264,6 @@ def adamw_tiles(
                 at = (r * depth + m) * width + c
                 pointers = (
                     _strided(row, WEIGHT, WEIGHT_DTYPE, WEIGHT_STRIDES, (r, m, c), WEIGHT_DIM, EVEN),
-                    _strided(row, HOST_WEIGHT, WEIGHT_DTYPE, HOST_WEIGHT_STRIDES, (r, m, c), HOST_WEIGHT_DIM, EVEN)
-                    if HAS_HOST_WEIGHT
-                    else None,
                     _strided(row, GRADIENT, tl.float32, GRADIENT_STRIDES, (r, m, c), GRADIENT_DIM, EVEN),
                     _pointer(row, MASTER, tl.float32, EVEN) + at if WEIGHT_DTYPE != tl.float32 else None,
                     _pointer(row, EXP_AVG, STATE_DTYPE, EVEN) + at,

@@ -16,8 +16,9 @@ import torch
 from torch import fx, nn
 
 from chunkft_fx.capture.tracing import trace
-from chunkft_fx.copies.host_memory import HostMemory
+from chunkft_fx.copies.engines import Engines
 from chunkft_fx.copies.residency import Residency
+from chunkft_fx.copies.tier import HostTier
 from chunkft_fx.errors import NotPlanned
 from chunkft_fx.following import ownership
 from chunkft_fx.following.distribution import refuse_sharded
@@ -64,8 +65,8 @@ class Training(Following):
         ownership.claim(model.parameters(), self)
         self._drop_gradients()
         self._plan, self.sessions, self._slices, self._schedule = plan, [], None, None
-        self.residency = Residency(model, device, HostMemory())
-        self.residency.optimizer = self._optimizer
+        tier = HostTier(device)
+        self.residency, self.engines = Residency(model, device, tier), Engines(device, tier)
         for module in model.modules():
             module._buffers.update({n: b.to(device) for n, b in module._buffers.items() if b is not None})
         # Two backends, so that neither ever runs what was captured for the other; the plain model keeps them alive.
@@ -167,7 +168,7 @@ class Training(Following):
         Programs say when what its stage announced may come in (``admit``), and it takes the stage's memory when a plan
         is made.
         """
-        self._optimizer = self.residency.optimizer = weakref.ref(optimizer)
+        self._optimizer = weakref.ref(optimizer)
 
     def resume(self, position: Mapping[str, Any]) -> None:
         """Continue at a schedule position saved by ``schedule.state_dict()``; without a plan, as soon as there is one.

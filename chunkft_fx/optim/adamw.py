@@ -16,7 +16,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim.optimizer import Optimizer
 
 from chunkft_fx.bytes import parse_bytes
-from chunkft_fx.copies.state_stage import CudaStage, FreshStage, Stage
+from chunkft_fx.copies.state_stage import FreshStage, Stage, make_stage
 from chunkft_fx.errors import (
     ChunkFTWarning,
     NoGradientToScale,
@@ -390,7 +390,7 @@ class AdamW(Optimizer):
     def _make_stage(self, device: torch.device) -> Stage:
         if self._resets:
             return FreshStage(device, self._capacity())
-        return CudaStage(device, self._capacity()) if device.type == "cuda" else Stage(device)
+        return make_stage(device, self._capacity())
 
     def _host(self, s: ActiveSlice) -> list[Tensor]:
         """A slice's states in host memory; for states that are not kept, tensors without memory."""

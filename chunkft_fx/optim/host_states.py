@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from chunkft_fx.bytes import format_bytes
-from chunkft_fx.copies.host_memory import LARGEST_SLAB
+from chunkft_fx.copies.tier import LARGEST_SLAB
 from chunkft_fx.errors import HostMemoryExceeded
 from chunkft_fx.graph.layout import front, stage_nbytes
 from chunkft_fx.plan.cuts import cut_dim

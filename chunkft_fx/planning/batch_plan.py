@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from chunkft_fx.bytes import format_bytes
 from chunkft_fx.copies.residency import Residency
+from chunkft_fx.copies.state_stage import StageOwner
 from chunkft_fx.errors import BudgetInfeasible
 from chunkft_fx.graph.sizes import Sizes, size_reader
 from chunkft_fx.machine.memory_limit import LIMITS, take_workspaces
@@ -59,6 +60,9 @@ class PlanOwner(Protocol):
 
     @property
     def residency(self) -> Residency: ...
+
+    @property
+    def optimizer(self) -> StageOwner | None: ...
 
     @property
     def plain(self) -> nn.Module: ...
@@ -163,7 +167,7 @@ class BatchPlans:
         owner = self._owner()
         if not _alike(made.plan, owner.known_plan) or not self._covers(made.need, need):
             return False
-        planned, states = made.plan.policy.states, policy_of(owner.residency.stage_owner())
+        planned, states = made.plan.policy.states, policy_of(owner.optimizer)
         return planned == states or (planned.covers(states) and owner.is_bound)
 
     def _outdone(self, made: Made, by: Made) -> bool:
@@ -229,7 +233,7 @@ def _alike(plan: Plan, other: Plan | None) -> bool:
 def _choose(owner: PlanOwner, predictor: Predictor, batch: str, nbytes: int) -> Plan:
     """The plan for a batch of so many bytes; while that loses nothing, all is chosen anew for the largest batch."""
     model, options, known = owner.plain, owner.options, owner.known_plan
-    policy = policy_of(owner.residency.stage_owner())
+    policy = policy_of(owner.optimizer)
     if known is None or not known.batch:
         return plan_for_batch(model, options, known, predictor, batch, policy)
     if owner.is_bound:
@@ -254,7 +258,7 @@ def settle(owner: PlanOwner, plan: Plan) -> None:
         if is_larger or plan.policy.states != known.policy.states:
             owner.adopt(plan)
         return
-    optimizer = residency.stage_owner()
+    optimizer = owner.optimizer
     if optimizer is not None and known is not None and plan.chunks is not known.chunks:
         optimizer.drop_stage()
     LIMITS.avoid_fragmentation(owner, residency.device)
@@ -263,4 +267,5 @@ def settle(owner: PlanOwner, plan: Plan) -> None:
     owner.adopt(plan)
     # what stays is taken before a step takes anything: between its blocks it would split their memory
     take_workspaces(residency.device)
-    residency.take_stage()
+    if optimizer is not None:
+        optimizer.take_stage()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from chunkft_fx.capture.capture import Capture, OutputName
+from chunkft_fx.copies.engines import Engines
 from chunkft_fx.errors import DoubleBackward, UnsupportedGraph
 from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.head.missing_logits import MissingLogits
@@ -37,6 +38,9 @@ class Owner(PlanOwner, Protocol):
 
     ``is_planning`` says that a call only has a plan made.
     """
+
+    @property
+    def engines(self) -> Engines: ...
 
     @property
     def lock(self) -> AbstractContextManager[Any]: ...
@@ -113,9 +117,10 @@ class Session:
         return run_forward(executable, [*values, *self._constants], self._machine())
 
     def _machine(self) -> Machine:
-        residency = self.owner.residency
-        ring, stage = residency.ring(self.programs.uses), residency.stage()
-        return Machine(self.programs.backend, self.capture.fake_mode, ring, residency.saved, stage)
+        owner, optimizer = self.owner, self.owner.optimizer
+        ring = owner.engines.ring(owner.residency, self.programs.uses)
+        stage = None if optimizer is None else optimizer.stage
+        return Machine(self.programs.backend, self.capture.fake_mode, ring, owner.engines.saved, stage)
 
     def _private(self, arguments: Sequence[Any]) -> list[Any]:
         """The arguments, with a copy of each buffer that forward writes: backward must see its old value.

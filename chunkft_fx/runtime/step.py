@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from chunkft_fx import torch_internals
-from chunkft_fx.copies.saved_values import SavedCopies
+from chunkft_fx.copies.saved_values import SavedValues
 from chunkft_fx.copies.state_stage import Stage
 from chunkft_fx.copies.weight_ring import Ring
 from chunkft_fx.errors import StaleBackward
@@ -32,7 +32,7 @@ class Machine:
     backend: str
     fake_mode: Any
     ring: Ring | None = None
-    saved: SavedCopies | None = None
+    saved: SavedValues | None = None
     stage: Stage | None = None
 
     def run(self, instruction: Instruction, arguments: list[Any]) -> Sequence[Any]:
@@ -44,7 +44,7 @@ class Machine:
             return self._carry(call, arguments)
         if call.target is ops.admit:
             if self.stage is not None:
-                self.stage.admit(call.share, () if self.ring is None else self.ring.streams())
+                self.stage.admit(call.share, () if self.ring is None else (self.ring.link,))
             return ()
         assert self.ring is not None
         if call.target is ops.fetch:
@@ -54,11 +54,10 @@ class Machine:
         return ()
 
     def abandon(self) -> None:
-        """Called when instructions failed halfway, before their values are dropped."""
-        if self.saved is not None:
-            self.saved.abandon()
-        if self.ring is not None:
-            self.ring.abandon()
+        """Put what follows behind all copies under way; called when instructions failed, before values are dropped."""
+        for engine in (self.ring, self.saved, self.stage):
+            if engine is not None:
+                engine.abandon()
 
     def _carry(self, call: StreamNode, arguments: list[Any]) -> Sequence[Any]:
         assert self.saved is not None

@@ -137,7 +137,7 @@ def test_views_of_streamed_weights_keep_their_values() -> None:
         with torch.no_grad():
             results.append(compiled.eval()(x))
         compiled.train()(x)[0].sum().backward()
-    ring = compiled.residency._ring
+    ring = compiled._training.engines._ring
     assert ring is not None
     buffers = {b.untyped_storage().data_ptr() for b in ring._buffers}
     for result in results:

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import chunkft_fx
-from chunkft_fx.copies.host_memory import HostMemory
-from chunkft_fx.copies.saved_values import HostCopy, HostPool, SavedCopies, buffer_nbytes
+from chunkft_fx.copies.saved_values import KeptCopy
 from chunkft_fx.graph import ops
 from chunkft_fx.graph.layout import run_strides
 from chunkft_fx.module.module import CompiledModule
@@ -66,7 +65,7 @@ def assert_equals_dense(compiled: CompiledModule, dense: dict[str, Tensor], fact
 def is_idle(compiled: CompiledModule) -> bool:
     """Whether every host buffer is back in the pool, and there is one at all."""
     gc.collect()
-    pool = compiled.residency.saved.pool
+    pool = compiled._training.engines.saved.pool
     return 0 < pool.nbytes == pool.free_nbytes
 
 
@@ -105,7 +104,7 @@ def test_the_residual_stream_of_a_recomputing_model_is_not_on_the_device_between
         known = {t.data_ptr() for t in [*compiled.parameters(), *compiled.buffers()]}
         values = step.slots.values()
         device = sum(v.nbytes for v in values if isinstance(v, Tensor) and v.data_ptr() not in known)
-        return device, sum(v.tensor.nbytes for v in values if isinstance(v, HostCopy))
+        return device, sum(v.tensor.nbytes for v in values if isinstance(v, KeptCopy))
 
     device, host = kept_nbytes()
     assert host == 3 * 2 * 12 * 64 * 8  # what goes into the three blocks: f64[2, 12, 64]
@@ -138,7 +137,7 @@ def test_a_training_run_is_the_same_to_the_bit() -> None:
 def test_two_forwards_before_their_backwards(order: tuple[int, int]) -> None:
     model, compiled, batch = offloading("llama")
     losses = [loss_of(compiled(**batch(2, 12, seed))) for seed in (0, 1)]
-    assert compiled.residency.saved.pool.free_nbytes == 0
+    assert compiled._training.engines.saved.pool.free_nbytes == 0
     expected: dict[str, Tensor] = {}
     for which in order:
         losses[which].backward()
@@ -154,14 +153,14 @@ def test_host_memory_is_used_again_from_step_to_step() -> None:
     for step in range(4):
         loss_of(compiled(**batch(2, 12, step))).backward()
         assert is_idle(compiled)
-        held.append(compiled.residency.saved.pool.nbytes)
+        held.append(compiled._training.engines.saved.pool.nbytes)
     assert len(set(held)) == 1
 
 
 def test_a_forward_without_backward_gives_its_host_memory_back() -> None:
     _, compiled, batch = offloading("llama")
     loss = loss_of(compiled(**batch(2, 12, 0)))
-    assert compiled.residency.saved.pool.free_nbytes == 0
+    assert compiled._training.engines.saved.pool.free_nbytes == 0
     del loss
     assert is_idle(compiled)
 
@@ -184,14 +183,14 @@ def test_an_exception_halfway_leaves_nothing_behind(direction: str, monkeypatch:
         patch.setattr(variant, f"run_{direction}", fail)
         attempt()
     assert is_idle(compiled)
-    held = compiled.residency.saved.pool.nbytes
+    held = compiled._training.engines.saved.pool.nbytes
     assert all(map(torch.equal, gradients(compiled), before))
     compiled.zero_grad()
     for s in compiled.active_slices():
         s.grad = None
     loss_of(compiled(**batch(2, 12, 1))).backward()
     assert_equals_dense(compiled, dense_gradients(model, batch(2, 12, 1))[1])
-    assert compiled.residency.saved.pool.nbytes == held
+    assert compiled._training.engines.saved.pool.nbytes == held
 
 
 def test_retain_graph_fetches_the_same_values_again() -> None:
@@ -247,41 +246,3 @@ def test_run_strides_of_a_dense_tensor_are_its_own(drawn: tuple[list[int], list[
     gaps = torch.empty([2 * n for n in shape])[tuple(slice(None, None, 2) for _ in shape)].permute(order)
     dense = torch.empty_strided(gaps.shape, run_strides(gaps.shape, gaps.stride()))
     assert dense.untyped_storage().nbytes() == 4 * gaps.numel()
-
-
-@given(st.integers(0, 10**10))
-def test_buffers_waste_an_eighth_at_most(nbytes: int) -> None:
-    size = buffer_nbytes(nbytes)
-    assert nbytes <= size <= max(nbytes * 9 / 8, buffer_nbytes(0))
-    assert size % 16 == 0  # every dtype can be laid over it
-    assert buffer_nbytes(size) == size
-
-
-def test_a_pool_takes_the_smallest_free_buffer_that_is_large_enough() -> None:
-    pool = HostPool(HostMemory(), pinned=False)
-    small, large = pool.take(4096), pool.take(16384)
-    held = pool.nbytes
-    pool.give_back(large)
-    pool.give_back(small)
-    assert pool.take(4000) is small
-    assert pool.take(4000) is large
-    assert pool.nbytes == held
-    pool.take(4000)
-    assert pool.nbytes == held + 4096
-
-
-def test_values_come_back_with_their_dtype_and_strides() -> None:
-    carrier = SavedCopies(torch.device("cpu"), HostMemory())
-    values = [torch.randn(3, 5).t(), torch.randn(2, 3, 4).to(torch.bfloat16), torch.arange(7), torch.tensor(True)]
-    host = carrier.offload(values, 0)
-    kept = [v.clone() for v in values]
-    carrier.release(0)
-    for value in values:
-        value.zero_()
-    copies = carrier.fetch(host, 1)
-    carrier.wait(1)
-    for a, b, host_copy in zip(copies, kept, host, strict=True):
-        assert torch.equal(a, b)
-        assert a.stride() == b.stride()
-        assert a.dtype == b.dtype
-        assert a.data_ptr() != host_copy.tensor.data_ptr()

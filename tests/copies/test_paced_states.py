@@ -14,17 +14,19 @@ import torch
 from torch import nn
 
 import chunkft_fx
-from chunkft_fx.copies import state_stage as streaming
-from chunkft_fx.copies.state_stage import CudaStage
+from chunkft_fx.copies import stage_batches
+from chunkft_fx.copies.link import CudaLink, Link
+from chunkft_fx.copies.state_stage import CopiedStage, Stage
+from chunkft_fx.copies.tier import HostTier
 from chunkft_fx.graph import ops
 from chunkft_fx.machine.rates import Rates
 from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.predict.predictor import Predictor
+from chunkft_fx.program.programs import Programs
 from chunkft_fx.runtime import step as runtime
-from chunkft_fx.runtime.session import Session
 from chunkft_fx.tools.zoo import Batch, tiny
 from tests.support.equivalence import smallest_budget
-from tests.support.stream_machine import Machine, machine
+from tests.support.stream_machine import CPU, Machine, machine
 
 __all__ = ["machine"]
 
@@ -33,14 +35,14 @@ RATES = Rates({"float32": 1e10}, 1e10, 1e9, 1e9, 1e9, 3.0)
 CHUNKS = 3
 
 
-class Recorded(CudaStage):
+class Recorded(CopiedStage):
     """A stage that remembers each share that was admitted, and how many batches that let begin."""
 
     def __init__(self, capacity: int) -> None:
-        super().__init__(torch.device("cpu"), capacity)
+        super().__init__(CudaLink(CPU), CudaLink(CPU), HostTier(CPU), capacity)
         self.begun: list[tuple[float, int]] = []
 
-    def admit(self, share: float, after: Sequence[torch.cuda.Stream] = ()) -> None:
+    def admit(self, share: float, after: Sequence[Link] = ()) -> None:
         before = self._admitted
         super().admit(share, after)
         self.begun.append((share, self._admitted - before))
@@ -50,8 +52,8 @@ class Recorded(CudaStage):
 def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times are predicted as they are on a GPU, so that programs pace states."""
 
-    def predictor(session: Session, **of_a_batch: Any) -> Predictor:
-        return Predictor(session.programs, known=RATES, **of_a_batch)
+    def predictor(programs: Programs, absent: frozenset[str], **of_a_batch: Any) -> Predictor:
+        return Predictor(programs, absent, known=RATES, **of_a_batch)
 
     monkeypatch.setattr("chunkft_fx.planning.batch_plan.Predictor", predictor)
 
@@ -73,7 +75,7 @@ def train(compiled: CompiledModule, optimizer: chunkft_fx.AdamW, batches: list[d
 def test_training_with_paced_states_equals_training_in_place(
     llama: tuple[nn.Module, Batch], machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming, "BATCH_NBYTES", 4096)
+    monkeypatch.setattr(stage_batches, "BATCH_NBYTES", 4096)
     machine.chance = random.Random(0)
     model, batch = llama
     model.train()
@@ -92,6 +94,52 @@ def test_training_with_paced_states_equals_training_in_place(
     # all but the first chunk's states, which were fetched by their own update, began while programs ran
     within = sum(count for share, count in stage.begun if share < 1.0)
     assert within > sum(count for _, count in stage.begun) / 2
+
+
+class Interrupted(Recorded):
+    """A stage at whose copies the user interrupts the program once, at its call number ``left``."""
+
+    left = 7
+
+    def admit(self, share: float, after: Sequence[Link] = ()) -> None:
+        if share < 1.0 and self.left > 0:
+            self.left -= 1
+            if self.left == 0:
+                super().admit(share, after)  # some of them are under way
+                raise KeyboardInterrupt
+        super().admit(share, after)
+
+
+def test_steps_that_are_interrupted_while_states_come_in_can_be_made_again(
+    llama: tuple[nn.Module, Batch], machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage_batches, "BATCH_NBYTES", 4096)
+    machine.chance = random.Random(1)
+    model, batch = llama
+    batches = [batch(2, 12, seed) for seed in range(2 * CHUNKS)]
+    budget = smallest_budget(model.train(), batches[0], CHUNKS)
+    plain, paced = (chunkft_fx.compile(copy.deepcopy(model), budget, chunks=CHUNKS, backend="eager") for _ in range(2))
+    in_place, optimizer = chunkft_fx.AdamW(plain, lr=1e-2), chunkft_fx.AdamW(paced, lr=1e-2)
+    paced(**batches[0])
+    optimizer._stage = stage = Interrupted(optimizer._capacity())
+    interrupted = 0
+    for seed, given in enumerate(batches):
+        for module, its in ((plain, in_place), (paced, optimizer)):
+            torch.manual_seed(seed)
+            try:
+                module(**given).loss.backward()
+            except KeyboardInterrupt:
+                interrupted += 1
+                torch.manual_seed(seed)
+                module(**given).loss.backward()
+            its.step()
+            its.zero_grad()
+    assert (interrupted, stage.left) == (1, 0)
+    for (name, p), q in zip(plain.named_parameters(), paced.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    a, b = in_place.state_dict()["state"], optimizer.state_dict()["state"]
+    for i, state in a.items():
+        assert all(torch.equal(v, b[i][k]) for k, v in state.items() if isinstance(v, torch.Tensor)), i
 
 
 def test_an_optimizer_that_is_gone_is_not_missed() -> None:
@@ -113,7 +161,7 @@ class Asked:
     has_begun = False
 
     def __init__(self) -> None:
-        self.stage = streaming.Stage(torch.device("cpu"))
+        self.stage = Stage(CPU)
         self.state_dtype, self.states = "float32", "keep"
         self.state: dict[Any, Any] = {}
         self.notes: list[str] = []

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from chunkft_fx.copies.state_stage import CudaStage, _batches, _places
+from chunkft_fx.copies.stage_batches import batches_of, stage_places
 from chunkft_fx.graph.layout import stage_nbytes
-from tests.support.stream_machine import Machine, machine
+from tests.support.stream_machine import Machine, copied_stage, machine
 
 __all__ = ["machine"]
 
@@ -27,8 +27,8 @@ def neighbours() -> tuple[Tensor, Tensor]:
 
 def copies(host: list[Tensor]) -> list[int]:
     """The bytes of each copy."""
-    places, nbytes = _places(host)
-    batches = _batches(torch.zeros(nbytes, dtype=torch.uint8), host, places)
+    places, nbytes = stage_places(host)
+    batches = batches_of(torch.zeros(nbytes, dtype=torch.uint8), host, places)
     return [copy.host.numel() for batch in batches for copy in batch.copies]
 
 
@@ -45,7 +45,7 @@ def test_the_stage_carries_neighbours_of_two_allocations_in_and_back(machine: Ma
     first, second = neighbours()
     first.fill_(1)
     second.fill_(2)
-    stage = CudaStage(torch.device("cpu"), 0)
+    stage = copied_stage(0)
     stage.announce([first, second])
     staged = stage.tensors()
     assert [float(s.sum()) for s in staged] == [NBYTES / 4, NBYTES / 2]

@@ -1,31 +1,30 @@
-"""State streaming without a GPU: the CUDA stage with streams that work as late as they may, and pinned slabs."""
+"""State streaming without a GPU: the CUDA stage with streams that work as late as they may."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from chunkft_fx.copies import host_memory
-from chunkft_fx.copies import state_stage as streaming
-from chunkft_fx.copies.host_memory import HostMemory
-from chunkft_fx.copies.state_stage import CudaStage, Stage
+from chunkft_fx.copies import stage_batches, state_stage
+from chunkft_fx.copies.link import CudaLink, Link
+from chunkft_fx.copies.stage_batches import Batch, last_conflict
+from chunkft_fx.copies.state_stage import CopiedStage, Stage
+from chunkft_fx.copies.tier import HostTier
 from chunkft_fx.optim.adamw import AdamW
 from tests.support.small_net import compiled, feed, net, train_step
-from tests.support.stream_machine import Machine, Stream, machine
+from tests.support.stream_machine import CPU, Machine, copied_stage, machine
 
 __all__ = ["machine"]
-
-CPU = torch.device("cpu")
 
 
 def test_the_stage_copies_in_and_back(machine: Machine) -> None:
     host = [torch.arange(6.0).reshape(2, 3), torch.ones(5, dtype=torch.float64), torch.full((1,), 7.0)]
-    stage = CudaStage(CPU, 0)
+    stage = copied_stage(0)
     stage.announce(host)
     staged = stage.tensors()
     for h, s in zip(host, staged, strict=True):
@@ -43,9 +42,8 @@ def test_the_stage_copies_in_and_back(machine: Machine) -> None:
 
 def test_copies_begin_after_the_work_that_was_queued_before(machine: Machine) -> None:
     compute = torch.cuda.current_stream(CPU)
-    stage = CudaStage(CPU, 0)
-    incoming: Any = stage._incoming
-    outgoing: Any = stage._outgoing
+    stage: Any = copied_stage(0)
+    incoming, outgoing = stage._incoming._stream, stage._outgoing._stream
     for turn in range(3):
         stage.announce([torch.ones(100)])
         stage.admit(1.0)
@@ -67,7 +65,7 @@ def exchange(seed: int, machine: Machine | None) -> Tensor:
     memory = torch.arange(6000.0, dtype=torch.float64)
     # two ways to cut, so that what is fetched overlaps what is being written in part
     ways = [sorted(rng.sample(range(1, 6000), 12)), list(range(500, 6000, 500))]
-    stage = Stage(CPU) if machine is None else CudaStage(CPU, 0 if seed % 2 else 8 * 6000 + 13 * 256)
+    stage = Stage(CPU) if machine is None else copied_stage(0 if seed % 2 else 8 * 6000 + 13 * 256)
     if machine is not None:
         machine.chance = random.Random(seed) if seed % 3 else None
     for step in range(25):
@@ -90,35 +88,32 @@ def exchange(seed: int, machine: Machine | None) -> Tensor:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_no_order_of_the_copies_changes_a_value(machine: Machine, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    monkeypatch.setattr(streaming, "BATCH_NBYTES", 4096)
+    monkeypatch.setattr(stage_batches, "BATCH_NBYTES", 4096)
     assert torch.equal(exchange(seed, machine), exchange(seed, None))
 
 
 def no_conflict_on_the_stage(written: Any, batch: Any) -> int:
-    moved = [streaming._Batch(w.start + 2**30, w.end + 2**30, w.copies) for w in written]
-    return streaming_last_conflict(moved, batch)
+    moved = [Batch(w.start + 2**30, w.end + 2**30, w.copies) for w in written]
+    return last_conflict(moved, batch)
 
 
 def no_conflict_in_host_memory(written: Any, batch: Any) -> int:
-    return streaming_last_conflict(written, streaming._Batch(batch.start, batch.end, ()))
-
-
-streaming_last_conflict = streaming._last_conflict
+    return last_conflict(written, Batch(batch.start, batch.end, ()))
 
 
 @pytest.mark.parametrize("broken", [lambda written, batch: -1, no_conflict_on_the_stage, no_conflict_in_host_memory])
 def test_a_fetch_that_does_not_wait_is_noticed(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, broken: Callable[[Any, Any], int]
 ) -> None:
-    monkeypatch.setattr(streaming, "BATCH_NBYTES", 4096)
-    monkeypatch.setattr(streaming, "_last_conflict", broken)
+    monkeypatch.setattr(stage_batches, "BATCH_NBYTES", 4096)
+    monkeypatch.setattr(state_stage, "last_conflict", broken)
     assert any(not torch.equal(exchange(seed, machine), exchange(seed, None)) for seed in range(30))
 
 
 def test_the_next_chunk_comes_in_while_the_last_one_goes_out(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "BATCH_NBYTES", 4096)
+    monkeypatch.setattr(stage_batches, "BATCH_NBYTES", 4096)
     memory = torch.zeros(2, 10 * 1024)
-    stage = CudaStage(CPU, 0)
+    stage = copied_stage(0)
     stage.announce([memory[0]])
     stage.tensors()[0].fill_(1)
     stage.write_back()
@@ -132,17 +127,17 @@ def test_the_next_chunk_comes_in_while_the_last_one_goes_out(machine: Machine, m
 
 
 def test_what_was_announced_comes_in_as_it_is_admitted(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "BATCH_NBYTES", 4096)
-    stage = CudaStage(CPU, 0)
-    fetches: Any = Stream(machine)
-    incoming: Any = stage._incoming
+    monkeypatch.setattr(stage_batches, "BATCH_NBYTES", 4096)
+    stage: Any = copied_stage(0)
+    fetches: Any = CudaLink(CPU)
+    incoming = stage._incoming._stream
     stage.announce([torch.arange(10 * 1024.0)])
     begun = []
     for share in (0.0, 0.3, 0.25, 0.99, 1.0):
         stage.admit(share, [fetches])
         begun.append(len([w for w in machine.work if w.action is not None]))
     assert begun == [0, 3, 3, 9, 10]
-    assert [stream for stream, _ in incoming.waits] == [torch.cuda.current_stream(CPU), fetches] * 3
+    assert [stream for stream, _ in incoming.waits] == [torch.cuda.current_stream(CPU), fetches._stream] * 3
     stage.announce([torch.arange(10 * 1024.0)])
     assert torch.equal(stage.tensors()[0], torch.arange(10 * 1024.0))
 
@@ -150,7 +145,7 @@ def test_what_was_announced_comes_in_as_it_is_admitted(machine: Machine, monkeyp
 def test_neighbours_in_host_memory_move_in_one_copy(machine: Machine) -> None:
     memory = torch.arange(300 * 64.0)
     neighbours, apart = list(memory.split(64)), [torch.ones(64) for _ in range(3)]
-    stage = CudaStage(CPU, 0)
+    stage = copied_stage(0)
     stage.announce([*reversed(neighbours), *apart])
     stage.admit(1.0)
     assert len([w for w in machine.work if w.action is not None]) == 1 + 3
@@ -158,7 +153,7 @@ def test_neighbours_in_host_memory_move_in_one_copy(machine: Machine) -> None:
 
 
 def test_the_stage_takes_memory_once_for_the_largest_chunk(machine: Machine) -> None:
-    stage = CudaStage(CPU, 1024)
+    stage = copied_stage(1024)
     stage.announce([torch.ones(8)])
     first = stage.tensors()[0].data_ptr()
     both = torch.ones(160)
@@ -167,6 +162,49 @@ def test_the_stage_takes_memory_once_for_the_largest_chunk(machine: Machine) -> 
     assert stage.tensors()[1].data_ptr() == first + 256
     stage.announce([torch.arange(400.0)])  # more than was promised: the stage grows
     assert torch.equal(stage.tensors()[0], torch.arange(400.0))
+
+
+class Interrupted(HostTier):
+    """A tier at which the user interrupts the copies of the ``last`` batch halfway."""
+
+    def __init__(self, last: int) -> None:
+        super().__init__(CPU)
+        self.left = last
+
+    def copy_in(self, link: Link, kept: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        super().copy_in(link, kept, targets)
+
+
+@pytest.mark.parametrize("last", [1, 4, 10])
+def test_states_whose_copies_were_interrupted_come_in_all_the_same(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, last: int
+) -> None:
+    monkeypatch.setattr(stage_batches, "BATCH_NBYTES", 4096)
+    stage = CopiedStage(CudaLink(CPU), CudaLink(CPU), Interrupted(last), 0)
+    host = torch.arange(1, 10 * 1024 + 1.0)
+    stage.announce([host])
+    with pytest.raises(KeyboardInterrupt):
+        stage.admit(1.0)
+    stage.abandon()
+    assert torch.equal(stage.tensors()[0], host)
+
+
+def test_an_abandoned_step_leaves_updated_states_and_what_was_announced(machine: Machine) -> None:
+    stage = copied_stage(0)
+    first, second = torch.ones(100), torch.full((100,), 5.0)
+    stage.announce([first])
+    stage.tensors()[0].add_(1)  # newer than host memory until it is written back
+    stage.abandon()
+    assert bool(stage.tensors()[0].eq(2).all())
+    stage.write_back()
+    stage.announce([second])
+    stage.admit(0.5)
+    stage.abandon()
+    assert bool(first.eq(2).all())
+    assert bool(stage.tensors()[0].eq(5).all())
 
 
 @pytest.mark.parametrize(
@@ -181,7 +219,7 @@ def test_training_through_the_stage_equals_training_in_place(
     inplace, staged = compiled(net(dtype), 5, "random", interval), compiled(net(dtype), 5, "random", interval)
     a, b = (AdamW(m, max_grad_norm=0.1, state_dtype=state_dtype) for m in (inplace, staged))
     assert type(a._stage) is Stage
-    b._stage = CudaStage(CPU, b._capacity())
+    b._stage = copied_stage(b._capacity())
     for step in range(17):
         train_step(inplace, a, step, dtype)
         train_step(staged, b, step, dtype)
@@ -206,7 +244,7 @@ def same_state(a: dict[str, Any], b: dict[str, Any]) -> None:
 def test_the_capacity_is_what_the_largest_chunk_takes(machine: Machine) -> None:
     module = compiled(net(), 5)
     optimizer = AdamW(module)
-    optimizer._stage = stage = CudaStage(CPU, optimizer._capacity())
+    optimizer._stage = stage = copied_stage(optimizer._capacity())
     feed(module, 0)
     optimizer.step()
     first = stage._arena
@@ -214,32 +252,3 @@ def test_the_capacity_is_what_the_largest_chunk_takes(machine: Machine) -> None:
         feed(module, step)
         optimizer.step()
     assert stage._arena is first
-
-
-def test_pinned_memory_is_carved_from_zeroed_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
-    slabs: list[int] = []
-    zeros = torch.zeros
-
-    def pinned_zeros(numel: int, *, dtype: torch.dtype, pin_memory: bool) -> Tensor:
-        assert pin_memory
-        slabs.append(numel * dtype.itemsize)
-        return zeros(numel, dtype=dtype)
-
-    monkeypatch.setattr(host_memory, "SMALLEST_SLAB", 1024)
-    monkeypatch.setattr(host_memory, "LARGEST_SLAB", 4096)
-    monkeypatch.setattr(torch, "zeros", pinned_zeros)
-    memory = HostMemory()
-    taken = [memory.zeros((n, 10), torch.float32, pinned=True) for n in (10, 10, 30, 2, 150, 60)]
-    taken.append(memory.zeros((3,), torch.float64, pinned=True))
-    # 400 + 400 + 80 bytes fit the first slab, 1200 the second; 6000 need a larger one, and float64 has its own.
-    assert slabs == [1024, 2048, 8192, 4096, 1024]
-    for i, t in enumerate(taken):
-        assert not t.any()
-        t.fill_(i + 1)
-    assert all(bool((t == i + 1).all()) for i, t in enumerate(taken))
-    assert all(t.is_contiguous() for t in taken)
-
-
-def test_memory_that_is_not_pinned_is_plain() -> None:
-    t = HostMemory().zeros((2, 3), torch.float64, pinned=False)
-    assert (t.shape, t.dtype, t.any().item()) == ((2, 3), torch.float64, False)

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import chunkft_fx
 from chunkft_fx import errors
-from chunkft_fx.copies.weight_ring import CudaRing
+from chunkft_fx.copies.link import open_link
+from chunkft_fx.copies.tier import HostTier
+from chunkft_fx.copies.weight_ring import Ring
 from chunkft_fx.machine.calibrate import calibrate
 from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.runtime.step import Machine
@@ -160,7 +162,8 @@ def test_evaluation_with_streamed_weights_from_two_threads_on_cuda() -> None:
 
 def test_an_abandoned_step_ends_the_fetches_of_the_ring() -> None:
     """Its buffers are freed when a larger ring is made: a copy under way would write into whoever gets the memory."""
-    ring = CudaRing(torch.device("cuda", torch.cuda.current_device()), 2, 2**28)
+    device = torch.device("cuda", torch.cuda.current_device())
+    ring = Ring(open_link(device), HostTier(device), 2, 2**28)
     host = [torch.ones(2**26, pin_memory=True)]
     ring.fetch(host, 0)  # 256 MiB take 5 ms
     Machine("eager", None, ring).abandon()

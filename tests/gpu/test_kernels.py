@@ -17,18 +17,13 @@ from torch import Tensor
 from chunkft_fx.errors import OptionError
 from chunkft_fx.kernels.adamw import adamw, launch_adamw
 from chunkft_fx.kernels.adamw_reference import SliceUpdate, adamw_reference
-from chunkft_fx.kernels.copy import copy, launch_copy
 from chunkft_fx.kernels.launch import LaunchOptions
 from tests.kernels.operands import (
-    CopySpec,
     Spec,
-    assert_copied,
     assert_same_memory,
     build,
-    copy_specs,
     specs,
     spelled_out,
-    tensors_to_copy,
     ulps,
 )
 
@@ -37,18 +32,18 @@ pytestmark = pytest.mark.gpu
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
 # few programs for many tiles, so that every program walks over several tiles and slices
 SMALL = LaunchOptions(tile=256, num_warps=2, per_multiprocessor=1, on_host=3)
-PLAIN = Spec((9, 40), (0, 1), 0, 2, 5, torch.bfloat16, torch.float32, "front", True, 0, 3, 0)
+PLAIN = Spec((9, 40), (0, 1), 0, 2, 5, torch.bfloat16, torch.float32, "front", 0, 3, 0)
 STATES = ("master", "exp_avg", "exp_avg_sq")
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Puts the operands of these names, and host weights, into pinned host memory, the others on the device."""
+    """Puts the operands of these names into pinned host memory, the others on the device."""
 
     pinned: frozenset[str]
 
     def __call__(self, name: str, buffer: Tensor) -> Tensor:
-        return buffer.pin_memory() if name in self.pinned | {"host_weight"} else buffer.cuda()
+        return buffer.pin_memory() if name in self.pinned else buffer.cuda()
 
 
 places = st.builds(Place, st.frozensets(st.sampled_from(["weight", *STATES])))
@@ -106,7 +101,6 @@ def test_a_thousand_slices_take_several_steps_without_a_wait(place: Place, state
             length=20 + seed % 7,
             weight_dtype=dtype,
             state_dtype=state_dtype,
-            has_host_weight=False,
             step=1 + seed % 3,
             seed=seed,
         )
@@ -197,12 +191,11 @@ def test_bfloat16_second_moment_decays() -> None:
 
 def test_memory_that_the_kernel_cannot_reach_is_refused() -> None:
     u = build(PLAIN, ON_DEVICE).update
-    assert u.master is not None and u.host_weight is not None
+    assert u.master is not None
     changes: tuple[dict[str, Any], ...] = (
         {"master": u.master.cpu()},
         {"exp_avg": u.exp_avg.cpu()},
         {"weight": u.weight.cpu()},
-        {"host_weight": u.host_weight.clone()},
     )
     for change in changes:
         with pytest.raises(OptionError, match="pinned host memory"):
@@ -220,35 +213,3 @@ def test_float64_is_updated_by_torch() -> None:
     for u in pairs:
         adamw([u], **OPTIONS)
     torch.testing.assert_close(pairs[1].weight.cpu(), pairs[0].weight, rtol=1e-14, atol=0)
-
-
-@settings(max_examples=25)
-@given(
-    drawn=st.lists(
-        st.tuples(copy_specs(), st.frozensets(st.sampled_from(["source", "destination"]))), min_size=1, max_size=4
-    ),
-    launch=st.sampled_from([None, SMALL]),
-)
-def test_copy_in_any_direction(drawn: list[tuple[CopySpec, frozenset[str]]], launch: LaunchOptions | None) -> None:
-    cases = [tensors_to_copy(spec, Place(pinned)) for spec, pinned in drawn]
-    sources, destinations = [c.source for c in cases], [c.destination for c in cases]
-    with no_synchronization():
-        launch_copy(sources, destinations, torch.device("cuda", torch.cuda.current_device()), launch)
-    torch.cuda.synchronize()
-    for case in cases:
-        assert_copied(case)
-
-
-def test_a_large_copy_there_and_back() -> None:
-    original = torch.randn(2**24 + 3).pin_memory()
-    there, back = torch.empty_like(original, device="cuda"), torch.empty_like(original).pin_memory()
-    copy([original], [there])
-    copy([there], [back])
-    torch.cuda.synchronize()
-    assert torch.equal(there.cpu(), original)
-    assert torch.equal(back, original)
-
-
-def test_unpinned_memory_is_not_copied() -> None:
-    with pytest.raises(OptionError, match="a destination is on cpu"):
-        copy([torch.zeros(3, device="cuda")], [torch.zeros(3)])

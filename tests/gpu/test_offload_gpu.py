@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import chunkft_fx
-from chunkft_fx.copies.host_memory import HostMemory
-from chunkft_fx.copies.saved_values import CudaSavedCopies
+from chunkft_fx.copies.link import open_link
+from chunkft_fx.copies.saved_values import SavedValues
+from chunkft_fx.copies.tier import HostTier
 from chunkft_fx.graph import ops
 from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.passes.program import offload_saved
@@ -51,7 +52,7 @@ def test_gradients_with_offloaded_values_on_cuda(family: str) -> None:
     compiled.activate(0)
     compiled(**on_cuda(batch(2, 12, 0)))
     assert any(n.target is ops.offload for n in compiled.program.graph.nodes)
-    assert compiled.residency.saved.pool.take(1).is_pinned()
+    assert compiled._training.engines.saved.pool.take(1).is_pinned()
 
 
 def wide_batch(seed: int) -> dict[str, Tensor]:
@@ -122,7 +123,7 @@ def test_a_failed_step_leaves_no_copy_under_way(monkeypatch: pytest.MonkeyPatch)
         patch.setattr(compiled.program.variants[4], "run_backward", fail)
         with pytest.raises(RuntimeError, match="say"):
             gradients()
-    pool = compiled.residency.saved.pool
+    pool = compiled._training.engines.saved.pool
     assert pool.nbytes == pool.free_nbytes
     for a, b in zip(gradients(), wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
@@ -130,7 +131,8 @@ def test_a_failed_step_leaves_no_copy_under_way(monkeypatch: pytest.MonkeyPatch)
 
 def test_fetched_values_are_whole_although_their_memory_was_in_use() -> None:
     """Host buffers and device blocks pass from value to value without the CPU ever waiting."""
-    carrier = CudaSavedCopies(torch.device("cuda", torch.cuda.current_device()), HostMemory())
+    device = torch.device("cuda", torch.cuda.current_device())
+    carrier = SavedValues(open_link(device), HostTier(device))
     shape = (4096, 4096)
     for step in range(8):
         value = torch.full(shape, float(step), device="cuda")

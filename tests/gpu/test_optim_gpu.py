@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import chunkft_fx
-from chunkft_fx.copies import state_stage as streaming
-from chunkft_fx.copies.state_stage import CudaStage
+from chunkft_fx.copies import stage_batches
+from chunkft_fx.copies.state_stage import make_stage
 from chunkft_fx.errors import ModelChanged
 from chunkft_fx.optim.adamw import AdamW
 from chunkft_fx.optim.host_states import HostStates
@@ -172,9 +172,9 @@ def host_chunks(nbytes: int, count: int) -> list[Tensor]:
 
 
 def test_large_chunks_are_exchanged_without_mixing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "BATCH_NBYTES", 2**20)
+    monkeypatch.setattr(stage_batches, "BATCH_NBYTES", 2**20)
     chunks = host_chunks(256 * 2**20, 3)
-    stage = CudaStage(torch.device("cuda"), 256 * 2**20)
+    stage = make_stage(torch.device("cuda"), 256 * 2**20)
     for step in range(12):
         stage.announce([chunks[step % 3]])
         stage.tensors()[0].add_(10)
@@ -187,7 +187,7 @@ def test_large_chunks_are_exchanged_without_mixing(monkeypatch: pytest.MonkeyPat
 def test_both_directions_run_at_once() -> None:
     nbytes = 2 * 2**30
     chunks = host_chunks(nbytes, 2)
-    stage = CudaStage(torch.device("cuda"), nbytes)
+    stage = make_stage(torch.device("cuda"), nbytes)
 
     def best_seconds(exchanges: bool) -> float:
         best = float("inf")

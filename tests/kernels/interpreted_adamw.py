@@ -25,7 +25,7 @@ OPTIONS: dict[str, Any] = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8
 SMALL = LaunchOptions(tile=64, on_host=3)
 # Elements of a drawn parameter; more than a two-dimensional tile along each side, in some shapes.
 MOST_NUMEL = 2300
-PLAIN = Spec((9, 40), (0, 1), 0, 2, 5, torch.bfloat16, torch.float32, "front", True, 0, 3, 0)
+PLAIN = Spec((9, 40), (0, 1), 0, 2, 5, torch.bfloat16, torch.float32, "front", 0, 3, 0)
 
 
 @settings(max_examples=25)
@@ -93,7 +93,7 @@ def test_slices_met_before_take_each_steps_numbers() -> None:
 
 
 def test_a_slice_at_a_known_address_is_checked_again_when_it_lies_otherwise() -> None:
-    u = build(dataclasses.replace(PLAIN, has_host_weight=False)).update
+    u = build(PLAIN).update
     launch_adamw([u], **OPTIONS)
     for change in ({"exp_avg": u.exp_avg[:, ::2]}, {"gradient": u.gradient[:2]}, {"master": None}):
         with pytest.raises(OptionError):

@@ -42,7 +42,6 @@ class Spec:
     weight_dtype: torch.dtype
     state_dtype: torch.dtype
     gradient_order: str
-    has_host_weight: bool
     offset: int
     step: int
     seed: int
@@ -81,7 +80,6 @@ def specs(draw: st.DrawFn, largest: int = 20_000) -> Spec:
         weight_dtype=draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32])),
         state_dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])),
         gradient_order=draw(st.sampled_from(["front", "same", "plain"])),
-        has_host_weight=draw(st.booleans()),
         offset=draw(st.sampled_from([0, 0, 1])),
         step=draw(st.sampled_from([1, 2, 10, 1000, 100_000])),
         seed=draw(st.integers(0, 2**16)),
@@ -111,9 +109,6 @@ def build(spec: Spec, place: Placement = in_place) -> Case:
     values = normal(spec.shape)
     parameter = operand("weight", values, spec.order, spec.weight_dtype)
     weight = cut(parameter)
-    host_weight = None
-    if spec.has_host_weight:
-        host_weight = cut(operand("host_weight", normal(spec.shape), plain, spec.weight_dtype))
     shape = tuple(weight.shape)
     grad = normal(shape)
     if spec.gradient_order == "front":
@@ -128,7 +123,7 @@ def build(spec: Spec, place: Placement = in_place) -> Case:
         master = operand("master", torch.where(stale, normal(shape), known), plain, torch.float32)
     exp_avg = operand("exp_avg", 0.1 * normal(shape), plain, spec.state_dtype)
     exp_avg_sq = operand("exp_avg_sq", normal(shape).square(), plain, spec.state_dtype)
-    return Case(SliceUpdate(weight, gradient, master, exp_avg, exp_avg_sq, spec.step, host_weight), buffers)
+    return Case(SliceUpdate(weight, gradient, master, exp_avg, exp_avg_sq, spec.step), buffers)
 
 
 def spelled_out(
@@ -171,7 +166,7 @@ def spelled_out(
         average, square = round_stochastically(average, noise & 0xFFFF), round_stochastically(square, noise >> 16)
     u.exp_avg.copy_(average)
     u.exp_avg_sq.copy_(square)
-    for target in (u.weight, u.master, u.host_weight):
+    for target in (u.weight, u.master):
         if target is not None:
             target.copy_(param)
 
@@ -188,51 +183,6 @@ def assert_same_memory(ours: Case, expected: Case) -> None:
 def ulps(a: Tensor, b: Tensor) -> Tensor:
     """How many float32 numbers lie between a and b, of one sign."""
     return (a.contiguous().view(torch.int32).long() - b.contiguous().view(torch.int32).long()).abs()
-
-
-@dataclass(frozen=True)
-class CopySpec:
-    """A tensor to copy: its elements, and how many elements after an aligned address it begins on either side."""
-
-    numel: int
-    dtype: torch.dtype
-    source_offset: int
-    destination_offset: int
-
-
-@dataclass
-class CopyCase:
-    """Source and destination, the destination's whole buffer, and what that must hold after the copy."""
-
-    source: Tensor
-    destination: Tensor
-    buffer: Tensor
-    expected: Tensor
-
-
-@st.composite
-def copy_specs(draw: st.DrawFn) -> CopySpec:
-    return CopySpec(
-        numel=draw(st.sampled_from([0, 1, 3, 63, 64, 65, 700])),
-        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.uint8, torch.float64])),
-        source_offset=draw(st.integers(0, 3)),
-        destination_offset=draw(st.integers(0, 3)),
-    )
-
-
-def tensors_to_copy(spec: CopySpec, place: Placement) -> CopyCase:
-    """Random values on one side, canaries on the other; ``place`` is asked for "source" and "destination"."""
-    values = torch.randint(0, 200, (spec.numel + 2 * MARGIN,)).to(spec.dtype)
-    expected = torch.full_like(values, CANARY)
-    sides = (place("source", values), place("destination", expected.clone()))
-    begins = (MARGIN + spec.source_offset, MARGIN + spec.destination_offset)
-    source, destination = (side[at : at + spec.numel] for side, at in zip(sides, begins, strict=True))
-    expected[begins[1] : begins[1] + spec.numel] = values[begins[0] : begins[0] + spec.numel]
-    return CopyCase(source, destination, sides[1], expected)
-
-
-def assert_copied(case: CopyCase) -> None:
-    assert torch.equal(case.buffer.cpu(), case.expected)
 
 
 def product_operands(

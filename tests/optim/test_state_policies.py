@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from chunkft_fx.copies.host_memory import LARGEST_SLAB
 from chunkft_fx.copies.state_stage import FreshStage
+from chunkft_fx.copies.tier import LARGEST_SLAB
 from chunkft_fx.errors import BudgetParseError, CheckpointMismatch, HostMemoryExceeded, OptionError
 from chunkft_fx.graph.layout import front
 from chunkft_fx.optim import host_states as optim_host

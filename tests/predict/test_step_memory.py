@@ -77,7 +77,7 @@ def test_predicted_peak_of_a_step_equals_the_tracker(family: str, chunks: int, m
             force(compiled, save_from=save_from)
             compare(compiled, batch(2, 12, 1))
             assert any(node.target is ops.fetch for node in compiled.program.graph.nodes)
-    ring = compiled.residency.ring(session.programs.uses)
+    ring = compiled._training.engines.ring(compiled.residency, session.programs.uses)
     assert ring is not None
     assert ring.depth * ring.buffer_nbytes == fixed_memory.ring_nbytes(
         dict(model.named_parameters()), session.programs.uses, away

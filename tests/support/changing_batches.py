@@ -71,7 +71,7 @@ def watched(module: CompiledModule, batch: dict[str, Tensor]) -> Iterator[Callab
     """
     tracker = LiveStorages()
     tracker.watch(s.grad for s in module._training._slices or () if s.grad is not None)
-    ring = module.residency._ring
+    ring = module._training.engines._ring
     tracker.watch(ring._buffers if ring is not None else ())
     call, finish, ghost = Session.__call__, Session.finish, Residency._ghost
 

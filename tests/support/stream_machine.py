@@ -10,18 +10,25 @@ import pytest
 import torch
 from torch import Tensor
 
+from chunkft_fx.copies.link import CudaLink
+from chunkft_fx.copies.state_stage import CopiedStage
+from chunkft_fx.copies.tier import HostTier
+
+CPU = torch.device("cpu")
+
 
 class Machine:
     """Streams whose work is done when something waits for it, or at a moment that ``chance`` picks.
 
-    The compute stream is the Python program itself. What a stream may do early or late is bounded only by the
-    waits that were asked for, so that a wait that is missing shows as a wrong value.
+    The compute stream is the Python program itself, and what `compute_late` puts there. What a stream may do early or
+    late is bounded only by the waits that were asked for, so that a wait that is missing shows as a wrong value.
     """
 
     def __init__(self) -> None:
         self.work: list[Work] = []
         self.current: Stream | None = None
         self.chance: random.Random | None = None
+        self.compute = Stream(self, computes=True)
 
     def queue(self, stream: Stream, action: Callable[[], object] | None, after: Work | None = None) -> None:
         stream.queued += action is not None
@@ -29,6 +36,10 @@ class Machine:
         stream.last = work
         self.work.append(work)
         self.drift()
+
+    def compute_late(self, action: Callable[[], object]) -> None:
+        """Put work on the compute stream that is done only when something comes behind it."""
+        self.queue(self.compute, action)
 
     def drift(self) -> None:
         """Let some of the waiting work happen now."""
@@ -48,7 +59,7 @@ class Machine:
         for work in [w for w in self.work if w in needed]:  # as queued, which no dependency contradicts
             if work.action is not None:
                 work.action()
-            work.done = True
+            work.done, work.action = True, None  # lets go of its tensors
         self.work = [w for w in self.work if not w.done]
 
 
@@ -94,11 +105,15 @@ class Event:
         self.last = stream.last
 
 
+def copied_stage(capacity: int) -> CopiedStage:
+    """A stage whose links are streams of the machine."""
+    return CopiedStage(CudaLink(CPU), CudaLink(CPU), HostTier(CPU), capacity)
+
+
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     """CUDA streams on the CPU."""
     machine = Machine()
-    compute = Stream(machine, computes=True)
     copy = Tensor.copy_
 
     @contextlib.contextmanager
@@ -116,7 +131,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(machine))
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: compute)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: machine.compute)
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(Tensor, "copy_", copied)
     monkeypatch.setattr(Tensor, "record_stream", lambda *_: None)
