@@ -23,12 +23,14 @@ from chunkft_fx.torch_internals import graph_module
 class DenseGradient:
     """A weight gradient that is computed whole although only a slice of it is demanded.
 
-    ``output`` is the index among the backward outputs, ``op`` the operator that no rule could move
-    the slice through, ``module`` the path it came from, ``nbytes`` the bytes of the dense value.
+    ``output`` is the index among the backward outputs, ``op`` the operator that the slice could not move
+    through, ``node`` the name of its node in the rewritten graph, ``module`` the path of the module it came
+    from, ``nbytes`` the bytes of the dense value, ``reason`` why the operator's rule refused.
     """
 
     output: int
     op: str
+    node: str
     module: str
     nbytes: int
     reason: str
