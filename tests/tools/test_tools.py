@@ -310,8 +310,8 @@ def test_coverage_names_a_gradient_that_stays_dense(capsys: pytest.CaptureFixtur
     module = chunkft_fx.compile(Unsliceable(), "1GB", chunks=3, backend="eager")
     assert inspect.print_coverage(module, {"x": torch.randn(4, 96)}) == 1
     printed = capsys.readouterr().out
-    assert printed.startswith("dense: ")
-    assert "24.0 KiB" in printed
+    assert printed.startswith("dense: aten.flip.default in the model itself (template 0, node flip")
+    assert "24.0 KiB computed whole: the order along the cut dimension is reversed" in printed
 
 
 def test_the_demo_holds_topics_out_of_training() -> None:
