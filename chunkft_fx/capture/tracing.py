@@ -24,6 +24,7 @@ from torch._dynamo.guards import CheckFunctionManager
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
 
 from chunkft_fx.capture.output_hooks import install_output_hooks
+from chunkft_fx.capture.user_code import where_in
 from chunkft_fx.errors import ChunkFTError, UnsupportedGraph
 from chunkft_fx.torch_internals import untraced_because
 
@@ -62,11 +63,13 @@ def trace(model: nn.Module, backend: Backend) -> Callable[..., Any]:
             inner = error.inner_exception
             if isinstance(inner, (ChunkFTError, torch.OutOfMemoryError)):
                 raise inner from None
-            raise UnsupportedGraph(f"this model could not be compiled: {type(inner).__name__}: {inner}") from error
+            raise UnsupportedGraph(
+                f"this model could not be compiled{where_in(str(inner))}: {type(inner).__name__}: {inner}"
+            ) from error
         except (TorchDynamoException, GuardOnDataDependentSymNode, ConstraintViolationError) as error:
             raise UnsupportedGraph(
-                "this model cannot be captured as one graph; change the code at the place torch names below, "
-                f"so that torch.compile(fullgraph=True) can trace it.\n{error}"
+                f"this model cannot be captured as one graph{where_in(str(error))}; change its code, so that "
+                f"torch.compile(fullgraph=True) can trace it.\n{error}"
             ) from error
 
     weakref.finalize(call, _forget, backend, function.__code__).atexit = False
