@@ -26,9 +26,8 @@ from collections import defaultdict
 
 import torch
 from torch import Tensor, fx, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from chunkft_fx.torch_internals import hint
+from chunkft_fx.torch_internals import dynamo_meta, dynamo_value, hint, storage_key
 
 
 def separate_outputs(gm: fx.GraphModule) -> int:
@@ -39,7 +38,7 @@ def separate_outputs(gm: fx.GraphModule) -> int:
     output = gm.graph.output_node()
     inputs = [(key, node) for node in gm.graph.find_nodes(op="placeholder") if (key := _storage(node)) is not None]
     given = {key for key, _ in inputs}
-    weights = {key for key, node in inputs if isinstance(node.meta["example_value"], nn.Parameter)}
+    weights = {key for key, node in inputs if isinstance(dynamo_value(node), nn.Parameter)}
     sharing: dict[int, list[fx.Node]] = defaultdict(list)
     for node in output.all_input_nodes:
         key = _storage(node)
@@ -52,7 +51,7 @@ def separate_outputs(gm: fx.GraphModule) -> int:
     for node in copied:
         with gm.graph.inserting_before(output):
             clone = gm.graph.call_method("clone", (node,))
-        clone.meta = {k: v for k, v in node.meta.items() if k != "example_value"}
+        clone.meta = dynamo_meta(node)
         output.replace_input_with(node, clone)
     if copied:
         gm.graph.lint()
@@ -62,15 +61,15 @@ def separate_outputs(gm: fx.GraphModule) -> int:
 
 def _shared(nodes: list[fx.Node], with_input: bool) -> list[fx.Node]:
     """Which of the outputs of one storage to copy, so that each with a gradient has memory of its own."""
-    learning = [node for node in nodes if node.meta["example_value"].requires_grad]
+    learning = [node for node in nodes if dynamo_value(node).requires_grad]
     if with_input or not learning:
         return learning
-    kept = max(learning, key=lambda node: hint(node.meta["example_value"].numel()))
+    kept = max(learning, key=lambda node: hint(dynamo_value(node).numel()))
     return [node for node in nodes if node is not kept]
 
 
 def _storage(node: fx.Node) -> int | None:
-    value = node.meta.get("example_value")
+    value = dynamo_value(node)
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
         return None
-    return int(StorageWeakRef(value.untyped_storage()).cdata)
+    return storage_key(value)

@@ -89,10 +89,10 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], names: Mapping[in
             joint = aot_export_joint_with_descriptors(stack, gm, tuple(example_inputs), decompositions=decompositions)
         module, fake_mode = joint.graph_module, joint.fake_mode
     assert fake_mode is not None
-    return _describe(module, fake_mode, example_inputs, names)
+    return _read_joint(module, fake_mode, example_inputs, names)
 
 
-def _describe(
+def _read_joint(
     module: fx.GraphModule, fake_mode: FakeTensorMode, inputs: Sequence[Any], names: Mapping[int, str]
 ) -> Capture:
     graph = module.graph

@@ -41,7 +41,7 @@ def trace(model: nn.Module, backend: Backend) -> Callable[..., Any]:
     compiled = torch.compile(function, backend=backend, fullgraph=True)
     settings = _settings()
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def traced(*args: Any, **kwargs: Any) -> Any:
         with _quiet_metrics(), torch._dynamo.config.patch(settings):
             try:
                 return compiled(*args, **kwargs)
@@ -58,7 +58,7 @@ def trace(model: nn.Module, backend: Backend) -> Callable[..., Any]:
                 "compiled module outside of it, or the plain model inside"
             )
         try:
-            return run(*args, **kwargs)
+            return traced(*args, **kwargs)
         except BackendCompilerFailed as error:
             inner = error.inner_exception
             if isinstance(inner, (ChunkFTError, torch.OutOfMemoryError)):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from chunkft_fx.gradients.slice_gradient import SliceGradient, cut_from
 from chunkft_fx.gradients.slices import ActiveSlice
+from chunkft_fx.graph.layout import wide_dtype
 
 
 @dataclass
@@ -81,7 +82,7 @@ class GradientGate:
 
 
 def _admit_through(owner: weakref.ref[Any], guarded: _Guarded, parameter: nn.Parameter) -> Any:
-    _set_gradient_dtype(parameter, torch.promote_types(parameter.dtype, torch.float32))
+    _set_gradient_dtype(parameter, wide_dtype(parameter.dtype))
 
     def admit(p: Tensor) -> None:
         module = owner()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from chunkft_fx.gradients.slice_gradient import SliceGradient, cut_from, part_of
+from chunkft_fx.graph.layout import wide_dtype
 from chunkft_fx.plan.chunk import Slice
 
 
@@ -69,7 +69,7 @@ class ActiveSlice:
         gradient keeps a copy, which is made here: whoever hands gradients over one by one, letting go of each, holds
         one twice at a time, whatever order autograd takes. One that has a gradient adds it up as it is.
         """
-        wide = torch.promote_types(self.parameter.dtype, torch.float32)
+        wide = wide_dtype(self.parameter.dtype)
         is_own = gradient.dtype == wide != self.parameter.dtype
         if not is_own and self.parameter.grad is None:
             gradient, is_own = gradient.to(wide, copy=True), True

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.flop_counter import register_flop_formula
 
+from chunkft_fx.graph.layout import wide_dtype
 from chunkft_fx.kernels.cross_entropy import softmax_cross_entropy_
 
 # Of one block of logits. At 128,256 classes in bf16 it is 1024 tokens: each block reads the weight once for each
@@ -52,12 +53,7 @@ def useful_splits(tokens: int, classes: int, itemsize: int) -> tuple[int, ...]:
     return tuple(sorted(sizes.values()))
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of losses and sums: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def run(
+def loss_and_gradients(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -137,11 +133,11 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _forward(*args: Any, split: int = 1) -> Tensor:
-    return run(*args, split=split)[0]
+    return loss_and_gradients(*args, split=split)[0]
 
 
 def _backward(tangent: Tensor, *args: Any, split: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    _, d_hidden, d_weight, d_bias = run(*args, tangent=tangent, split=split)
+    _, d_hidden, d_weight, d_bias = loss_and_gradients(*args, tangent=tangent, split=split)
     return d_hidden, d_weight, d_bias
 
 
@@ -205,7 +201,7 @@ for _name, _schema, _function, _meta in (
     ),
     (
         "linear_cross_entropy_grad",
-        f"({_HEAD}, {_WANTED}, {_SPLIT}) -> (Tensor, Tensor, Tensor, Tensor)", run, _grad_meta,
+        f"({_HEAD}, {_WANTED}, {_SPLIT}) -> (Tensor, Tensor, Tensor, Tensor)", loss_and_gradients, _grad_meta,
     ),
 ):  # fmt: skip
     _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))

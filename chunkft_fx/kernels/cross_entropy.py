@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chunkft_fx.graph.layout import wide_dtype
 from chunkft_fx.kernels.launch import current_device
 
 tl: Any = None  # triton.language once the kernel is made: CPU builds of torch come without triton
@@ -50,7 +51,7 @@ def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
 
 def reference_workspace_nbytes(rows: int, classes: int, dtype: torch.dtype, has_scale: bool) -> int:
     """What `reference` allocates: the softmax with two gradients, or with the logits in its dtype."""
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = wide_dtype(dtype)
     return rows * classes * wide.itemsize * (3 if has_scale else 1 if dtype == wide else 2)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from torch.utils.flop_counter import register_flop_formula
 
 from chunkft_fx.errors import OptionError
+from chunkft_fx.graph.layout import wide_dtype
 from chunkft_fx.graph.sizes import AS_TRACED, Sizes
 from chunkft_fx.kernels.launch import ACCESS_NBYTES, current_device
 
@@ -96,11 +97,6 @@ def compute(dy: Tensor, x: Tensor, start: Tensor, dim: int, length: int, by: str
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the Triton kernel serves operands of this device and dtype."""
     return device.type == "cuda" and dtype in KERNEL_DTYPES
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums and results: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def reference(a: Tensor, b: Tensor) -> Tensor:

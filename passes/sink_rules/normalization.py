@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from chunkft_fx.graph.layout import wide_dtype
 from chunkft_fx.graph.rewrite import same, shape
 from chunkft_fx.passes.sink_rules.table import Cut, Refused, rule
 
@@ -19,7 +20,7 @@ aten = torch.ops.aten
 
 def _wide(cut: Cut, x: fx.Node, like: fx.Node) -> fx.Node:
     """The value in the precision in which normalisation kernels sum: float32 for low-precision inputs."""
-    dtype = torch.promote_types(x.meta["val"].dtype, torch.float32)
+    dtype = wide_dtype(x.meta["val"].dtype)
     return x if x.meta["val"].dtype == dtype else cut.emit(aten._to_copy.default, x, like=like, dtype=dtype)
 
 

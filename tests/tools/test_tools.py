@@ -31,7 +31,7 @@ EAGER = ["--budget", "1GB", "--backend", "eager", "--device", "cpu"]
 def chunkft(*arguments: str) -> None:
     """Run the command line in this process, as the entry point does."""
     with pytest.raises(SystemExit) as ended:
-        console.run(lambda: cli.app(list(arguments)))
+        console.run_app(lambda: cli.app(list(arguments)))
     if ended.value.code:
         raise SystemExit(ended.value.code)
 
@@ -208,10 +208,10 @@ def test_a_missing_extra_is_named(capsys: pytest.CaptureFixture[str]) -> None:
         raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
     with pytest.raises(SystemExit):
-        console.run(lambda: needs("transformers"))
+        console.run_app(lambda: needs("transformers"))
     assert 'pip install "chunkft-fx[demo]"' in capsys.readouterr().err
     with pytest.raises(ModuleNotFoundError):
-        console.run(lambda: needs("something_else"))
+        console.run_app(lambda: needs("something_else"))
 
 
 def test_a_gguf_file_is_loaded_from_its_folder(tmp_path: Path) -> None:
