@@ -121,7 +121,7 @@ def test_before_training_a_signal_ends_the_program_in_one_line(
 
 STUBBORN = """
 import signal, time
-from chunkft_fx.tools.signals import between_steps
+from chunkft_fx.tools.training.signals import between_steps
 with between_steps() as stop:
     print("ready", flush=True)
     while True:
