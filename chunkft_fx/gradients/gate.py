@@ -34,9 +34,11 @@ class Arrivals:
 class GateOwner(Protocol):
     """What a gate needs of the compiled module."""
 
-    def active_slice(self, name: str) -> ActiveSlice | None: ...
+    def active_slice(self, name: str) -> ActiveSlice | None:
+        """The active slice of the parameter of this name; None if it has none."""
 
-    def came_to_parameter(self) -> None: ...
+    def came_to_parameter(self) -> None:
+        """Note that autograd gave a parameter a gradient, wherever it came from."""
 
 
 @dataclass

@@ -20,18 +20,22 @@ class ActiveSlice:
 
     @property
     def name(self) -> str:
+        """The name of the parameter in the model."""
         return self.slice.name
 
     @property
     def dim(self) -> int:
+        """The dimension of the parameter along which it is cut."""
         return self.slice.dim
 
     @property
     def start(self) -> int:
+        """The first index of the slice along ``dim``."""
         return self.slice.start
 
     @property
     def length(self) -> int:
+        """The number of indices along ``dim``."""
         return self.slice.length
 
     @property

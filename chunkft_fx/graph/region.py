@@ -46,6 +46,7 @@ class RegionGraph:
 
     @property
     def graph(self) -> fx.Graph:
+        """The graph of ``module``."""
         return self.module.graph
 
     @property
@@ -57,6 +58,7 @@ class RegionGraph:
 
     @property
     def backward_outputs(self) -> tuple[fx.Node | None, ...]:
+        """The backward outputs: gradients of weights and inputs; None where nothing is demanded."""
         return self.outputs[self.num_forward_outputs :]
 
     def placeholders(self, kind: str) -> list[fx.Node]:
@@ -100,10 +102,12 @@ class Pass(Protocol):
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The name in logs, in ``chunkft inspect --pass`` and in errors of the verifier."""
 
     @property
-    def numerics(self) -> Literal["bitwise", "reassociated"]: ...
+    def numerics(self) -> Literal["bitwise", "reassociated"]:
+        """What may happen to values: nothing (``bitwise``), or another order of sums (``reassociated``)."""
 
     def __call__(self, region: RegionGraph) -> int: ...
 

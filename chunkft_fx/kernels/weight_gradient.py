@@ -66,6 +66,7 @@ class Tiling:
         return max(1, min(processors // max(tiles, 1), most))
 
     def tiles(self, rows: int, columns: int) -> int:
+        """The number of tiles of a result of these rows and columns."""
         return -(-rows // self.rows) * -(-columns // self.columns)
 
 

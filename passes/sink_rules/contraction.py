@@ -19,6 +19,7 @@ aten = torch.ops.aten
 
 @rule(aten.mm.default, contracts=True)
 def mm(cut: Cut, node: fx.Node) -> fx.Node:
+    """``[rows, k] @ [k, columns]``: rows are cut from the first operand, columns from the second."""
     a, b = node.args
     a, b = (cut.take(a, 0), b) if cut.dim == 0 else (a, cut.take(b, 1))
     return cut.emit(aten.mm.default, a, b, like=node, **node.kwargs)
@@ -26,6 +27,7 @@ def mm(cut: Cut, node: fx.Node) -> fx.Node:
 
 @rule(aten.bmm.default, contracts=True)
 def bmm(cut: Cut, node: fx.Node) -> fx.Node:
+    """``[batch, rows, k] @ [batch, k, columns]``: the batch is cut from both operands."""
     a, b = node.args
     if cut.dim in (0, 1):
         a = cut.take(a, cut.dim)
@@ -36,6 +38,7 @@ def bmm(cut: Cut, node: fx.Node) -> fx.Node:
 
 @rule(aten.addmm.default, contracts=True)
 def addmm(cut: Cut, node: fx.Node) -> fx.Node:
+    """As `mm`, plus a bias, which is cut where it is not broadcast along the cut dimension."""
     bias, a, b = node.args
     assert isinstance(bias, fx.Node)
     source = cut.dim - (2 - len(shape(bias)))
@@ -47,6 +50,7 @@ def addmm(cut: Cut, node: fx.Node) -> fx.Node:
 
 @rule(aten.sum.dim_IntList, aten.mean.dim, contracts=True)
 def reduce(cut: Cut, node: fx.Node) -> fx.Node:
+    """A sum or mean over some dimensions: the operand is cut along one that is kept."""
     assert callable(node.target)
     x: Any = node.args[0]
     dims: Any = node.args[1] if len(node.args) > 1 else None

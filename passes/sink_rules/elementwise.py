@@ -66,6 +66,7 @@ def elementwise_rule(target: Any) -> Rule | None:
 
 @rule(aten.full.default, aten.zeros.default, aten.ones.default)
 def constant(cut: Cut, node: fx.Node) -> fx.Node:
+    """A tensor of one value, made from sizes: made smaller."""
     sizes: Any = node.args[0]
     assert callable(node.target)
     return cut.emit(node.target, replaced(sizes, cut.dim, cut.length), *node.args[1:], like=node, **node.kwargs)
@@ -73,6 +74,7 @@ def constant(cut: Cut, node: fx.Node) -> fx.Node:
 
 @rule(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default)
 def new_constant(cut: Cut, node: fx.Node) -> fx.Node:
+    """A tensor of one value with the dtype and device of another one, made from sizes: made smaller."""
     like, sizes, *rest = node.args
     assert callable(node.target)
     return cut.emit(node.target, like, replaced(sizes, cut.dim, cut.length), *rest, like=node, **node.kwargs)  # type: ignore[arg-type]
@@ -80,6 +82,7 @@ def new_constant(cut: Cut, node: fx.Node) -> fx.Node:
 
 @rule(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default)
 def constant_like(cut: Cut, node: fx.Node) -> fx.Node:
+    """A tensor of one value with the shape of another one: made of the slice of that."""
     assert callable(node.target)
     x, *rest = node.args
     return cut.emit(node.target, cut.take(x, cut.dim), *rest, like=node, **node.kwargs)

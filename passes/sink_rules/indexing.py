@@ -40,11 +40,13 @@ def _extra_row(cut: Cut, indices: fx.Node, like: fx.Node) -> fx.Node:
 
 
 def without_last(cut: Cut, node: fx.Node, dim: int) -> fx.Node:
+    """A value without the extra row behind the slice along ``dim``: ``length`` indices are left."""
     return cut.emit(aten.slice.Tensor, node, dim, 0, cut.length, like=node)
 
 
 @rule(aten.embedding_dense_backward.default, contracts=True)
 def embedding_dense_backward(cut: Cut, node: fx.Node) -> fx.Node:
+    """Gradients ``[..., columns]`` of looked-up rows, added up at ``indices`` into ``[rows, columns]``."""
     gradient, indices, rows, padding, by_frequency = node.args
     if cut.dim == 1:
         inner = cut.take(gradient, len(shape(gradient)) - 1)  # type: ignore[arg-type]
@@ -105,6 +107,7 @@ def masked_index_put(cut: Cut, node: fx.Node) -> fx.Node:
 
 @rule(aten.index_add.default, contracts=True)
 def index_add(cut: Cut, node: fx.Node) -> fx.Node:
+    """``base`` with ``values`` added at the places of one index vector along ``dim``."""
     base, dim, place, values = node.args
     assert isinstance(dim, int)
     dim %= len(shape(node))
@@ -150,6 +153,7 @@ def sliced_if_wide(cut: Cut, operand: fx.Node, dim: int, rank: int) -> fx.Node:
 
 @rule(aten.scatter_add.default, contracts=True)
 def scatter_add(cut: Cut, node: fx.Node) -> fx.Node:
+    """``base`` with each element of ``source`` added at its own index along ``dim``; the gradient of `gather`."""
     base, dim, indices, source = node.args
     assert isinstance(dim, int) and isinstance(indices, fx.Node) and isinstance(source, fx.Node)
     if dim == cut.dim:

@@ -16,6 +16,7 @@ prims = torch.ops.prims
 
 @rule(aten.permute.default)
 def permute(cut: Cut, node: fx.Node) -> fx.Node:
+    """Dimension ``d`` of the result is dimension ``order[d]`` of the operand."""
     x, order = node.args
     assert isinstance(order, (list, tuple))
     return cut.emit(aten.permute.default, cut.take(x, order[cut.dim]), order, like=node)  # type: ignore[arg-type]
@@ -58,6 +59,7 @@ def source_dim(before: tuple[Any, ...], after: tuple[Any, ...], dim: int) -> tup
 
 
 def product(sizes: tuple[Any, ...]) -> Any:
+    """The product of sizes, 1 of none; an int, or a symbolic size if one of them is."""
     total: Any = 1
     for size in sizes:
         total = total * size
@@ -66,6 +68,7 @@ def product(sizes: tuple[Any, ...]) -> Any:
 
 @rule(aten.expand.default)
 def expand(cut: Cut, node: fx.Node) -> fx.Node:
+    """An operand is cut along a dimension of its own; one that is broadcast along the cut dimension stays whole."""
     x: Any = node.args[0]
     sizes: Any = node.args[1]
     source = cut.dim - (len(shape(node)) - len(shape(x)))
@@ -76,6 +79,7 @@ def expand(cut: Cut, node: fx.Node) -> fx.Node:
 
 @rule(aten.unsqueeze.default)
 def unsqueeze(cut: Cut, node: fx.Node) -> fx.Node:
+    """Sinks along every dimension but the added one."""
     x: Any = node.args[0]
     added: Any = node.args[1]
     if cut.dim == added:
@@ -85,6 +89,7 @@ def unsqueeze(cut: Cut, node: fx.Node) -> fx.Node:
 
 @rule(aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
 def squeeze(cut: Cut, node: fx.Node) -> fx.Node:
+    """Sinks along every dimension that is left."""
     x: Any = node.args[0]
     named: Any = node.args[1] if len(node.args) > 1 else range(len(shape(x)))
     removed = {d for d in ([named] if isinstance(named, int) else named) if same(shape(x)[d], 1)}
@@ -95,6 +100,7 @@ def squeeze(cut: Cut, node: fx.Node) -> fx.Node:
 
 @rule(aten._to_copy.default, aten.clone.default, prims.convert_element_type.default, aten.lift_fresh_copy.default)
 def copy(cut: Cut, node: fx.Node) -> fx.Node:
+    """A cast or a copy, whose result has the shape of its operand."""
     assert callable(node.target)
     x, *rest = node.args
     return cut.emit(node.target, cut.take(x, cut.dim), *rest, like=node, **node.kwargs)
@@ -102,6 +108,7 @@ def copy(cut: Cut, node: fx.Node) -> fx.Node:
 
 @rule(aten.slice.Tensor)
 def slice_(cut: Cut, node: fx.Node) -> fx.Node:
+    """A static slice: along another dimension it is taken of the part, along the cut one the starts add up."""
     x, dim, start, *rest = [*node.args, *(0, 0)[len(node.args) - 1 :]] if len(node.args) < 3 else list(node.args)
     if dim != cut.dim:
         return cut.emit(aten.slice.Tensor, cut.take(x, cut.dim), dim, start, *rest, like=node)
@@ -117,6 +124,7 @@ def slice_(cut: Cut, node: fx.Node) -> fx.Node:
 
 @rule(aten.slice_backward.default)
 def slice_backward(cut: Cut, node: fx.Node) -> fx.Node:
+    """Zeros of ``sizes`` with the gradient at a slice along ``dim``: sinks along every other dimension."""
     gradient, sizes, dim, *rest = node.args
     rank = len(shape(node))
     assert isinstance(dim, int)
@@ -128,6 +136,7 @@ def slice_backward(cut: Cut, node: fx.Node) -> fx.Node:
 
 @rule(aten.select.int)
 def select(cut: Cut, node: fx.Node) -> fx.Node:
+    """One index along ``dim``, which the result does not have: sinks along every dimension of the result."""
     x, dim, index = node.args
     assert isinstance(dim, int)
     source = cut.dim + (cut.dim >= dim)
@@ -136,6 +145,7 @@ def select(cut: Cut, node: fx.Node) -> fx.Node:
 
 @rule(aten.select_backward.default)
 def select_backward(cut: Cut, node: fx.Node) -> fx.Node:
+    """Zeros of ``sizes`` with the gradient at one index along ``dim``: sinks along every other dimension."""
     gradient, sizes, dim, index = node.args
     assert isinstance(dim, int)
     dim %= len(shape(node))
@@ -160,6 +170,7 @@ def scatter(cut: Cut, node: fx.Node) -> fx.Node:
 
 @rule(aten.flip.default, prims.rev.default)
 def flip(cut: Cut, node: fx.Node) -> fx.Node:
+    """Sinks along every dimension whose order is not reversed."""
     assert callable(node.target)
     x: Any = node.args[0]
     dims: Any = node.args[1]
@@ -182,6 +193,7 @@ def cat(cut: Cut, node: fx.Node) -> fx.Node:
 
 @rule(aten.constant_pad_nd.default)
 def constant_pad_nd(cut: Cut, node: fx.Node) -> fx.Node:
+    """Sinks along every dimension that is not padded; ``pad`` lists them from the last one on."""
     x, pad, *rest = node.args
     assert isinstance(pad, (list, tuple))
     before = 2 * (len(shape(node)) - 1 - cut.dim)

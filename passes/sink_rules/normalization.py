@@ -40,6 +40,7 @@ def _result(item: fx.Node) -> Tensor:
 
 @rule(aten.native_layer_norm_backward.default, contracts=True)
 def layer_norm(cut: Cut, item: fx.Node) -> fx.Node:
+    """Weight (result 1) or bias (result 2) gradient ``[channels]``, where only the last dimension is normalised."""
     node = item.all_input_nodes[0]
     gradient, x, normalized, mean, rstd, *_ = node.args
     if len(normalized) != 1:  # type: ignore[arg-type]
@@ -55,6 +56,7 @@ def layer_norm(cut: Cut, item: fx.Node) -> fx.Node:
 
 @rule(aten._fused_rms_norm_backward.default, contracts=True)
 def rms_norm(cut: Cut, item: fx.Node) -> fx.Node:
+    """Weight gradient (result 1) ``[channels]``, where only the last dimension is normalised."""
     node = item.all_input_nodes[0]
     gradient, x, normalized, rstd, *_ = node.args
     if len(normalized) != 1:  # type: ignore[arg-type]
@@ -67,6 +69,7 @@ def rms_norm(cut: Cut, item: fx.Node) -> fx.Node:
 
 @rule(aten.native_group_norm_backward.default, contracts=True)
 def group_norm(cut: Cut, item: fx.Node) -> fx.Node:
+    """Weight (result 1) or bias (result 2) gradient ``[channels]``; channels are dimension 1 of the input."""
     node = item.all_input_nodes[0]
     gradient, x, mean, rstd, _, n, channels, _, groups, _ = node.args
     if not isinstance(channels, int) or not isinstance(groups, int):
@@ -91,6 +94,7 @@ def group_norm(cut: Cut, item: fx.Node) -> fx.Node:
 
 @rule(aten.native_batch_norm_backward.default, contracts=True)
 def batch_norm(cut: Cut, item: fx.Node) -> fx.Node:
+    """Weight (result 1) or bias (result 2) gradient ``[channels]`` of a batch norm in training."""
     node = item.all_input_nodes[0]
     gradient, x, _, _, _, mean, invstd, train, *_ = node.args
     if not train or mean is None or not same(shape(mean)[0], shape(x)[1]):  # type: ignore[arg-type]
