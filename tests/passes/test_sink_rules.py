@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +118,16 @@ def test_an_own_rule_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(RULES, aten.cumsum.default, Rule(cumsum, contracts=False))
     assert check(case, (0, 1, 2)).dense == []
+
+
+def test_the_worked_example_of_contributing_is_in_the_code() -> None:
+    """The rule and its tests stand there as they stand here, and the script runs."""
+    page = Path("CONTRIBUTING.md").read_text()
+    script, function, sinks, refusal = map(textwrap.dedent, re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    assert function in Path("passes/sink_rules/layout.py").read_text()
+    tests = Path("tests/passes/test_sink_layout.py").read_text()
+    assert textwrap.indent(sinks, "    ") in tests
+    assert textwrap.indent(refusal, "    ") in tests
+    found: dict[str, Any] = {}
+    exec(script, found)
+    assert found["region"].dense == []
