@@ -1,10 +1,11 @@
-"""Give every output of a model that gets a gradient memory of its own, on the graph that Dynamo traced.
+"""Rewrites the graph that Dynamo traced, so that every output of a model that gets a gradient has memory of its own.
 
-Outputs can be views of each other, of an input or of a weight, or one the detached other. A step is one autograd node
-to the caller, and autograd cannot see through it that two of its results are the same memory: gradients of one would be
-lost, or both count as detached. A copy made inside the graph is a value like any other, whose gradient adds up there.
-Only what shares memory is copied, and of values that share it all but the largest. What shares a weight's memory is
-copied without a gradient too: a streamed weight lies where the next one will.
+Outputs can be views of each other, of an input or of a weight, or one output can be another one,
+detached. A step is one autograd node to the caller, and autograd cannot see through it that two of its results are the
+same memory: gradients of one would be lost, or both would count as detached. A copy made inside the graph is a value
+like any other, whose gradient adds up there.
+Only outputs that share memory are copied, all but the largest of those that share it. An output that shares memory with
+a weight is copied even if it gets no gradient: the buffer that holds a streamed weight will hold the next one later.
 
 Before::
 
@@ -31,7 +32,8 @@ from chunkft_fx.torch_internals import dynamo_meta, dynamo_value, hint, storage_
 
 
 def separate_outputs(gm: fx.GraphModule) -> int:
-    """Copy outputs of a Dynamo graph, in place, until none that needs a gradient shares memory, and none a weight's.
+    """Copy outputs of a Dynamo graph, in place, until no output that needs a gradient shares memory with another value,
+    and no output shares memory with a weight.
 
     Returns how many were copied.
     """

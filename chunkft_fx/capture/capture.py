@@ -1,4 +1,4 @@
-"""Capture: from a model and a batch to one joint graph with named inputs, outputs and gradients.
+"""Writes the joint graph of a model and a batch, with named inputs, outputs and gradients: a `Capture`.
 
 What the rest of the library sees is `Capture`, a joint forward and backward graph in ATen operators. Tracing is made of
 private torch interfaces: they are touched here, in `capture.tracing`, which calls the model, and in `torch_internals`
@@ -81,7 +81,9 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], names: Mapping[in
     decompositions: dict[Any, Any] = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(inductor_config.patch(fallback_random=True))
-        if hasattr(functorch_config, "backward_pass_autocast"):  # backward is called outside of autocast, as torch asks
+        if hasattr(
+            functorch_config, "backward_pass_autocast"
+        ):  # torch asks for backward to be called outside of autocast, so the trace of it must hold no casts
             stack.enter_context(functorch_config.patch(backward_pass_autocast="off"))
         if backend == "inductor":
             decompositions = dict(select_decomp_table())

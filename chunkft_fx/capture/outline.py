@@ -1,4 +1,4 @@
-"""Outline: cut the joint graph of a model into regions, and give equal regions one template.
+"""Cuts the joint graph of a model into regions, and gives equal regions one template.
 
 Contract: regions are contiguous runs of the forward graph's order, so they are convex and each needs
 only values of earlier ones. Labels from the recorded module stacks say where to cut; they decide how
@@ -297,7 +297,7 @@ def structural_key(region: RegionGraph) -> str:
 
 
 def _bounds(value: Any) -> list[int]:
-    """What symbolic sizes count as where memory is predicted."""
+    """The numbers that the symbolic sizes of a value stand for where memory is predicted."""
     sizes = value.shape if isinstance(value, Tensor) else (value,)
     return [hint(s) for s in sizes if isinstance(s, torch.SymInt)]
 

@@ -1,8 +1,8 @@
-"""Tracing: call a model through Dynamo, which hands each graph that it traces to a backend of ours.
+"""Runs a model through Dynamo, which hands each graph that it traces to a backend of ours.
 
 Every compiled model is traced in a code object of its own. Dynamo keeps what it compiled with the code object, counts
-its limit of recompilations there, and takes sizes for changing that changed there: of the class's own ``forward`` all
-models of a class would share one, with its limit, long after they are gone.
+recompilations against a limit there, and notes there which sizes have changed. If it traced the ``forward`` of the
+class itself, all models of that class would share these, also with models that are long gone.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _settings() -> dict[str, Any]:
     if warning_once is not None:
         ignored.add(warning_once)
     limits = {"recompile_limit": _NO_LIMIT, "accumulated_recompile_limit": _NO_LIMIT}
-    # By default Dynamo takes it that nobody adds hooks to a module once it is traced, and goes on without them.
+    # By default Dynamo assumes that nobody adds hooks to a module after it was traced, and would leave them out.
     return {option: ignored, "skip_nnmodule_hook_guards": False, **limits}
 
 

@@ -1,4 +1,4 @@
-"""The slices that are active right now, each with its part of a parameter and of the parameter's gradient."""
+"""Gives the slices that are active right now, each with its part of a parameter and of the parameter's gradient."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ class ActiveSlice:
     def handed(self, gradient: Tensor) -> Tensor:
         """A gradient of the slice (its shape, any floating dtype) as autograd is to give it to the parameter.
 
-        One that is wider than the parameter was made for this slice alone (a sum of contributions, or
-        `passes.lower_triton`'s operator), and the parameter keeps it as it is. Of another one a parameter without
-        gradient keeps a copy, which is made here: whoever hands gradients over one by one, letting go of each, holds
-        one twice at a time, whatever order autograd takes. One that has a gradient adds it up as it is.
+        A gradient that is wider than the parameter was made for this slice alone (as a sum of contributions, or by the
+        operator of `passes.lower_triton`), so the parameter keeps it as it is. Of any other gradient, a parameter that
+        has none yet keeps a copy, which is made here: a caller that hands gradients over one by one, and lets go of
+        each, then holds only one of them twice at a time. A parameter that has a gradient adds the new one to it.
         """
         wide = wide_dtype(self.parameter.dtype)
         is_own = gradient.dtype == wide != self.parameter.dtype

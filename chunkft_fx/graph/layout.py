@@ -1,4 +1,4 @@
-"""How tensors lie in memory: rows of a stage, runs without gaps, the cut dimension in front."""
+"""Says how tensors lie in memory: rows of a stage, runs without gaps, the cut dimension in front, the wide dtype."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The joint graph of one region: what graph passes read and rewrite.
+"""Defines the joint graph of one region, which region passes read and rewrite, and what a pass is.
 
 A region graph is an ``fx.GraphModule`` whose placeholders come in this order and kind
 (``node.meta["kind"]``): ``"primal"`` (forward values and parameters), ``"tangent"`` (backward values
@@ -38,7 +38,7 @@ class DenseGradient:
 
 @dataclass
 class RegionGraph:
-    """A joint graph in the form described by the module docstring, and what passes reported of it."""
+    """A joint graph in the form that this file describes, and the dense gradients that passes reported in it."""
 
     module: fx.GraphModule
     num_forward_outputs: int

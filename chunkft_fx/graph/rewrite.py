@@ -1,4 +1,4 @@
-"""Building blocks shared by the passes: new nodes with metadata, static comparisons, operator names."""
+"""Writes new nodes with their metadata, and compares values without guards: the building blocks of passes."""
 
 from __future__ import annotations
 

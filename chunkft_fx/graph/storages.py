@@ -1,4 +1,4 @@
-"""The storages under the values of a graph: which values share memory, and how many bytes each storage has."""
+"""Predicts which values of a graph share memory, and how many bytes each of their storages has."""
 
 from __future__ import annotations
 

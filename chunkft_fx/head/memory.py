@@ -1,4 +1,4 @@
-"""What the operators of the chunked head allocate while they run, and what their blocks move: for the models.
+"""Predicts what the operators of the chunked head allocate while they run, and the bytes that their blocks move.
 
 The same steps as `head.operators.loss_and_gradients`, counted in bytes: all of it is known from shapes and dtypes.
 """
@@ -80,7 +80,7 @@ def _workspace(hidden: Tensor, classes: int, gradients: list[Tensor], split: int
     if not gradients:
         return losses + buffer + in_block
     _, d_weight, d_bias = gradients
-    # sums in a wider dtype than the result stand beside it at the end
+    # sums in a wider dtype than the result are alive beside the result at the end
     weight_sum = d_weight.nbytes if size == tokens else d_weight.numel() * wide.itemsize
     bias_sum = d_bias.numel() * wide.itemsize
     early = weight_sum - d_weight.nbytes + bias_sum - d_bias.nbytes
@@ -91,7 +91,7 @@ def _workspace(hidden: Tensor, classes: int, gradients: list[Tensor], split: int
 
 
 def _product_workspace(d_weight: Tensor, size: int, hidden: Tensor, wide: torch.dtype) -> int:
-    """Where a library cannot add products of low precision to a wide sum, both factors are widened first."""
+    """Bytes of the widened factors, where a library cannot add a product of low precision to a wide sum."""
     if hidden.is_cuda or hidden.dtype == wide:
         return 0
     return size * sum(int(n) for n in d_weight.shape) * wide.itemsize

@@ -1,4 +1,4 @@
-"""The head as operators: projection to the classes and cross-entropy, a block of tokens at a time.
+"""Runs the head of a model, its projection to the classes and the cross-entropy, a block of tokens at a time.
 
 The logits of a language model are its largest activation (8 x 1024 tokens of 128,256 classes in float32 are
 4.2 GB), and only a scalar is wanted of them. These operators hold the logits of one block of tokens at a time.
@@ -42,7 +42,7 @@ SPLITS = (1, 2, 4, 8)
 
 
 def block_tokens(classes: int, itemsize: int, split: int = 1) -> int:
-    """How many tokens' logits are held at a time."""
+    """The number of tokens whose logits are held at a time; ``itemsize`` is the bytes of one logit."""
     tokens = max(1, LOGITS_NBYTES // (classes * itemsize * split))
     return tokens - tokens % _TILE if tokens > _TILE else tokens
 
@@ -100,7 +100,7 @@ def loss_and_gradients(
             _add_product(d_weight, logits[:, rows], x[:, columns])
         if output_mask[2]:
             d_bias += logits[:, bias_rows].sum(0, dtype=wide)
-    del buffer, logits  # which both hold the block: what follows takes memory too
+    del buffer, logits  # both hold the block of logits, whose memory the casts below can use again
     return losses.sum() / divisor, d_hidden, d_weight.to(weight.dtype), d_bias.to(weight.dtype)
 
 

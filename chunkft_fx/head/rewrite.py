@@ -1,10 +1,10 @@
-"""Put the chunked head into a model's graph: projection followed by cross-entropy becomes one operator.
+"""Rewrites a model's graph to use the chunked head: a projection with the cross-entropy behind it becomes one operator.
 
-Works on the graph that Dynamo traced, before autograd sees it: there the projection and the loss still are one
-call each, as the user or a library wrote them. Found is ``F.linear`` whose result reaches ``F.cross_entropy``
-through casts, ``contiguous``, slices of the token dimensions (as in the shift by one token) and then views that
-keep the classes apart. Those commute with a projection, so they are applied to its input instead. Anything else
-is left as it is, with the reason logged: dense logits are always right.
+The rewrite works on the graph that Dynamo traced, before autograd sees it: there the projection and the loss still are
+one call each, as the user or a library wrote them. It looks for an ``F.linear`` whose result reaches
+``F.cross_entropy`` through casts, ``contiguous``, slices of the token dimensions (as in the shift by one token) and
+then views that keep the classes apart. Those commute with a projection, so they are applied to its input instead.
+Anything else is left as it is, with the reason logged: dense logits are always right.
 
 Where the model returns the logits, its graph returns ``None`` in their place, and the session `MissingLogits`.
 

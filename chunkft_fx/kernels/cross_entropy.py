@@ -1,4 +1,4 @@
-"""Softmax cross-entropy of a block of logits, and its gradient in the place of the logits.
+"""Runs the softmax cross-entropy of a block of logits, and writes its gradient in the place of the logits.
 
 One call does for ``[rows, classes]`` logits what autograd does in a forward and a backward: the loss of
 each row and, if a scale is given, the gradient of ``scale * sum(losses)``, which overwrites the logits. A

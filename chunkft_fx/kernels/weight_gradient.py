@@ -35,7 +35,7 @@ _DESCRIPTORS_SINCE = 9
 
 @dataclass(frozen=True)
 class Problem:
-    """What a weight gradient costs depends on: ``rows`` and ``columns`` of the result, of which ``dim`` is cut."""
+    """All that the cost of a weight gradient depends on; ``dim`` says which of ``rows`` and ``columns`` is cut."""
 
     tokens: int
     rows: int
