@@ -119,6 +119,7 @@ class ProgramPass(Protocol):
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The name in logs and in what is counted of each pass."""
 
     def __call__(self, module: fx.GraphModule) -> int: ...
