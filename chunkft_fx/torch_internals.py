@@ -21,12 +21,15 @@ from torch._inductor.compile_fx import compile_fx_inner
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
-from torch.fx.experimental.symbolic_shapes import free_symbols
+from torch.fx.experimental.symbolic_shapes import free_symbols, statically_known_true
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_flatten as tree_flatten
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
 from torch.utils._sympy.functions import FloorDiv, Max, Min
 from torch.utils.checkpoint import CheckpointPolicy
+from torch.utils.flop_counter import flop_registry
 
 # torch.autograd.graph.region_activation_memory_budget, since torch 2.13
 _BUDGET_WISH = "_region_activation_memory_budget"
@@ -111,6 +114,38 @@ def is_erased(node: fx.Node) -> bool:
 def version(tensor: Tensor) -> int:
     """How often a tensor was written in place, as autograd counts it."""
     return int(tensor._version)
+
+
+def storage_key(tensor: Tensor) -> int:
+    """A number that strided tensors have in common if they share memory, also fake ones; valid as long as they live."""
+    return int(StorageWeakRef(tensor.untyped_storage()).cdata)
+
+
+def dynamo_value(node: fx.Node) -> Any:
+    """The fake value that Dynamo recorded for a node of the graph that it traced; None if it recorded none."""
+    return node.meta.get("example_value")
+
+
+def dynamo_meta(node: fx.Node, value: Any = None) -> dict[str, Any]:
+    """Metadata for a new node of Dynamo's graph: the provenance of ``node``, and the fake value if it is known."""
+    meta = {k: v for k, v in node.meta.items() if k != "example_value"}
+    return meta if value is None else meta | {"example_value": value}
+
+
+def before_every_optimizer_step(hook: Callable[[Optimizer, Any, Any], None]) -> Callable[[], None]:
+    """Call ``hook(optimizer, args, kwargs)`` before each step of any optimizer; returns what ends that."""
+    handle = register_optimizer_step_pre_hook(hook)
+    end: Callable[[], None] = handle.remove
+    return end
+
+
+def flop_formula(packet: Any) -> Callable[..., int] | None:
+    """The formula of torch's FLOP counter for an operator (all overloads of one name); None if it has none.
+
+    It takes the operator's arguments, with tensors of plain sizes, and ``out_val=`` the result.
+    """
+    found: Callable[..., int] | None = flop_registry.get(packet)
+    return found
 
 
 def is_random(node: fx.Node) -> bool:
@@ -277,6 +312,11 @@ def _largest(interval: Any) -> int:
 def may_vary(tensor: Tensor, dim: int) -> None:
     """Have what is traced with a tensor hold for other sizes along ``dim`` too, if the model allows it."""
     torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def is_known_true(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition on symbolic sizes always holds, as far as is known without adding a guard to the trace."""
+    return statically_known_true(condition)
 
 
 def size_symbol(size: Any) -> str | None:

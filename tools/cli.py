@@ -16,7 +16,7 @@ app.command("demo")(demo.command)
 
 def main() -> None:
     """The entry point ``chunkft``."""
-    console.run(app)
+    console.run_app(app)
 
 
 if __name__ == "__main__":

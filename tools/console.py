@@ -26,7 +26,7 @@ NEEDED = ("transformers", "gguf", "accelerate")
 USAGE = (OptionError, BudgetParseError, ChunkCountError)
 
 
-def run(program: Callable[[], Any]) -> None:
+def run_app(program: Callable[[], Any]) -> None:
     """Run a typer app. What goes wrong ends in one line on stderr, without traceback.
 
     The exit code is 2 for an option that cannot be, 1 for anything else that is no defect of this library, and
@@ -79,7 +79,7 @@ def run_command(command: Callable[..., None]) -> None:
     """Run one command as a program of its own, for ``python -m``."""
     app = typer.Typer(add_completion=False)
     app.command()(command)
-    run(app)
+    run_app(app)
 
 
 def quiet() -> None:
@@ -100,10 +100,10 @@ def progress(title: str, steps: int) -> Iterator[Callable[[StepInfo], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[info]}"), console=console) as bar:
         task = bar.add_task(title, total=steps, info="compiling")
-        yield lambda info: bar.update(task, completed=info.step, info=describe(info))
+        yield lambda info: bar.update(task, completed=info.step, info=step_text(info))
 
 
-def describe(info: StepInfo) -> str:
+def step_text(info: StepInfo) -> str:
     """One step as a line: its loss, tokens a second, active chunk, learning rate, and peak memory."""
     return (
         f"loss {info.loss:.3f}  {info.tokens_per_s:,.0f} tokens/s  chunk {info.chunk}  "
@@ -113,4 +113,4 @@ def describe(info: StepInfo) -> str:
 
 def _line(info: StepInfo, steps: int) -> None:
     if info.step == 1 or info.step % max(1, steps // LINES) == 0 or info.step == steps:
-        print(f"step {info.step}/{steps}  {describe(info)}", flush=True)
+        print(f"step {info.step}/{steps}  {step_text(info)}", flush=True)

@@ -215,7 +215,8 @@ def dense_gradients(compiled: CompiledModule) -> list[tuple[Template, DenseGradi
         for dense in variant.dense:
             gradient = variant.template.graph.backward_outputs[dense.output]
             if gradient is not None and gradient.meta["val"].numel() >= REPORTED_NUMEL:
-                found[variant.template.index, dense.output, dense.op] = (variant.template, dense)
+                place = (variant.template.index, dense.output, dense.op, dense.reason)
+                found[place] = (variant.template, dense)
     return list(found.values())
 
 
@@ -227,8 +228,8 @@ def print_coverage(compiled: CompiledModule, inputs: Inputs) -> int:
     found = dense_gradients(compiled)
     for template, dense in found:
         print(
-            f"dense: {dense.op} in {dense.module or 'the model itself'} (template {template.index}), "
-            f"{format_bytes(dense.nbytes)}: {dense.reason}"
+            f"dense: {dense.op} in {dense.module or 'the model itself'} (template {template.index}, "
+            f"node {dense.node}), {format_bytes(dense.nbytes)} computed whole: {dense.reason}"
         )
     print(f"{len(found)} weight gradient(s) of {REPORTED_NUMEL} elements or more stay dense")
     return len(found)

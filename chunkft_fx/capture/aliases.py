@@ -1,10 +1,11 @@
-"""Give every output of a model that gets a gradient memory of its own, on the graph that Dynamo traced.
+"""Rewrites the graph that Dynamo traced, so that every output of a model that gets a gradient has memory of its own.
 
-Outputs can be views of each other, of an input or of a weight, or one the detached other. A step is one autograd node
-to the caller, and autograd cannot see through it that two of its results are the same memory: gradients of one would be
-lost, or both count as detached. A copy made inside the graph is a value like any other, whose gradient adds up there.
-Only what shares memory is copied, and of values that share it all but the largest. What shares a weight's memory is
-copied without a gradient too: a streamed weight lies where the next one will.
+Outputs can be views of each other, of an input or of a weight, or one output can be another one,
+detached. A step is one autograd node to the caller, and autograd cannot see through it that two of its results are the
+same memory: gradients of one would be lost, or both would count as detached. A copy made inside the graph is a value
+like any other, whose gradient adds up there.
+Only outputs that share memory are copied, all but the largest of those that share it. An output that shares memory with
+a weight is copied even if it gets no gradient: the buffer that holds a streamed weight will hold the next one later.
 
 Before::
 
@@ -26,20 +27,20 @@ from collections import defaultdict
 
 import torch
 from torch import Tensor, fx, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from chunkft_fx.torch_internals import hint
+from chunkft_fx.torch_internals import dynamo_meta, dynamo_value, hint, storage_key
 
 
 def separate_outputs(gm: fx.GraphModule) -> int:
-    """Copy outputs of a Dynamo graph, in place, until none that needs a gradient shares memory, and none a weight's.
+    """Copy outputs of a Dynamo graph, in place, until no output that needs a gradient shares memory with another value,
+    and no output shares memory with a weight.
 
     Returns how many were copied.
     """
     output = gm.graph.output_node()
     inputs = [(key, node) for node in gm.graph.find_nodes(op="placeholder") if (key := _storage(node)) is not None]
     given = {key for key, _ in inputs}
-    weights = {key for key, node in inputs if isinstance(node.meta["example_value"], nn.Parameter)}
+    weights = {key for key, node in inputs if isinstance(dynamo_value(node), nn.Parameter)}
     sharing: dict[int, list[fx.Node]] = defaultdict(list)
     for node in output.all_input_nodes:
         key = _storage(node)
@@ -52,7 +53,7 @@ def separate_outputs(gm: fx.GraphModule) -> int:
     for node in copied:
         with gm.graph.inserting_before(output):
             clone = gm.graph.call_method("clone", (node,))
-        clone.meta = {k: v for k, v in node.meta.items() if k != "example_value"}
+        clone.meta = dynamo_meta(node)
         output.replace_input_with(node, clone)
     if copied:
         gm.graph.lint()
@@ -62,15 +63,15 @@ def separate_outputs(gm: fx.GraphModule) -> int:
 
 def _shared(nodes: list[fx.Node], with_input: bool) -> list[fx.Node]:
     """Which of the outputs of one storage to copy, so that each with a gradient has memory of its own."""
-    learning = [node for node in nodes if node.meta["example_value"].requires_grad]
+    learning = [node for node in nodes if dynamo_value(node).requires_grad]
     if with_input or not learning:
         return learning
-    kept = max(learning, key=lambda node: hint(node.meta["example_value"].numel()))
+    kept = max(learning, key=lambda node: hint(dynamo_value(node).numel()))
     return [node for node in nodes if node is not kept]
 
 
 def _storage(node: fx.Node) -> int | None:
-    value = node.meta.get("example_value")
+    value = dynamo_value(node)
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
         return None
-    return int(StorageWeakRef(value.untyped_storage()).cdata)
+    return storage_key(value)

@@ -1,4 +1,4 @@
-"""Blocks: the module paths at whose borders a model is cut, and what lies in which block."""
+"""Decides at which module paths a model is cut into blocks, and says which block a node or a parameter lies in."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def block_paths(modules: Iterable[tuple[str, torch.nn.Module]]) -> tuple[str, ..
 def repeated_blocks(modules: Iterable[tuple[str, torch.nn.Module]]) -> tuple[str, ...]:
     """Paths of numbered modules with children of their own, outermost first.
 
-    One alone in its container repeats nothing: it is looked into (a model in a list, between two layers).
+    A block that is alone in its container repeats nothing: its children are looked at instead (as for
+    a model in a list, between two layers).
     """
     numbered = [name for name, m in modules if name.rsplit(".", 1)[-1].isdigit() and any(True for _ in m.children())]
     siblings = Counter(name.rpartition(".")[0] for name in numbered)

@@ -1,4 +1,4 @@
-"""Capture: from a model and a batch to one joint graph with named inputs, outputs and gradients.
+"""Writes the joint graph of a model and a batch, with named inputs, outputs and gradients: a `Capture`.
 
 What the rest of the library sees is `Capture`, a joint forward and backward graph in ATen operators. Tracing is made of
 private torch interfaces: they are touched here, in `capture.tracing`, which calls the model, and in `torch_internals`
@@ -33,7 +33,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from chunkft_fx.capture.dense_gradients import with_dense_gradients
-from chunkft_fx.capture.user_code import where
+from chunkft_fx.capture.user_code import naming_the_forward_line, where
 from chunkft_fx.errors import UnsupportedGraph
 from chunkft_fx.graph.effects import new_token, with_tokens
 from chunkft_fx.graph.sub_graphs import attribute, close_all
@@ -81,17 +81,20 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], names: Mapping[in
     decompositions: dict[Any, Any] = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(inductor_config.patch(fallback_random=True))
-        if hasattr(functorch_config, "backward_pass_autocast"):  # backward is called outside of autocast, as torch asks
+        if hasattr(
+            functorch_config, "backward_pass_autocast"
+        ):  # torch asks for backward to be called outside of autocast, so the trace of it must hold no casts
             stack.enter_context(functorch_config.patch(backward_pass_autocast="off"))
         if backend == "inductor":
             decompositions = dict(select_decomp_table())
-        joint = aot_export_joint_with_descriptors(stack, gm, tuple(example_inputs), decompositions=decompositions)
+        with naming_the_forward_line():
+            joint = aot_export_joint_with_descriptors(stack, gm, tuple(example_inputs), decompositions=decompositions)
         module, fake_mode = joint.graph_module, joint.fake_mode
     assert fake_mode is not None
-    return _describe(module, fake_mode, example_inputs, names)
+    return _read_joint(module, fake_mode, example_inputs, names)
 
 
-def _describe(
+def _read_joint(
     module: fx.GraphModule, fake_mode: FakeTensorMode, inputs: Sequence[Any], names: Mapping[int, str]
 ) -> Capture:
     graph = module.graph
@@ -124,23 +127,27 @@ def _describe(
             )
         elif isinstance(description, TangentAOTInput) and isinstance(description.output, InputMutationAOTOutput):
             written = description.output.mutated_input
+            place = _where_written(graph, written)
             weight = names.get(id(inputs[written.idx])) if isinstance(written, PlainAOTInput) else None
             if weight is not None:
                 raise UnsupportedGraph(
-                    f"forward writes the weight {weight} (as max_norm of an embedding does), which only an optimizer "
-                    "may change; switch that off, and change the weight after optimizer.step() instead"
+                    f"forward writes the weight {weight}{place}, as max_norm of an embedding does; only an optimizer "
+                    "may change it: switch that off, and change the weight after optimizer.step() instead"
                 )
             raise UnsupportedGraph(
-                "forward changes an input in place in a way that gradients flow through; "
-                "return the changed value instead of writing into the input"
+                f"forward changes an input or a buffer in place{place} in a way that gradients flow through; "
+                "return the changed value instead, or detach what is written"
             )
         elif isinstance(description, (SubclassGetAttrAOTInput, SubclassSizeAOTInput, SubclassStrideAOTInput)):
             raise UnsupportedGraph(
-                f"an input or a parameter of the model is made of several tensors ({description!r}), such as a nested "
-                "or a distributed tensor, which is not supported; pass its parts as plain tensors"
+                f"an input, an output or a parameter of the model{where(node)} is made of several tensors "
+                f"({description!r}), such as a nested or a distributed tensor, which is not supported; pass its parts "
+                "as plain tensors"
             )
         else:
-            raise UnsupportedGraph(f"graph input {node.name} is of a kind that is not supported: {description!r}")
+            raise UnsupportedGraph(
+                f"graph input {node.name}{where(node)} is of a kind that is not supported: {description!r}"
+            )
     output = graph.output_node()
     outputs: dict[int, Any] = {}
     mutations: list[tuple[str, str]] = []
@@ -159,7 +166,7 @@ def _describe(
             effects.append(value.name)
         elif value is not None:
             raise UnsupportedGraph(
-                f"an output of the model is of a kind that is not supported: {description!r}; "
+                f"an output of the model{where(value)} is of a kind that is not supported: {description!r}; "
                 "return tensors that are not views of each other, or clone them"
             )
     for node in graph.nodes:
@@ -181,6 +188,15 @@ def _describe(
         is_random=any(is_random(node) for node in graph.nodes),
         effects=tuple(effects),
     )
+
+
+def _where_written(graph: fx.Graph, written: Any) -> str:
+    """`where` of the node whose value an input, named by its descriptor, has after the forward."""
+    output = graph.output_node()
+    for value, description in zip(output.args[0], output.meta["desc"], strict=True):  # type: ignore[arg-type]
+        if isinstance(description, InputMutationAOTOutput) and description.mutated_input == written:
+            return where(value)
+    return ""
 
 
 def _lift_constants(module: fx.GraphModule, fake_mode: FakeTensorMode) -> dict[str, Any]:

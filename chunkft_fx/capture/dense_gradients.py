@@ -1,4 +1,4 @@
-"""Embeddings whose gradient would be sparse give a dense one: a slice is dense, and holds the same numbers."""
+"""Rewrites look-ups whose gradient would be sparse to give a dense one: a slice is dense, and has the same numbers."""
 
 from __future__ import annotations
 

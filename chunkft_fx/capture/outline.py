@@ -1,4 +1,4 @@
-"""Outline: cut the joint graph of a model into regions, and give equal regions one template.
+"""Cuts the joint graph of a model into regions, and gives equal regions one template.
 
 Contract: regions are contiguous runs of the forward graph's order, so they are convex and each needs
 only values of earlier ones. Labels from the recorded module stacks say where to cut; they decide how
@@ -81,7 +81,7 @@ def outline(capture: Capture, blocks: Sequence[str]) -> Outline:
     return _build(capture, labels, assignment, contributions)
 
 
-def _is_forward(node: fx.Node) -> bool:
+def _is_call_of_forward(node: fx.Node) -> bool:
     return node.op == "call_function" and node.meta["partitioner_tag"] != "is_backward"
 
 
@@ -89,7 +89,7 @@ def _forward_regions(capture: Capture, blocks: Sequence[str]) -> tuple[dict[fx.N
     """Assign each forward node to a contiguous segment; segments without a parameter join their neighbour."""
     segments: list[tuple[str, list[fx.Node]]] = []
     for node in capture.graph.nodes:
-        if not _is_forward(node):
+        if not _is_call_of_forward(node):
             continue
         path = module_path(node)
         source = node.args[0] if node.target is operator.getitem else None
@@ -216,8 +216,8 @@ def _build(
         ]
         primals = [n for n in inputs if not _comes_late(n, index, assignment, capture)]
         tangents = [n for n in inputs if _comes_late(n, index, assignment, capture)]
-        forward = [n for n in nodes if _is_forward(n) and (n in split or n.name in outside)]
-        values = [n for n in nodes if not _is_forward(n) and n in split]
+        forward = [n for n in nodes if _is_call_of_forward(n) and (n in split or n.name in outside)]
+        values = [n for n in nodes if not _is_call_of_forward(n) and n in split]
         graph = _extract(capture, nodes, primals, tangents, forward, [n for n, _ in gradients] + values)
         key = structural_key(graph)
         template = templates.setdefault(key, Template(len(templates), key, graph))
@@ -253,7 +253,7 @@ def _comes_late(node: fx.Node, region: int, assignment: dict[fx.Node, int], capt
         return True
     if node.op == "placeholder":
         return False
-    return not _is_forward(node) or assignment[node] > region
+    return not _is_call_of_forward(node) or assignment[node] > region
 
 
 def _extract(
@@ -291,13 +291,13 @@ def structural_key(region: RegionGraph) -> str:
         args = fx.map_arg((node.args, node.kwargs), _numbering(numbers))
         kind = (node.meta.get("kind"), node.meta.get("partitioner_tag"), node.meta.get("is_parameter"))
         called = str(node.target) if node.op == "call_function" else ""
-        text = f"{(node.op, called, args, kind)!r}{describe(node.meta.get('val'))}{_bounds(node.meta.get('val'))}"
+        text = f"{(node.op, called, args, kind)!r}{value_text(node.meta.get('val'))}{_bounds(node.meta.get('val'))}"
         digest.update(renamed(text, sizes).encode())
     return digest.hexdigest()[:16]
 
 
 def _bounds(value: Any) -> list[int]:
-    """What symbolic sizes count as where memory is predicted."""
+    """The numbers that the symbolic sizes of a value stand for where memory is predicted."""
     sizes = value.shape if isinstance(value, Tensor) else (value,)
     return [hint(s) for s in sizes if isinstance(s, torch.SymInt)]
 
@@ -306,11 +306,11 @@ def _numbering(numbers: dict[fx.Node, int]) -> Callable[[fx.Node], Any]:
     return lambda node: f"%{numbers[node]}"
 
 
-def describe(value: Any) -> str:
+def value_text(value: Any) -> str:
     """A value's dtype, shape, strides and device as text, such as ``bf16[8, s0] (s0, 1) cuda:0``."""
     if isinstance(value, Tensor):
         strides = tuple(value.stride()) if value.layout is torch.strided else ()
         return f"{value.dtype}{list(value.shape)}{strides}{value.device}"
     if isinstance(value, (tuple, list)):
-        return "(" + ", ".join(describe(v) for v in value) + ")"
+        return "(" + ", ".join(value_text(v) for v in value) + ")"
     return repr(value)

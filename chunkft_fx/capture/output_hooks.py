@@ -1,4 +1,4 @@
-"""transformers' hooks for hidden states, attentions and router logits, installed before a call that needs them.
+"""Installs transformers' hooks for hidden states, attentions and router logits before a call that needs them.
 
 transformers installs them behind a lock when such outputs are first asked for, and Dynamo enters no lock. Once they are
 there, they are traced like any hook. They cannot be pickled, so a model that never asks for such outputs gets none.
@@ -14,7 +14,7 @@ from torch import nn
 
 
 def install_output_hooks(model: nn.Module) -> bool:
-    """Install what the first plain call that asks for such outputs would; returns whether anything was to be done."""
+    """Install the hooks that the first call of the plain model would install; returns False if they were there."""
     capturing = sys.modules.get("transformers.utils.output_capturing")
     install = getattr(capturing, "maybe_install_capturing_hooks", None)
     if install is None:

@@ -1,8 +1,8 @@
-"""Tracing: call a model through Dynamo, which hands each graph that it traces to a backend of ours.
+"""Runs a model through Dynamo, which hands each graph that it traces to a backend of ours.
 
 Every compiled model is traced in a code object of its own. Dynamo keeps what it compiled with the code object, counts
-its limit of recompilations there, and takes sizes for changing that changed there: of the class's own ``forward`` all
-models of a class would share one, with its limit, long after they are gone.
+recompilations against a limit there, and notes there which sizes have changed. If it traced the ``forward`` of the
+class itself, all models of that class would share these, also with models that are long gone.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch._dynamo.guards import CheckFunctionManager
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
 
 from chunkft_fx.capture.output_hooks import install_output_hooks
+from chunkft_fx.capture.user_code import where_in
 from chunkft_fx.errors import ChunkFTError, UnsupportedGraph
 from chunkft_fx.torch_internals import untraced_because
 
@@ -40,7 +41,7 @@ def trace(model: nn.Module, backend: Backend) -> Callable[..., Any]:
     compiled = torch.compile(function, backend=backend, fullgraph=True)
     settings = _settings()
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def traced(*args: Any, **kwargs: Any) -> Any:
         with _quiet_metrics(), torch._dynamo.config.patch(settings):
             try:
                 return compiled(*args, **kwargs)
@@ -57,16 +58,18 @@ def trace(model: nn.Module, backend: Backend) -> Callable[..., Any]:
                 "compiled module outside of it, or the plain model inside"
             )
         try:
-            return run(*args, **kwargs)
+            return traced(*args, **kwargs)
         except BackendCompilerFailed as error:
             inner = error.inner_exception
             if isinstance(inner, (ChunkFTError, torch.OutOfMemoryError)):
                 raise inner from None
-            raise UnsupportedGraph(f"this model could not be compiled: {type(inner).__name__}: {inner}") from error
+            raise UnsupportedGraph(
+                f"this model could not be compiled{where_in(str(inner))}: {type(inner).__name__}: {inner}"
+            ) from error
         except (TorchDynamoException, GuardOnDataDependentSymNode, ConstraintViolationError) as error:
             raise UnsupportedGraph(
-                "this model cannot be captured as one graph; change the code at the place torch names below, "
-                f"so that torch.compile(fullgraph=True) can trace it.\n{error}"
+                f"this model cannot be captured as one graph{where_in(str(error))}; change its code, so that "
+                f"torch.compile(fullgraph=True) can trace it.\n{error}"
             ) from error
 
     weakref.finalize(call, _forget, backend, function.__code__).atexit = False
@@ -127,7 +130,7 @@ def _settings() -> dict[str, Any]:
     if warning_once is not None:
         ignored.add(warning_once)
     limits = {"recompile_limit": _NO_LIMIT, "accumulated_recompile_limit": _NO_LIMIT}
-    # By default Dynamo takes it that nobody adds hooks to a module once it is traced, and goes on without them.
+    # By default Dynamo assumes that nobody adds hooks to a module after it was traced, and would leave them out.
     return {option: ignored, "skip_nnmodule_hook_guards": False, **limits}
 
 

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from chunkft_fx.errors import AlreadyCompiled, OptimizerConflict
+from chunkft_fx.torch_internals import before_every_optimizer_step
 
 _OWNERS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter to weak reference of its compiled module
 _OWN_OPTIMIZERS: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -85,4 +86,4 @@ def _refuse_foreign(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                 )
 
 
-_HOOK: Callable[..., Any] = register_optimizer_step_pre_hook(_refuse_foreign).remove
+_HOOK: Callable[[], None] = before_every_optimizer_step(_refuse_foreign)

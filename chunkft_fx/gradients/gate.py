@@ -1,9 +1,10 @@
-"""Gradient gate: gradients that reach parameters from outside of the compiled call, made part of the chunk's meaning.
+"""Decides what becomes of gradients that reach parameters from outside of the compiled call: the gradient gate.
 
 A weight can also be used by the caller: an embedding looked up before the call, a penalty on weights, a returned
-weight. Autograd then gives its parameter a dense gradient. For a parameter with an active slice that slice of it
-counts, added to what came through the call; for another one it is dropped, as its chunk's turn is later. The gate does
-so in hooks that run after accumulation: registered first, they run first, and the user's see what they leave.
+weight. Autograd then gives its parameter a dense gradient. If the parameter has an active slice, the gate
+keeps that slice of the gradient, added to the gradient that comes from the call. Otherwise it drops the gradient,
+because the parameter's chunk is not active. The gate does so in hooks that run after accumulation. They are registered
+first, so they run first, and the user's own hooks see the gradient that they leave.
 
 A gradient of bfloat16 or float16 parameters is kept in float32 (``Tensor.grad_dtype``) while the gate is there.
 """
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from chunkft_fx.gradients.slice_gradient import SliceGradient, cut_from
 from chunkft_fx.gradients.slices import ActiveSlice
+from chunkft_fx.graph.layout import wide_dtype
 
 
 @dataclass
@@ -33,9 +35,11 @@ class Arrivals:
 class GateOwner(Protocol):
     """What a gate needs of the compiled module."""
 
-    def active_slice(self, name: str) -> ActiveSlice | None: ...
+    def active_slice(self, name: str) -> ActiveSlice | None:
+        """The active slice of the parameter of this name; None if it has none."""
 
-    def came_to_parameter(self) -> None: ...
+    def came_to_parameter(self) -> None:
+        """Note that autograd gave a parameter a gradient, wherever it came from."""
 
 
 @dataclass
@@ -55,7 +59,7 @@ class GradientGate:
         self._guarded: dict[int, _Guarded] = {}  # by the parameter's id
 
     def guard(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Be there for exactly these parameters: those that need gradients, or did and may hold one."""
+        """Have hooks on exactly these parameters: those that need gradients, or needed them before and may hold one."""
         known = {id(p): (name, p) for name, p in parameters.items()}
         for key, guarded in list(self._guarded.items()):
             if key not in known or guarded.parameter() is not known[key][1]:
@@ -81,7 +85,7 @@ class GradientGate:
 
 
 def _admit_through(owner: weakref.ref[Any], guarded: _Guarded, parameter: nn.Parameter) -> Any:
-    _set_gradient_dtype(parameter, torch.promote_types(parameter.dtype, torch.float32))
+    _set_gradient_dtype(parameter, wide_dtype(parameter.dtype))
 
     def admit(p: Tensor) -> None:
         module = owner()
@@ -101,7 +105,7 @@ def _admit_through(owner: weakref.ref[Any], guarded: _Guarded, parameter: nn.Par
 
 
 def _set_gradient_dtype(parameter: Tensor, dtype: torch.dtype) -> None:
-    """Say in which dtype a parameter's gradient comes; one that it has already is dropped if it is another."""
+    """Set the dtype of a parameter's future gradients; a gradient of another dtype that it already has is dropped."""
     if parameter.dtype == dtype == parameter.grad_dtype:
         return
     if parameter.grad is not None and parameter.grad.dtype != dtype:

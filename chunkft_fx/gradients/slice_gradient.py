@@ -1,4 +1,4 @@
-"""The slice gradient: what ``parameter.grad`` is while only a slice of the parameter has a gradient.
+"""Defines the slice gradient, which ``parameter.grad`` is while only a slice of the parameter has a gradient.
 
 A `SliceGradient` has the parameter's shape and owns the memory of the slice alone; outside of it no gradient is
 computed. Torch's own tools (clipping, scalers, ``zero_grad``, hooks) see it as any gradient. What makes sense for the
@@ -80,7 +80,7 @@ class SliceGradient(Tensor):
         return self._held
 
     def kept(self) -> Tensor:
-        """What a parameter keeps of a new gradient; a plain tensor if the slice is the whole parameter."""
+        """The gradient as a parameter keeps it; a plain tensor if the slice is the whole parameter."""
         own = self._held.to(self.dtype, copy=True)
         return own if self.slice.is_whole else SliceGradient(own, self.slice, self.shape)
 

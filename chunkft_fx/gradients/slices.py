@@ -1,13 +1,13 @@
-"""The slices that are active right now, each with its part of a parameter and of the parameter's gradient."""
+"""Gives the slices that are active right now, each with its part of a parameter and of the parameter's gradient."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from chunkft_fx.gradients.slice_gradient import SliceGradient, cut_from, part_of
+from chunkft_fx.graph.layout import wide_dtype
 from chunkft_fx.plan.chunk import Slice
 
 
@@ -20,18 +20,22 @@ class ActiveSlice:
 
     @property
     def name(self) -> str:
+        """The name of the parameter in the model."""
         return self.slice.name
 
     @property
     def dim(self) -> int:
+        """The dimension of the parameter along which it is cut."""
         return self.slice.dim
 
     @property
     def start(self) -> int:
+        """The first index of the slice along ``dim``."""
         return self.slice.start
 
     @property
     def length(self) -> int:
+        """The number of indices along ``dim``."""
         return self.slice.length
 
     @property
@@ -64,12 +68,12 @@ class ActiveSlice:
     def handed(self, gradient: Tensor) -> Tensor:
         """A gradient of the slice (its shape, any floating dtype) as autograd is to give it to the parameter.
 
-        One that is wider than the parameter was made for this slice alone (a sum of contributions, or
-        `passes.lower_triton`'s operator), and the parameter keeps it as it is. Of another one a parameter without
-        gradient keeps a copy, which is made here: whoever hands gradients over one by one, letting go of each, holds
-        one twice at a time, whatever order autograd takes. One that has a gradient adds it up as it is.
+        A gradient that is wider than the parameter was made for this slice alone (as a sum of contributions, or by the
+        operator of `passes.lower_triton`), so the parameter keeps it as it is. Of any other gradient, a parameter that
+        has none yet keeps a copy, which is made here: a caller that hands gradients over one by one, and lets go of
+        each, then holds only one of them twice at a time. A parameter that has a gradient adds the new one to it.
         """
-        wide = torch.promote_types(self.parameter.dtype, torch.float32)
+        wide = wide_dtype(self.parameter.dtype)
         is_own = gradient.dtype == wide != self.parameter.dtype
         if not is_own and self.parameter.grad is None:
             gradient, is_own = gradient.to(wide, copy=True), True

@@ -1,8 +1,9 @@
-"""Side effects of a forward, such as the check that a matrix could be inverted: they happen though no value needs them.
+"""Writes side effects of a forward into its graph as values, so that they happen though no other value needs them.
 
-A trace threads effects through *tokens*, tensors without elements: an operator with an effect takes a token and gives
-a new one, and the last token is an output of the graph. Regions pass tokens on like any other value, so that effects
-keep their order and none is dropped. Assertions, which a trace leaves without a token, get one here.
+An effect is, for example, the check that a matrix could be inverted. A trace threads effects
+through *tokens*, tensors without elements: an operator with an effect takes a token and gives a new one, and the last
+token is an output of the graph. Regions pass tokens on like any other value, so that effects keep their order and none
+is dropped. Assertions, which a trace leaves without a token, get one here.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""How tensors lie in memory: rows of a stage, runs without gaps, the cut dimension in front."""
+"""Says how tensors lie in memory: rows of a stage, runs without gaps, the cut dimension in front, the wide dtype."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 # Staged tensors start at multiples of this many bytes, as the CUDA allocator's own do.
@@ -13,6 +14,11 @@ STAGE_ALIGNMENT = 256
 def stage_nbytes(nbytes: int) -> int:
     """The bytes that a tensor of ``nbytes`` takes on the stage."""
     return -(-nbytes // STAGE_ALIGNMENT) * STAGE_ALIGNMENT
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which losses, sums and gradients of a dtype are kept: itself, but float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def run_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Operators of this library that appear in rewritten graphs.
+"""Defines the operators of this library that appear in rewritten graphs.
 
 Region graphs: ``chunkft_fx::narrow(x, dim, start, length)`` is a slice whose ``start`` is a run-time value and whose
 ``length`` is static, so that one compiled variant serves every chunk that cuts a tensor at the same
@@ -61,7 +61,9 @@ def _offload_meta(device_values: list[Tensor]) -> list[Tensor]:
 
 
 def _nothing(_: list[Tensor] | float) -> None:
-    """Order only: where there are copies, the annotation says that they are written, so that no use moves across."""
+    """Does nothing: a stream node stands for an order. Its schema says that it writes the copies, which keeps uses of
+    them on their side of it.
+    """
 
 
 _LIBRARY.define("fetch(Tensor[] host, Device device, int buffer) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))

@@ -1,4 +1,4 @@
-"""The joint graph of one region: what graph passes read and rewrite.
+"""Defines the joint graph of one region, which region passes read and rewrite, and what a pass is.
 
 A region graph is an ``fx.GraphModule`` whose placeholders come in this order and kind
 (``node.meta["kind"]``): ``"primal"`` (forward values and parameters), ``"tangent"`` (backward values
@@ -23,12 +23,14 @@ from chunkft_fx.torch_internals import graph_module
 class DenseGradient:
     """A weight gradient that is computed whole although only a slice of it is demanded.
 
-    ``output`` is the index among the backward outputs, ``op`` the operator that no rule could move
-    the slice through, ``module`` the path it came from, ``nbytes`` the bytes of the dense value.
+    ``output`` is the index among the backward outputs, ``op`` the operator that the slice could not move
+    through, ``node`` the name of its node in the rewritten graph, ``module`` the path of the module it came
+    from, ``nbytes`` the bytes of the dense value, ``reason`` why the operator's rule refused.
     """
 
     output: int
     op: str
+    node: str
     module: str
     nbytes: int
     reason: str
@@ -36,7 +38,7 @@ class DenseGradient:
 
 @dataclass
 class RegionGraph:
-    """A joint graph in the form described by the module docstring, and what passes reported of it."""
+    """A joint graph in the form that this file describes, and the dense gradients that passes reported in it."""
 
     module: fx.GraphModule
     num_forward_outputs: int
@@ -44,6 +46,7 @@ class RegionGraph:
 
     @property
     def graph(self) -> fx.Graph:
+        """The graph of ``module``."""
         return self.module.graph
 
     @property
@@ -55,6 +58,7 @@ class RegionGraph:
 
     @property
     def backward_outputs(self) -> tuple[fx.Node | None, ...]:
+        """The backward outputs: gradients of weights and inputs; None where nothing is demanded."""
         return self.outputs[self.num_forward_outputs :]
 
     def placeholders(self, kind: str) -> list[fx.Node]:
@@ -98,10 +102,12 @@ class Pass(Protocol):
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The name in logs, in ``chunkft inspect --pass`` and in errors of the verifier."""
 
     @property
-    def numerics(self) -> Literal["bitwise", "reassociated"]: ...
+    def numerics(self) -> Literal["bitwise", "reassociated"]:
+        """What may happen to values: nothing (``bitwise``), or another order of sums (``reassociated``)."""
 
     def __call__(self, region: RegionGraph) -> int: ...
 
@@ -113,6 +119,7 @@ class ProgramPass(Protocol):
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The name in logs and in what is counted of each pass."""
 
     def __call__(self, module: fx.GraphModule) -> int: ...

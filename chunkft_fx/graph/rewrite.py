@@ -1,4 +1,4 @@
-"""Building blocks shared by the passes: new nodes with metadata, static comparisons, operator names."""
+"""Writes new nodes with their metadata, and compares values without guards: the building blocks of passes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from chunkft_fx.torch_internals import fake_mode_of, hint, tree_leaves, writes_memory
+from chunkft_fx.torch_internals import fake_mode_of, hint, is_known_true, tree_leaves, writes_memory
 
 
 def insert_before(
@@ -54,7 +53,13 @@ def shape(node: fx.Node) -> tuple[int | torch.SymInt, ...]:
 
 def same(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     """True when two sizes are known to be equal without adding a guard."""
-    return (isinstance(a, int) and isinstance(b, int) and a == b) or statically_known_true(a == b)
+    return (isinstance(a, int) and isinstance(b, int) and a == b) or is_known_true(a == b)
+
+
+def replace_node(node: fx.Node, other: fx.Node) -> None:
+    """Have every reader of a node read another one, and erase the node."""
+    node.replace_all_uses_with(other)
+    node.graph.erase_node(node)
 
 
 def drop_dead(graph: fx.Graph) -> int:

@@ -1,4 +1,4 @@
-"""What symbolic sizes stand for: a capture for batches of any length is asked what it needs for a certain one.
+"""Says which numbers symbolic sizes stand for: a capture for batches of any length is asked about a certain batch.
 
 A graph that was traced with symbolic sizes holds for all of them. `Sizes` gives each symbol a value; every function
 that counts bytes or time takes one, and counts with the values that were traced where none is given.
@@ -48,7 +48,8 @@ class SizeReader:
     """Reads the values of a graph's symbols off the arguments that it is called with.
 
     ``places`` has for each symbol the position of an argument, and the dimension whose size it is; None where the
-    argument is the number itself. More of a symbol in ``growing`` needs no less memory anywhere in the graph.
+    argument is the number itself. A larger value of a symbol in ``growing`` never needs less memory, anywhere in the
+    graph.
     """
 
     places: tuple[tuple[str, int, int | None], ...]
@@ -60,12 +61,12 @@ class SizeReader:
         return Sizes(tuple((name, int(value)) for name, value in values))
 
     def covers(self, planned: Sizes, sizes: Sizes) -> bool:
-        """Whether what was found to be enough for ``planned`` is enough for ``sizes``."""
+        """Whether memory that is enough for a batch of the sizes ``planned`` is enough for one of ``sizes``."""
         pairs = zip(planned.values, sizes.values, strict=True)
         return all(b <= a if name in self.growing else a == b for (name, a), (_, b) in pairs)
 
     def rounded(self, sizes: Sizes) -> Sizes:
-        """Sizes that cover these and many others: each that may grow is rounded up, by less than a quarter."""
+        """Sizes that cover these and many others: each symbol in ``growing`` is rounded up, by less than a quarter."""
         return Sizes(tuple((n, round_up(v) if n in self.growing else v) for n, v in sizes.values))
 
 

@@ -1,4 +1,4 @@
-"""The storages under the values of a graph: which values share memory, and how many bytes each storage has."""
+"""Predicts which values of a graph share memory, and how many bytes each of their storages has."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from chunkft_fx.graph.sizes import AS_TRACED, Sizes
-from chunkft_fx.torch_internals import returns_view, tree_leaves
+from chunkft_fx.torch_internals import returns_view, storage_key, tree_leaves
 
 # A storage of a graph's fake values; views of each other share it.
 Key = int
@@ -65,7 +64,6 @@ class Storages:
             key = known.setdefault(-id(value), len(known))
             self.nbytes[key] = self.sizes.nbytes(value)
             return key
-        storage = value.untyped_storage()
-        key = known.setdefault(int(StorageWeakRef(storage).cdata), len(known))
-        self.nbytes[key] = self.sizes.of(storage.nbytes())
+        key = known.setdefault(storage_key(value), len(known))
+        self.nbytes[key] = self.sizes.of(value.untyped_storage().nbytes())
         return key

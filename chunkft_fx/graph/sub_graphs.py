@@ -1,8 +1,8 @@
-"""Operators that take graphs as operands (``torch.cond``, ``scan``, ``while_loop``, ...), closed over those graphs.
+"""Rewrites operators that take graphs as operands (``torch.cond``, ``scan``, ...) to callables that hold those graphs.
 
 A trace keeps such graphs as attributes of its module. Regions are cut out of the trace and compared with each other,
 so here an operator becomes one callable that holds its graphs itself: it stays whole, in one region, and equal ones
-are equal by what they compute. Rules of passes do not know it, so what it gives is computed whole.
+are equal by what they compute. No rule of a pass knows such an operator, so its results are computed whole.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What the operators of the chunked head allocate while they run, and what their blocks move: for the models.
+"""Predicts what the operators of the chunked head allocate while they run, and the bytes that their blocks move.
 
-The same steps as `head.run`, counted in bytes: all of it is known from shapes and dtypes.
+The same steps as `head.operators.loss_and_gradients`, counted in bytes: all of it is known from shapes and dtypes.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from chunkft_fx.graph.layout import wide_dtype
 from chunkft_fx.graph.sizes import AS_TRACED, Sizes
 from chunkft_fx.head import operators as head
 from chunkft_fx.head.operators import is_head
@@ -49,7 +50,7 @@ def repeated_nbytes(node: fx.Node, sizes: Sizes = AS_TRACED) -> int:
         return 0
     _, weight = operands(node)
     products = sum(weight.nbytes for g in _gradients(node)[:1] if g.ndim == 2) + weight.nbytes
-    sums = sum(2 * g.numel() * head.wide_dtype(g.dtype).itemsize for g in _gradients(node)[1:2])
+    sums = sum(2 * g.numel() * wide_dtype(g.dtype).itemsize for g in _gradients(node)[1:2])
     return (blocks(node, sizes) - 1) * (products + sums)
 
 
@@ -71,7 +72,7 @@ def _split(node: fx.Node) -> int:
 
 
 def _workspace(hidden: Tensor, classes: int, gradients: list[Tensor], split: int, sizes: Sizes) -> int:
-    tokens, itemsize, wide = sizes.of(hidden.shape[0]), hidden.element_size(), head.wide_dtype(hidden.dtype)
+    tokens, itemsize, wide = sizes.of(hidden.shape[0]), hidden.element_size(), wide_dtype(hidden.dtype)
     size = min(head.block_tokens(classes, itemsize, split), tokens)
     losses, buffer = tokens * wide.itemsize, size * classes * itemsize
     is_fused = has_kernel(hidden.device, hidden.dtype)
@@ -79,7 +80,7 @@ def _workspace(hidden: Tensor, classes: int, gradients: list[Tensor], split: int
     if not gradients:
         return losses + buffer + in_block
     _, d_weight, d_bias = gradients
-    # sums in a wider dtype than the result stand beside it at the end
+    # sums in a wider dtype than the result are alive beside the result at the end
     weight_sum = d_weight.nbytes if size == tokens else d_weight.numel() * wide.itemsize
     bias_sum = d_bias.numel() * wide.itemsize
     early = weight_sum - d_weight.nbytes + bias_sum - d_bias.nbytes
@@ -90,7 +91,7 @@ def _workspace(hidden: Tensor, classes: int, gradients: list[Tensor], split: int
 
 
 def _product_workspace(d_weight: Tensor, size: int, hidden: Tensor, wide: torch.dtype) -> int:
-    """Where a library cannot add products of low precision to a wide sum, both factors are widened first."""
+    """Bytes of the widened factors, where a library cannot add a product of low precision to a wide sum."""
     if hidden.is_cuda or hidden.dtype == wide:
         return 0
     return size * sum(int(n) for n in d_weight.shape) * wide.itemsize

@@ -1,7 +1,7 @@
-"""What training returns in place of logits that were never held whole: nothing, that says how to get them.
+"""Defines the object that training returns in place of logits that were never held whole; it says how to get them.
 
-Whoever only passes it on (a tuple, a dictionary, ``ModelOutput``, a copy to another device, a pickle) can. Whoever
-reads it is told what to change, instead of finding ``None`` somewhere later.
+Code that only passes it on (in a tuple, a dictionary, a ``ModelOutput``, a pickle, to another device) works as before.
+Code that reads it is told what to change, instead of finding ``None`` somewhere later.
 """
 
 from __future__ import annotations

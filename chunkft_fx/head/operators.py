@@ -1,4 +1,4 @@
-"""The head as operators: projection to the classes and cross-entropy, a block of tokens at a time.
+"""Runs the head of a model, its projection to the classes and the cross-entropy, a block of tokens at a time.
 
 The logits of a language model are its largest activation (8 x 1024 tokens of 128,256 classes in float32 are
 4.2 GB), and only a scalar is wanted of them. These operators hold the logits of one block of tokens at a time.
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.flop_counter import register_flop_formula
 
+from chunkft_fx.graph.layout import wide_dtype
 from chunkft_fx.kernels.cross_entropy import softmax_cross_entropy_
 
 # Of one block of logits. At 128,256 classes in bf16 it is 1024 tokens: each block reads the weight once for each
@@ -41,7 +42,7 @@ SPLITS = (1, 2, 4, 8)
 
 
 def block_tokens(classes: int, itemsize: int, split: int = 1) -> int:
-    """How many tokens' logits are held at a time."""
+    """The number of tokens whose logits are held at a time; ``itemsize`` is the bytes of one logit."""
     tokens = max(1, LOGITS_NBYTES // (classes * itemsize * split))
     return tokens - tokens % _TILE if tokens > _TILE else tokens
 
@@ -52,12 +53,7 @@ def useful_splits(tokens: int, classes: int, itemsize: int) -> tuple[int, ...]:
     return tuple(sorted(sizes.values()))
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of losses and sums: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def run(
+def loss_and_gradients(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -104,7 +100,7 @@ def run(
             _add_product(d_weight, logits[:, rows], x[:, columns])
         if output_mask[2]:
             d_bias += logits[:, bias_rows].sum(0, dtype=wide)
-    del buffer, logits  # which both hold the block: what follows takes memory too
+    del buffer, logits  # both hold the block of logits, whose memory the casts below can use again
     return losses.sum() / divisor, d_hidden, d_weight.to(weight.dtype), d_bias.to(weight.dtype)
 
 
@@ -137,11 +133,11 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _forward(*args: Any, split: int = 1) -> Tensor:
-    return run(*args, split=split)[0]
+    return loss_and_gradients(*args, split=split)[0]
 
 
 def _backward(tangent: Tensor, *args: Any, split: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    _, d_hidden, d_weight, d_bias = run(*args, tangent=tangent, split=split)
+    _, d_hidden, d_weight, d_bias = loss_and_gradients(*args, tangent=tangent, split=split)
     return d_hidden, d_weight, d_bias
 
 
@@ -205,7 +201,7 @@ for _name, _schema, _function, _meta in (
     ),
     (
         "linear_cross_entropy_grad",
-        f"({_HEAD}, {_WANTED}, {_SPLIT}) -> (Tensor, Tensor, Tensor, Tensor)", run, _grad_meta,
+        f"({_HEAD}, {_WANTED}, {_SPLIT}) -> (Tensor, Tensor, Tensor, Tensor)", loss_and_gradients, _grad_meta,
     ),
 ):  # fmt: skip
     _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -1,10 +1,10 @@
-"""Put the chunked head into a model's graph: projection followed by cross-entropy becomes one operator.
+"""Rewrites a model's graph to use the chunked head: a projection with the cross-entropy behind it becomes one operator.
 
-Works on the graph that Dynamo traced, before autograd sees it: there the projection and the loss still are one
-call each, as the user or a library wrote them. Found is ``F.linear`` whose result reaches ``F.cross_entropy``
-through casts, ``contiguous``, slices of the token dimensions (as in the shift by one token) and then views that
-keep the classes apart. Those commute with a projection, so they are applied to its input instead. Anything else
-is left as it is, with the reason logged: dense logits are always right.
+The rewrite works on the graph that Dynamo traced, before autograd sees it: there the projection and the loss still are
+one call each, as the user or a library wrote them. It looks for an ``F.linear`` whose result reaches
+``F.cross_entropy`` through casts, ``contiguous``, slices of the token dimensions (as in the shift by one token) and
+then views that keep the classes apart. Those commute with a projection, so they are applied to its input instead.
+Anything else is left as it is, with the reason logged: dense logits are always right.
 
 Where the model returns the logits, its graph returns ``None`` in their place, and the session `MissingLogits`.
 
@@ -35,7 +35,9 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
+from chunkft_fx.graph.layout import wide_dtype
 from chunkft_fx.head import operators as head
+from chunkft_fx.torch_internals import dynamo_meta, dynamo_value
 
 log = logging.getLogger("chunkft_fx.head.rewrite")
 
@@ -159,7 +161,7 @@ def _is_plain(method: str, before: Tensor, after: Tensor) -> bool:
     if method == "contiguous":
         return True
     if method in _CASTS:
-        return after.dtype in (before.dtype, head.wide_dtype(before.dtype))
+        return after.dtype in (before.dtype, wide_dtype(before.dtype))
     # the classes stay the innermost dimension, so the rows keep their order
     return method in _VIEWS and after.ndim > 0 and _same(after.shape[-1], before.shape[-1])
 
@@ -229,8 +231,8 @@ def _rewrite(found: _Head) -> None:
         result = graph.call_method("to", (new, _dtype(loss)))
     # the module that owns the projection owns the head
     for node in (rows, new, result):
-        node.meta = {k: v for k, v in found.linear.meta.items() if k != "example_value"}
-    result.meta["example_value"] = loss.meta["example_value"]
+        node.meta = dynamo_meta(found.linear)
+    result.meta = dynamo_meta(found.linear, dynamo_value(loss))
     loss.replace_all_uses_with(result)
     graph.erase_node(loss)
     chain = {found.linear, *found.between}
@@ -245,16 +247,16 @@ def _without(chain: set[fx.Node]) -> Callable[[fx.Node], Any]:
 
 
 def _value(node: Any) -> Tensor | None:
-    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+    value = dynamo_value(node) if isinstance(node, fx.Node) else None
     return value if isinstance(value, Tensor) else None
 
 
 def _shape(node: fx.Node) -> torch.Size:
-    return node.meta["example_value"].shape
+    return dynamo_value(node).shape
 
 
 def _dtype(node: fx.Node) -> torch.dtype:
-    return node.meta["example_value"].dtype
+    return dynamo_value(node).dtype
 
 
 def _same(a: Any, b: Any) -> bool:

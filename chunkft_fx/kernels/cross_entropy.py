@@ -1,4 +1,4 @@
-"""Softmax cross-entropy of a block of logits, and its gradient in the place of the logits.
+"""Runs the softmax cross-entropy of a block of logits, and writes its gradient in the place of the logits.
 
 One call does for ``[rows, classes]`` logits what autograd does in a forward and a backward: the loss of
 each row and, if a scale is given, the gradient of ``scale * sum(losses)``, which overwrites the logits. A
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chunkft_fx.graph.layout import wide_dtype
 from chunkft_fx.kernels.launch import current_device
 
 tl: Any = None  # triton.language once the kernel is made: CPU builds of torch come without triton
@@ -50,7 +51,7 @@ def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
 
 def reference_workspace_nbytes(rows: int, classes: int, dtype: torch.dtype, has_scale: bool) -> int:
     """What `reference` allocates: the softmax with two gradients, or with the logits in its dtype."""
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = wide_dtype(dtype)
     return rows * classes * wide.itemsize * (3 if has_scale else 1 if dtype == wide else 2)
 
 

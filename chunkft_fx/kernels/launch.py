@@ -1,4 +1,4 @@
-"""What the host does before a launch: check that the kernel can reach the memory, and bring its table to the device.
+"""Prepares a launch: checks that the kernel can reach the memory, and copies its table to the device.
 
 A launch covers many tensors, so the kernel finds their addresses in a table: an int64 tensor with one row a
 tensor, built on the host and copied once, asynchronously, from pinned memory. In front of the rows stand, close

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from torch.utils.flop_counter import register_flop_formula
 
 from chunkft_fx.errors import OptionError
+from chunkft_fx.graph.layout import wide_dtype
 from chunkft_fx.graph.sizes import AS_TRACED, Sizes
 from chunkft_fx.kernels.launch import ACCESS_NBYTES, current_device
 
@@ -34,7 +35,7 @@ _DESCRIPTORS_SINCE = 9
 
 @dataclass(frozen=True)
 class Problem:
-    """What a weight gradient costs depends on: ``rows`` and ``columns`` of the result, of which ``dim`` is cut."""
+    """All that the cost of a weight gradient depends on; ``dim`` says which of ``rows`` and ``columns`` is cut."""
 
     tokens: int
     rows: int
@@ -65,6 +66,7 @@ class Tiling:
         return max(1, min(processors // max(tiles, 1), most))
 
     def tiles(self, rows: int, columns: int) -> int:
+        """The number of tiles of a result of these rows and columns."""
         return -(-rows // self.rows) * -(-columns // self.columns)
 
 
@@ -96,11 +98,6 @@ def compute(dy: Tensor, x: Tensor, start: Tensor, dim: int, length: int, by: str
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the Triton kernel serves operands of this device and dtype."""
     return device.type == "cuda" and dtype in KERNEL_DTYPES
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums and results: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def reference(a: Tensor, b: Tensor) -> Tensor:

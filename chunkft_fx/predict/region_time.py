@@ -13,7 +13,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
-from torch.utils.flop_counter import flop_registry
 
 from chunkft_fx.graph.sizes import AS_TRACED, Sizes
 from chunkft_fx.graph.storages import Storages
@@ -21,7 +20,7 @@ from chunkft_fx.head.memory import blocks, repeated_nbytes
 from chunkft_fx.machine.rates import Rates
 from chunkft_fx.predict.kernel_list import Kernel, kernels, packet_of, packets
 from chunkft_fx.program.variants import Variant
-from chunkft_fx.torch_internals import tree_map
+from chunkft_fx.torch_internals import flop_formula, tree_map
 
 aten = torch.ops.aten
 
@@ -104,7 +103,7 @@ def _work_of(kernel: Kernel, sizes: Sizes) -> Work:
 
 def _flops(node: fx.Node, sizes: Sizes) -> int:
     packet = _LIKE.get(packet_of(node), packet_of(node))
-    formula = flop_registry.get(packet)
+    formula = flop_formula(packet)
     if formula is None:
         return 0
     args, options, value = tree_map(

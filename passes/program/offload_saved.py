@@ -104,7 +104,7 @@ class OffloadSaved:
     def _fetch(self, graph: fx.Graph, call: fx.Node, host: dict[fx.Node, fx.Node], backward: _Calls) -> None:
         with graph.inserting_before(call):
             copies = graph.call_function(ops.fetch, (list(host.values()), self.device, ops.FRESH))
-            by_value = {value: _item(graph, copies, i) for i, value in enumerate(host)}
+            by_value = {value: _read_item(graph, copies, i) for i, value in enumerate(host)}
             wait = graph.call_function(ops.wait, (list(by_value.values()),))
         for node in (copies, *by_value.values(), wait):
             node.meta["part"] = PARTS[1]
@@ -145,7 +145,7 @@ def _offload(graph: fx.Graph, call: fx.Node, values: list[fx.Node]) -> dict[fx.N
     place = offload
     for i, value in enumerate(values):
         with graph.inserting_after(place):
-            host[value] = place = _item(graph, offload, i)
+            host[value] = place = _read_item(graph, offload, i)
         place.meta["part"] = PARTS[0]
     return host
 
@@ -180,6 +180,6 @@ def _end_of(call: fx.Node) -> fx.Node:
     return node
 
 
-def _item(graph: fx.Graph, source: fx.Node, index: int) -> fx.Node:
+def _read_item(graph: fx.Graph, source: fx.Node, index: int) -> fx.Node:
     getitem: Callable[..., Any] = operator.getitem
     return graph.call_function(getitem, (source, index))

@@ -1,4 +1,4 @@
-"""schedule_states: let optimizer states come in where the link would be idle.
+"""schedule_states: copy optimizer states to the device where the link would be idle.
 
 Contract: only ``admit`` nodes are added, each right before a region call, with shares that rise to 1. Values do not
 change. The states of the active chunk are needed at the end of the step; brought in all at once at its beginning,
@@ -51,7 +51,7 @@ class ScheduleStates:
         return len(shares)
 
     def _shares(self, windows: list[tuple[fx.Node, float]]) -> list[tuple[fx.Node, float]]:
-        """The calls during which states come in, each with the share that may have come by its end; the last has 1."""
+        """The calls under which states are copied, each with the share that may be there by its end; the last has 1."""
         needed = self.nbytes * self.times.state_us_per_byte
         if not windows or not needed:
             return []

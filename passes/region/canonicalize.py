@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from chunkft_fx.graph.region import RegionGraph
-from chunkft_fx.graph.rewrite import insert_before, shape
+from chunkft_fx.graph.rewrite import insert_before, replace_node, shape
 
 aten = torch.ops.aten
 
@@ -51,7 +51,7 @@ class Canonicalize:
 def _rewrite(node: fx.Node) -> int:
     target = node.target
     if target in (aten.alias.default, aten.detach.default):
-        return _replace(node, node.all_input_nodes[0])
+        return _replaced(node, node.all_input_nodes[0])
     if target is aten._unsafe_view.default:
         node.target = aten.view.default
         return 1
@@ -62,7 +62,7 @@ def _rewrite(node: fx.Node) -> int:
         if rank > 1:
             a, b = (d % rank for d in pair)
             order[a], order[b] = order[b], order[a]
-        return _replace(node, insert_before(node, aten.permute.default, (node.args[0], order)))
+        return _replaced(node, insert_before(node, aten.permute.default, (node.args[0], order)))
     if target in _DIM_ARGUMENT or target is aten.cat.default or target is aten.unsqueeze.default:
         return _positive(node)
     if target in _DIMS_ARGUMENT:
@@ -70,9 +70,9 @@ def _rewrite(node: fx.Node) -> int:
     return 0
 
 
-def _replace(node: fx.Node, other: fx.Node) -> int:
-    node.replace_all_uses_with(other)
-    node.graph.erase_node(node)
+def _replaced(node: fx.Node, other: fx.Node) -> int:
+    """Replace a node; returns the number of rewrites."""
+    replace_node(node, other)
     return 1
 
 

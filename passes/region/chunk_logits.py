@@ -35,7 +35,7 @@ import torch
 from torch import fx
 
 from chunkft_fx.graph.region import RegionGraph
-from chunkft_fx.graph.rewrite import insert_before
+from chunkft_fx.graph.rewrite import insert_before, replace_node
 from chunkft_fx.head import operators as head
 
 log = logging.getLogger("chunkft_fx.passes")
@@ -73,12 +73,12 @@ class ChunkLogits:
             log.debug("%s and its gradient stay apart: %s", loss.name, wanted)
             return 0
         both = _forward(loss, head.grad, *loss.args, *wanted)
-        _replace(loss, _forward(loss, operator.getitem, both, 0))
+        replace_node(loss, _forward(loss, operator.getitem, both, 0))
         for part in parts:
             for item in list(part.users):
                 which: Any = item.args[1]
                 saved = _forward(both.next, operator.getitem, both, 1 + which, like=both)
-                _replace(item, _scaled(item, saved, part.args[0]))
+                replace_node(item, _scaled(item, saved, part.args[0]))
             region.graph.erase_node(part)
         return len(parts)
 
@@ -121,11 +121,6 @@ def _scaled(item: fx.Node, saved: fx.Node, tangent: Any) -> fx.Node:
     widened = insert_before(item, prims.convert_element_type.default, (saved, wide))
     product = insert_before(item, aten.mul.Tensor, (widened, tangent))
     return insert_before(item, prims.convert_element_type.default, (product, dtype))
-
-
-def _replace(node: fx.Node, other: fx.Node) -> None:
-    node.replace_all_uses_with(other)
-    node.graph.erase_node(node)
 
 
 def _dtype(node: Any) -> torch.dtype:

@@ -62,7 +62,7 @@ class LowerTriton:
         chosen = dict(self.choices)
         found = [p for p in _products(region) if p.problem in chosen]
         for product in found:
-            _replace(product, chosen[product.problem])
+            _lower(product, chosen[product.problem])
         if found:
             drop_dead(region.graph)
         return len(found)
@@ -157,7 +157,7 @@ def _readers(region: RegionGraph, node: fx.Node) -> list[fx.Node] | None:
         node = user
 
 
-def _replace(product: _Product, by: str) -> None:
+def _lower(product: _Product, by: str) -> None:
     _, _, start, length = product.slice.args
     dim, tokens = product.problem.dim, product.problem.tokens
     operands = list(product.operands)

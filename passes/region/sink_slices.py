@@ -2,8 +2,8 @@
 
 Contract: outputs stay equal up to the order of sums. A slice moves only through operators with a rule
 (`sink_rules`), and only while nobody else needs the whole value: slicing what is there anyway is free.
-A gradient whose slice gets stuck before any summation is still right, but computed whole; it is
-reported in ``region.dense``.
+A gradient whose slice is refused before any summation is still right, but computed whole; it is
+reported in ``region.dense``, with the node that the slice stays behind and the reason (`Refused`).
 
 Terms: an operator *contracts* if it sums (``mm``, ``sum``, embedding backward): below it operands are
 activations, not a dense gradient.
@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, fx
 
@@ -33,7 +33,7 @@ from chunkft_fx.capture.blocks import module_path
 from chunkft_fx.graph.ops import narrow
 from chunkft_fx.graph.region import DenseGradient, RegionGraph
 from chunkft_fx.graph.rewrite import fake_value, same, shape, tensor_nbytes
-from chunkft_fx.passes.sink_rules import ITEM_RULES, SPLITS, Cut, Rule, rule_for
+from chunkft_fx.passes.sink_rules import RULES, Cut, Refused, Rule, rule_for
 from chunkft_fx.torch_internals import is_erased
 
 
@@ -52,11 +52,11 @@ class SinkSlices:
             part = max(pending, key=_source)
             pending.remove(part)
             part = _merge_equal(part, pending)
-            replacement = _sink(part)
-            if isinstance(replacement, str):
-                _report(region, part, replacement)
+            try:
+                new, taken = _sink(part)
+            except Refused as refused:
+                _report(region, part, refused)
                 continue
-            new, taken = replacement
             source = _source(part)
             part.replace_all_uses_with(new)
             region.graph.erase_node(part)
@@ -65,6 +65,10 @@ class SinkSlices:
             sunk += 1
         _refresh(region.graph)
         return sunk
+
+
+class _AtHand(Refused):
+    """The whole value is there anyway, so that slicing it costs nothing: no reason to report a dense gradient."""
 
 
 def _source(part: fx.Node) -> fx.Node:
@@ -86,42 +90,41 @@ def _merge_equal(part: fx.Node, pending: list[fx.Node]) -> fx.Node:
     return part
 
 
-def _sink(part: fx.Node) -> tuple[fx.Node, list[fx.Node]] | str:
-    """The replacement of a slice and the new slices it is made of, or why the slice stays where it is."""
+def _sink(part: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+    """The replacement of a slice, and the new slices it is made of; raises `Refused` where the slice has to stay."""
     x, dim, start, length = part.args
     assert isinstance(x, fx.Node) and isinstance(dim, int) and isinstance(start, fx.Node) and isinstance(length, int)
-    if x.op != "call_function":
-        return "it is an input of the region"
-    if any(user.target is not narrow for user in x.users):
-        return "the whole value is needed elsewhere"
     found = _rule(x)
-    if isinstance(found, str):
-        return found
     is_contracted = bool(part.meta.get("contracted")) or found.contracts
     cut = Cut(part, dim, start, length, part.meta["output"], is_contracted)
-    new = found.function(cut, x)
-    if new is None or not _equal_form(new, part):
-        for node in reversed(cut.taken):
-            _erase_unused(node)
-        return f"the rule of {_operator(x)} does not hold for a slice along dimension {dim}"
+    try:
+        new = found.function(cut, x)
+        if not _equal_form(new, part):
+            raise Refused("the rule made a value of another shape or dtype, which is a defect of the rule", x)
+    except Refused:
+        cut.discard()
+        raise
     return new, cut.taken
 
 
-def _operator(x: fx.Node) -> Any:
-    """The operator that computes a value, seen through getitem."""
-    return x.all_input_nodes[0].target if x.target is operator.getitem else x.target
+def _rule(x: fx.Node) -> Rule:
+    """The rule by which a slice of a value may move; raises `Refused` if there is none, or no use in moving."""
+    if x.op != "call_function":
+        raise _AtHand("the value is an input of the region", x)
+    if any(user.target is not narrow for user in x.users):
+        raise _AtHand("the whole value is needed elsewhere", x)
+    operator_node = _operator(x)
+    found = rule_for(x.target) if operator_node is x else RULES.get(operator_node.target)
+    if found is None:
+        raise Refused("no rule is known for this operator", operator_node)
+    if operator_node is not x and not found.is_separable and any(u.args[1] == 0 for u in operator_node.users):
+        raise _AtHand("the operator is needed whole for the input gradient", operator_node)
+    return found
 
 
-def _rule(x: fx.Node) -> Rule | str:
-    if x.target is not operator.getitem:
-        return rule_for(x.target) or f"{x.target} has no rule"
-    producer = x.all_input_nodes[0]
-    if producer.target not in ITEM_RULES:
-        return f"{producer.target} has no rule"
-    input_gradient_read = any(user.args[1] == 0 for user in producer.users)
-    if input_gradient_read and producer.target not in SPLITS:
-        return "the operator is needed whole for the input gradient"
-    return ITEM_RULES[producer.target]
+def _operator(x: fx.Node) -> fx.Node:
+    """The node of the operator that computes a value: of a value read by ``getitem``, the operator it is read from."""
+    return x.all_input_nodes[0] if x.target is operator.getitem else x
 
 
 def _equal_form(new: fx.Node, part: fx.Node) -> bool:
@@ -130,15 +133,17 @@ def _equal_form(new: fx.Node, part: fx.Node) -> bool:
     return bool(a.dtype == b.dtype and a.ndim == b.ndim and all(map(same, a.shape, b.shape)))
 
 
-def _report(region: RegionGraph, part: fx.Node, reason: str) -> None:
-    x: Any = part.args[0]
-    if part.meta.get("contracted") or x.op != "call_function" or not isinstance(x.meta["val"], Tensor):
+def _report(region: RegionGraph, part: fx.Node, refused: Refused) -> None:
+    """Add a weight gradient that stays dense to ``region.dense``: not what a sum reads, and no forward value."""
+    x = _source(part)
+    if isinstance(refused, _AtHand) or part.meta.get("contracted") or not isinstance(x.meta["val"], Tensor):
         return
-    shared = any(user.target is not narrow for user in x.users) or reason.startswith("the operator is needed whole")
-    if shared or not _is_gradient(x):
+    if not _is_gradient(x):
         return
+    node = _operator(refused.node)
+    nbytes = tensor_nbytes(x.meta["val"])
     dense = DenseGradient(
-        part.meta["output"], str(_operator(x)), module_path(x) or "", tensor_nbytes(x.meta["val"]), reason
+        part.meta["output"], str(node.target), node.name, module_path(x) or "", nbytes, refused.reason
     )
     region.dense.append(dense)
 

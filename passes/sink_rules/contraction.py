@@ -12,20 +12,22 @@ import torch
 from torch import fx
 
 from chunkft_fx.graph.rewrite import same, shape
-from chunkft_fx.passes.sink_rules.table import Cut, rule
+from chunkft_fx.passes.sink_rules.table import Cut, Refused, rule
 
 aten = torch.ops.aten
 
 
 @rule(aten.mm.default, contracts=True)
-def mm(cut: Cut, node: fx.Node) -> fx.Node | None:
+def mm(cut: Cut, node: fx.Node) -> fx.Node:
+    """``[rows, k] @ [k, columns]``: rows are cut from the first operand, columns from the second."""
     a, b = node.args
     a, b = (cut.take(a, 0), b) if cut.dim == 0 else (a, cut.take(b, 1))
     return cut.emit(aten.mm.default, a, b, like=node, **node.kwargs)
 
 
 @rule(aten.bmm.default, contracts=True)
-def bmm(cut: Cut, node: fx.Node) -> fx.Node | None:
+def bmm(cut: Cut, node: fx.Node) -> fx.Node:
+    """``[batch, rows, k] @ [batch, k, columns]``: the batch is cut from both operands."""
     a, b = node.args
     if cut.dim in (0, 1):
         a = cut.take(a, cut.dim)
@@ -35,7 +37,8 @@ def bmm(cut: Cut, node: fx.Node) -> fx.Node | None:
 
 
 @rule(aten.addmm.default, contracts=True)
-def addmm(cut: Cut, node: fx.Node) -> fx.Node | None:
+def addmm(cut: Cut, node: fx.Node) -> fx.Node:
+    """As `mm`, plus a bias, which is cut where it is not broadcast along the cut dimension."""
     bias, a, b = node.args
     assert isinstance(bias, fx.Node)
     source = cut.dim - (2 - len(shape(bias)))
@@ -46,26 +49,28 @@ def addmm(cut: Cut, node: fx.Node) -> fx.Node | None:
 
 
 @rule(aten.sum.dim_IntList, aten.mean.dim, contracts=True)
-def reduce(cut: Cut, node: fx.Node) -> fx.Node | None:
+def reduce(cut: Cut, node: fx.Node) -> fx.Node:
+    """A sum or mean over some dimensions: the operand is cut along one that is kept."""
     assert callable(node.target)
     x: Any = node.args[0]
     dims: Any = node.args[1] if len(node.args) > 1 else None
     if not dims:
-        return None
+        raise Refused("the operator sums over every dimension", node)
     keepdim = bool(node.args[2]) if len(node.args) > 2 else bool(node.kwargs.get("keepdim", False))
     rank = len(shape(x))
     summed = {d % rank for d in dims}
     if keepdim and cut.dim in summed:
-        return None
+        raise Refused("the cut dimension is one that the operator sums over", node)
     source = cut.dim if keepdim else [d for d in range(rank) if d not in summed][cut.dim]
     return cut.emit(node.target, cut.take(x, source), *node.args[1:], like=node, **node.kwargs)
 
 
-def convolution_backward(cut: Cut, item: fx.Node) -> fx.Node | None:
-    """Weight or bias gradient of a convolution, along output or input channels; grouped ones are refused.
+@rule(aten.convolution_backward.default, contracts=True, is_separable=True)
+def convolution_backward(cut: Cut, item: fx.Node) -> fx.Node:
+    """Weight or bias gradient of a convolution, along output or input channels.
 
-    ``item`` reads one result of ``aten.convolution_backward``. The input gradient stays with the old
-    node, whose mask `eliminate` then clears.
+    ``item`` reads one result of ``aten.convolution_backward``: the gradient of the weight (1) or of the bias (2).
+    The input gradient (0) stays with the old node, whose mask `eliminate` then clears.
     """
     node = item.all_input_nodes[0]
     gradient, x, weight, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, _ = node.args
@@ -73,8 +78,12 @@ def convolution_backward(cut: Cut, item: fx.Node) -> fx.Node | None:
         rank = len(shape(gradient))  # type: ignore[arg-type]
         over = [d for d in range(rank) if d != 1]
         return cut.emit(aten.sum.dim_IntList, cut.take(gradient, 1), over, like=item)
-    if item.args[1] != 1 or groups != 1 or cut.dim > 1:
-        return None
+    if item.args[1] == 0:
+        raise Refused("the cut value is the gradient of the convolution's input", node)
+    if groups != 1:
+        raise Refused("the convolution is grouped", node)
+    if cut.dim > 1:
+        raise Refused("the cut dimension runs over positions of the convolution's kernel", node)
     # a transposed convolution keeps its input channels first
     if (cut.dim == 0) != bool(transposed):
         gradient = cut.take(gradient, 1)

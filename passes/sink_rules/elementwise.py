@@ -34,7 +34,7 @@ _UNTAGGED = (
 )
 
 
-def elementwise(cut: Cut, node: fx.Node) -> fx.Node | None:
+def elementwise(cut: Cut, node: fx.Node) -> fx.Node:
     """Slice every operand that has the cut dimension; operands that are broadcast along it stay whole."""
     assert callable(node.target)
     rank = len(shape(node))
@@ -65,21 +65,24 @@ def elementwise_rule(target: Any) -> Rule | None:
 
 
 @rule(aten.full.default, aten.zeros.default, aten.ones.default)
-def constant(cut: Cut, node: fx.Node) -> fx.Node | None:
+def constant(cut: Cut, node: fx.Node) -> fx.Node:
+    """A tensor of one value, made from sizes: made smaller."""
     sizes: Any = node.args[0]
     assert callable(node.target)
     return cut.emit(node.target, replaced(sizes, cut.dim, cut.length), *node.args[1:], like=node, **node.kwargs)
 
 
 @rule(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default)
-def new_constant(cut: Cut, node: fx.Node) -> fx.Node | None:
+def new_constant(cut: Cut, node: fx.Node) -> fx.Node:
+    """A tensor of one value with the dtype and device of another one, made from sizes: made smaller."""
     like, sizes, *rest = node.args
     assert callable(node.target)
     return cut.emit(node.target, like, replaced(sizes, cut.dim, cut.length), *rest, like=node, **node.kwargs)  # type: ignore[arg-type]
 
 
 @rule(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default)
-def constant_like(cut: Cut, node: fx.Node) -> fx.Node | None:
+def constant_like(cut: Cut, node: fx.Node) -> fx.Node:
+    """A tensor of one value with the shape of another one: made of the slice of that."""
     assert callable(node.target)
     x, *rest = node.args
     return cut.emit(node.target, cut.take(x, cut.dim), *rest, like=node, **node.kwargs)

@@ -11,24 +11,25 @@ import operator
 from torch import fx
 
 from chunkft_fx.head import operators as head
-from chunkft_fx.passes.sink_rules.table import Cut
+from chunkft_fx.passes.sink_rules.table import Cut, Refused, rule
 
 # Arguments of the operator before its output mask.
 _BEFORE_MASK = 8
 
 
-def linear_cross_entropy(cut: Cut, item: fx.Node) -> fx.Node | None:
-    """Gradient of weight (rows or columns) or bias; refused where the operator is sliced already."""
+@rule(head.backward, contracts=True, is_separable=True)
+def linear_cross_entropy(cut: Cut, item: fx.Node) -> fx.Node:
+    """Gradient of the head's weight (rows or columns) or bias."""
     node = item.all_input_nodes[0]
     if len(node.args) > _BEFORE_MASK + 1:
-        return None
+        raise Refused("the head's gradient is a slice already", node)
     which = item.args[1]
     if which == 1:
         window = (cut.start, cut.dim, cut.length)
     elif which == 2:
         window = (None, 0, 0, cut.start, cut.length)  # type: ignore[assignment]
     else:
-        return None
+        raise Refused("the cut value is the gradient of the head's input", node)
     mask = [which == i for i in range(3)]
     result = cut.emit(head.backward, *node.args[:_BEFORE_MASK], mask, *window, like=node)
     return cut.emit(operator.getitem, result, which, like=item)

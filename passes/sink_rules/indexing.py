@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from chunkft_fx.graph.rewrite import same, shape
-from chunkft_fx.passes.sink_rules.table import Cut, replaced, rule
+from chunkft_fx.passes.sink_rules.table import Cut, Refused, replaced, rule
 
 aten = torch.ops.aten
 
@@ -40,11 +40,13 @@ def _extra_row(cut: Cut, indices: fx.Node, like: fx.Node) -> fx.Node:
 
 
 def without_last(cut: Cut, node: fx.Node, dim: int) -> fx.Node:
+    """A value without the extra row behind the slice along ``dim``: ``length`` indices are left."""
     return cut.emit(aten.slice.Tensor, node, dim, 0, cut.length, like=node)
 
 
 @rule(aten.embedding_dense_backward.default, contracts=True)
-def embedding_dense_backward(cut: Cut, node: fx.Node) -> fx.Node | None:
+def embedding_dense_backward(cut: Cut, node: fx.Node) -> fx.Node:
+    """Gradients ``[..., columns]`` of looked-up rows, added up at ``indices`` into ``[rows, columns]``."""
     gradient, indices, rows, padding, by_frequency = node.args
     if cut.dim == 1:
         inner = cut.take(gradient, len(shape(gradient)) - 1)  # type: ignore[arg-type]
@@ -59,13 +61,14 @@ def embedding_dense_backward(cut: Cut, node: fx.Node) -> fx.Node | None:
 
 
 @rule(aten.index_put.default, aten._unsafe_index_put.default, contracts=True)
-def index_put(cut: Cut, node: fx.Node) -> fx.Node | None:
+def index_put(cut: Cut, node: fx.Node) -> fx.Node:
     """``base[:, ..., indices] += values`` with one index tensor, for any dimension."""
     base, indices, values, *rest = node.args
     accumulate = bool(rest[0]) if rest else bool(node.kwargs.get("accumulate", False))
-    place = only_place(indices)
-    if not accumulate or place is None or not fits(base, place, values):
-        return None
+    if not accumulate:
+        raise Refused("the operator replaces values instead of adding to them", node)
+    place = only_place(node, indices)
+    check_rank(node, place, values)
     where = len(indices) - 1  # type: ignore[arg-type]
     if cut.dim == where:
         moved = moved_indices(cut, place, node, shape(node)[where])
@@ -74,19 +77,18 @@ def index_put(cut: Cut, node: fx.Node) -> fx.Node | None:
         return without_last(cut, result, where)
     source = _dim_of_values(cut, where, place)
     if not same(shape(values)[source], shape(node)[cut.dim]):  # type: ignore[arg-type]
-        return None
+        raise Refused("the added values are broadcast along the cut dimension", node)
     parts = (cut.take(base, cut.dim), _at(where, place), cut.take(values, source))
     return cut.emit(aten.index_put.default, *parts, True, like=node)
 
 
 @rule(aten._unsafe_masked_index_put_accumulate.default, contracts=True)
-def masked_index_put(cut: Cut, node: fx.Node) -> fx.Node | None:
+def masked_index_put(cut: Cut, node: fx.Node) -> fx.Node:
     """``base[:, ..., indices] += where(mask, values, 0)``: what falls outside the slice is masked as well."""
     assert callable(node.target)
     base, mask, indices, values = node.args
-    place = only_place(indices)
-    if place is None or not fits(base, place, values):
-        return None
+    place = only_place(node, indices)
+    check_rank(node, place, values)
     where = len(indices) - 1  # type: ignore[arg-type]
     if cut.dim == where:
         moved = moved_indices(cut, place, node, shape(node)[where])
@@ -97,14 +99,15 @@ def masked_index_put(cut: Cut, node: fx.Node) -> fx.Node | None:
         return cut.emit(node.target, cut.take(base, where), both, _at(where, moved), values, like=node)
     source = _dim_of_values(cut, where, place)
     if not same(shape(values)[source], shape(node)[cut.dim]):  # type: ignore[arg-type]
-        return None
+        raise Refused("the added values are broadcast along the cut dimension", node)
     narrow_mask = sliced_if_wide(cut, mask, source, len(shape(values)))  # type: ignore[arg-type]
     parts = (cut.take(base, cut.dim), narrow_mask, _at(where, place), cut.take(values, source))
     return cut.emit(node.target, *parts, like=node)
 
 
 @rule(aten.index_add.default, contracts=True)
-def index_add(cut: Cut, node: fx.Node) -> fx.Node | None:
+def index_add(cut: Cut, node: fx.Node) -> fx.Node:
+    """``base`` with ``values`` added at the places of one index vector along ``dim``."""
     base, dim, place, values = node.args
     assert isinstance(dim, int)
     dim %= len(shape(node))
@@ -117,17 +120,20 @@ def index_add(cut: Cut, node: fx.Node) -> fx.Node | None:
     return without_last(cut, result, dim)
 
 
-def only_place(indices: Any) -> fx.Node | None:
-    """The one integer tensor among indices, if it comes last behind whole dimensions; else None."""
+def only_place(node: fx.Node, indices: Any) -> fx.Node:
+    """The one integer tensor among the indices of ``node``, last behind whole dimensions; refuses any others."""
     *before, place = indices
-    if any(i is not None for i in before) or not isinstance(place, fx.Node):
-        return None
-    return place if place.meta["val"].dtype in (torch.int64, torch.int32) else None
+    if any(i is not None for i in before):
+        raise Refused("several dimensions are indexed at once", node)
+    if place.meta["val"].dtype not in (torch.int64, torch.int32):
+        raise Refused("the index is a mask", node)
+    return place
 
 
-def fits(base: Any, place: fx.Node, values: Any) -> bool:
-    """True if the values have all dimensions of the places they go to, so that none is broadcast away."""
-    return len(shape(values)) == len(shape(base)) - 1 + len(shape(place))
+def check_rank(node: fx.Node, place: fx.Node, values: Any) -> None:
+    """Refuses values that ``node`` broadcasts because they have fewer dimensions than the places they are added to."""
+    if len(shape(values)) != len(shape(node)) - 1 + len(shape(place)):
+        raise Refused("the added values have fewer dimensions than their places", node)
 
 
 def _at(where: int, place: fx.Node) -> list[fx.Node | None]:
@@ -146,7 +152,8 @@ def sliced_if_wide(cut: Cut, operand: fx.Node, dim: int, rank: int) -> fx.Node:
 
 
 @rule(aten.scatter_add.default, contracts=True)
-def scatter_add(cut: Cut, node: fx.Node) -> fx.Node | None:
+def scatter_add(cut: Cut, node: fx.Node) -> fx.Node:
+    """``base`` with each element of ``source`` added at its own index along ``dim``; the gradient of `gather`."""
     base, dim, indices, source = node.args
     assert isinstance(dim, int) and isinstance(indices, fx.Node) and isinstance(source, fx.Node)
     if dim == cut.dim:
@@ -155,7 +162,7 @@ def scatter_add(cut: Cut, node: fx.Node) -> fx.Node | None:
         result = cut.emit(aten.scatter_add.default, grown, dim, moved, source, like=node)
         return without_last(cut, result, dim)
     if not all(same(shape(n)[cut.dim], shape(node)[cut.dim]) for n in (indices, source)):
-        return None
+        raise Refused("values are added to a part of the cut dimension only", node)
     parts = (cut.take(n, cut.dim) for n in (base, indices, source))
     new_base, new_indices, new_source = parts
     return cut.emit(aten.scatter_add.default, new_base, dim, new_indices, new_source, like=node)

@@ -1,7 +1,7 @@
 """Rules of normalisation backwards: the weight and bias gradients, written out for a slice of the channels.
 
-They fire only if nobody needs the input gradient that the same operator computes; otherwise the whole
-weight gradient, one value a channel, comes with it at no cost and is sliced afterwards.
+A rule is called only where nobody needs the input gradient (result 0) that the same operator computes; otherwise
+the whole weight gradient, one value a channel, is computed with it at no cost, and sliced afterwards.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from chunkft_fx.graph.layout import wide_dtype
 from chunkft_fx.graph.rewrite import same, shape
-from chunkft_fx.passes.sink_rules.table import Cut
+from chunkft_fx.passes.sink_rules.table import Cut, Refused, rule
 
 aten = torch.ops.aten
 
 
 def _wide(cut: Cut, x: fx.Node, like: fx.Node) -> fx.Node:
     """The value in the precision in which normalisation kernels sum: float32 for low-precision inputs."""
-    dtype = torch.promote_types(x.meta["val"].dtype, torch.float32)
+    dtype = wide_dtype(x.meta["val"].dtype)
     return x if x.meta["val"].dtype == dtype else cut.emit(aten._to_copy.default, x, like=like, dtype=dtype)
 
 
@@ -37,11 +38,13 @@ def _result(item: fx.Node) -> Tensor:
     return value
 
 
-def layer_norm(cut: Cut, item: fx.Node) -> fx.Node | None:
+@rule(aten.native_layer_norm_backward.default, contracts=True)
+def layer_norm(cut: Cut, item: fx.Node) -> fx.Node:
+    """Weight (result 1) or bias (result 2) gradient ``[channels]``, where only the last dimension is normalised."""
     node = item.all_input_nodes[0]
     gradient, x, normalized, mean, rstd, *_ = node.args
-    if len(normalized) != 1 or item.args[1] == 0:  # type: ignore[arg-type]
-        return None
+    if len(normalized) != 1:  # type: ignore[arg-type]
+        raise Refused("the layer norm normalises several dimensions", node)
     last = len(shape(x)) - 1  # type: ignore[arg-type]
     dy = _wide(cut, cut.take(gradient, last), item)
     if item.args[1] == 2:
@@ -51,22 +54,26 @@ def layer_norm(cut: Cut, item: fx.Node) -> fx.Node | None:
     return _sum(cut, cut.emit(aten.mul.Tensor, dy, scaled, like=item), last, item)
 
 
-def rms_norm(cut: Cut, item: fx.Node) -> fx.Node | None:
+@rule(aten._fused_rms_norm_backward.default, contracts=True)
+def rms_norm(cut: Cut, item: fx.Node) -> fx.Node:
+    """Weight gradient (result 1) ``[channels]``, where only the last dimension is normalised."""
     node = item.all_input_nodes[0]
     gradient, x, normalized, rstd, *_ = node.args
-    if len(normalized) != 1 or item.args[1] != 1:  # type: ignore[arg-type]
-        return None
+    if len(normalized) != 1:  # type: ignore[arg-type]
+        raise Refused("the RMS norm normalises several dimensions", node)
     last = len(shape(x)) - 1  # type: ignore[arg-type]
     dy = _wide(cut, cut.take(gradient, last), item)
     scaled = cut.emit(aten.mul.Tensor, _wide(cut, cut.take(x, last), item), rstd, like=item)
     return _sum(cut, cut.emit(aten.mul.Tensor, dy, scaled, like=item), last, item)
 
 
-def group_norm(cut: Cut, item: fx.Node) -> fx.Node | None:
+@rule(aten.native_group_norm_backward.default, contracts=True)
+def group_norm(cut: Cut, item: fx.Node) -> fx.Node:
+    """Weight (result 1) or bias (result 2) gradient ``[channels]``; channels are dimension 1 of the input."""
     node = item.all_input_nodes[0]
     gradient, x, mean, rstd, _, n, channels, _, groups, _ = node.args
-    if item.args[1] == 0 or not isinstance(channels, int) or not isinstance(groups, int):
-        return None
+    if not isinstance(channels, int) or not isinstance(groups, int):
+        raise Refused("the number of channels is known at run time only", node)
     rank = len(shape(x))  # type: ignore[arg-type]
     dy = _wide(cut, cut.take(gradient, 1), item)
     if item.args[1] == 2:
@@ -85,11 +92,13 @@ def group_norm(cut: Cut, item: fx.Node) -> fx.Node | None:
     return _sum(cut, cut.emit(aten.mul.Tensor, dy, scaled, like=item), 1, item)
 
 
-def batch_norm(cut: Cut, item: fx.Node) -> fx.Node | None:
+@rule(aten.native_batch_norm_backward.default, contracts=True)
+def batch_norm(cut: Cut, item: fx.Node) -> fx.Node:
+    """Weight (result 1) or bias (result 2) gradient ``[channels]`` of a batch norm in training."""
     node = item.all_input_nodes[0]
     gradient, x, _, _, _, mean, invstd, train, *_ = node.args
-    if item.args[1] == 0 or not train or mean is None or not same(shape(mean)[0], shape(x)[1]):  # type: ignore[arg-type]
-        return None
+    if not train or mean is None or not same(shape(mean)[0], shape(x)[1]):  # type: ignore[arg-type]
+        raise Refused("the batch norm uses running statistics, so that it saves none of the batch", node)
     rank = len(shape(x))  # type: ignore[arg-type]
     dy = _wide(cut, cut.take(gradient, 1), item)
     if item.args[1] == 2:

@@ -233,7 +233,7 @@ def test_workspace_is_what_the_operator_allocates(
     }[kind]
     args = [*case.plain_args, *asked]
     with LiveStorages() as live:
-        results = head.run(*args, split=split)
+        results = head.loss_and_gradients(*args, split=split)
     node = _node(head.grad if asked else head.forward, args)
     node.kwargs = {"split": split}
     predicted = head_workspace(node)

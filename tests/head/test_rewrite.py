@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from chunkft_fx.graph.layout import wide_dtype
 from chunkft_fx.head import operators as head
 from chunkft_fx.head.rewrite import chunk_head
 
@@ -85,7 +86,7 @@ HEADS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "last_token": lambda x, y: functional.cross_entropy(x[:, -1], y[:, 1]),
     "without_first": lambda x, y: functional.cross_entropy(x[:, 1:, :].reshape(-1, CLASSES), y[:, 1:].reshape(-1)),
     "strided": lambda x, y: functional.cross_entropy(x[::2, ...].reshape(-1, CLASSES), y[::2].reshape(-1)),
-    "cast_upwards": lambda x, y: functional.cross_entropy(x.to(head.wide_dtype(x.dtype)).flatten(0, -2), y.flatten()),
+    "cast_upwards": lambda x, y: functional.cross_entropy(x.to(wide_dtype(x.dtype)).flatten(0, -2), y.flatten()),
 }
 
 

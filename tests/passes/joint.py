@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils._pytree import tree_map
 
 from chunkft_fx import passes
-from chunkft_fx.graph.region import OutputDemand, RegionGraph, SliceDemand
+from chunkft_fx.graph.ops import narrow
+from chunkft_fx.graph.region import DenseGradient, OutputDemand, RegionGraph, SliceDemand
+from chunkft_fx.graph.rewrite import fake_value
 from chunkft_fx.program.run_passes import over_region
 
 # A cut of one weight, or what else may be demanded of its gradient.
 Cut = tuple[int, int, int]
 Asked = Cut | str | None
+# A slice that a rule refuses: the cut dimension, the operator, its arguments, which of its results, and the reason.
+Refusal = tuple[int, Any, tuple[Any, ...], int | None, str]
 
 
 @dataclass(frozen=True)
@@ -126,6 +132,42 @@ def check(case: Joint, *asked: Asked, tolerance: float = 1e-9) -> RegionGraph:
         scale = float(gradient.abs().max()) if gradient.numel() else 0.0
         torch.testing.assert_close(value, expected, rtol=0, atol=tolerance * scale)
     return region
+
+
+def refused(dim: int, target: Callable[..., Any], *args: Any, result: int | None = None) -> DenseGradient:
+    """What is reported of a slice along ``dim`` of ``target(*args)``, or of one of its results, that cannot sink.
+
+    Tensors among the arguments become inputs of a graph of this one operator, which the refusal must leave as it is.
+    """
+    graph, mode = fx.Graph(), FakeTensorMode()
+
+    def placeholder(value: Any, kind: str = "tangent") -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        node = graph.placeholder(f"{kind}_{len(graph.nodes)}")
+        node.meta.update(val=mode.from_tensor(value), kind=kind, partitioner_tag="is_backward")
+        return node
+
+    def call(function: Callable[..., Any], *arguments: Any) -> fx.Node:
+        node = graph.call_function(function, arguments)
+        node.meta.update(val=fake_value(node), partitioner_tag="is_backward")
+        return node
+
+    inputs = tree_map(placeholder, args)
+    start = placeholder(torch.tensor(0), "start")
+    value = call(target, *inputs)
+    if result is not None:
+        value = call(operator.getitem, value, result)
+    part = call(narrow, value, dim, start, 1)
+    part.meta.update(output=0, contracted=False)
+    graph.output((part,))
+    region = RegionGraph(fx.GraphModule(nn.Module(), graph), 0)
+    before = str(graph)
+    assert passes.SinkSlices()(region) == 0
+    assert str(graph) == before
+    (report,) = region.dense
+    assert (report.op, report.output) == (str(target), 0)
+    return report
 
 
 def assert_sunk(region: RegionGraph, *numels: int) -> None:

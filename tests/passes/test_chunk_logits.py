@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from chunkft_fx.graph.region import RegionGraph
 from chunkft_fx.head import operators as head
-from tests.passes.joint import Joint, assert_sunk, check, count, joint
+from tests.passes.joint import Joint, Refusal, assert_sunk, check, count, joint, refused
 
 aten = torch.ops.aten
 
@@ -127,3 +127,21 @@ def test_refuses_a_start_that_is_computed(caplog: pytest.LogCaptureFixture) -> N
         region = check(made, "whole", (1, 1, 1))
     assert "start of a slice is computed" in caplog.text
     assert count(region, head.backward) == 2
+
+
+_GRADIENT = (torch.tensor(1.0), torch.randn(5, 4), torch.randn(7, 4), None, torch.zeros(5, dtype=torch.int64), -100)
+REFUSALS: dict[str, Refusal] = {
+    "input_gradient_of_the_head": (
+        0, head.backward, (*_GRADIENT, 0.0, True, [True, True, False]), 0,
+        "the cut value is the gradient of the head's input",
+    ),
+    "head_that_is_sliced_already": (
+        1, head.backward, (*_GRADIENT, 0.0, True, [False, True, False], torch.tensor(0), 0, 3), 1,
+        "the head's gradient is a slice already",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("dim", "target", "args", "result", "reason"), REFUSALS.values(), ids=REFUSALS)
+def test_refuses(dim: int, target: Any, args: tuple[Any, ...], result: int | None, reason: str) -> None:
+    assert refused(dim, target, *args, result=result).reason == reason

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -108,3 +109,15 @@ def test_package_has_one_name() -> None:
     """A second copy under another name would register rules that the first does not know."""
     with pytest.raises(ImportError, match=r"chunkft_fx\.passes"):
         __import__("passes")
+
+
+def test_every_pass_is_described_and_has_its_contract() -> None:
+    """``passes/README.md`` has a row for each pass, and ``docs/passes.md`` a row and a section."""
+    kinds = [kind for name, kind in vars(passes).items() if name in passes.__all__ and isinstance(kind, type)]
+    names = [next(field.default for field in fields(kind) if field.name == "name") for kind in kinds]
+    assert len(names) == 12
+    contracts, described = (Path(p).read_text() for p in ("passes/README.md", "docs/passes.md"))
+    for name in names:
+        assert f"\n| `{name}` |" in contracts
+        assert f"\n| [{name}](#{name}) |" in described
+        assert f"# {name}\n" in described

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from tests.passes.joint import Joint, assert_sunk, check, count, joint
+from tests.passes.joint import Joint, Refusal, assert_sunk, check, count, joint, refused
 
 aten = torch.ops.aten
 f64 = torch.float64
@@ -231,13 +231,47 @@ def test_undemanded_convolution_weight_is_not_computed() -> None:
     assert masks == [[True, False, False], [False, True, False]]
 
 
-def test_refuses_grouped_convolution() -> None:
+def _convolution(groups: int = 1) -> tuple[Any, ...]:
+    """Arguments of convolution_backward: 4 to 6 channels, kernels of 3 x 3."""
+    tensors = (_randn(2, 6, 7, 7), _randn(2, 4, 9, 9), _randn(6, 4 // groups, 3, 3))
+    return (*tensors, [6], [1, 1], [0, 0], [1, 1], False, [0, 0], groups, [True, True, True])
+
+
+REFUSALS: dict[str, Refusal] = {
+    "sum_over_every_dimension": (
+        0, aten.sum.dim_IntList, (_randn(5, 7), [], True), None, "the operator sums over every dimension",
+    ),
+    "sum_along_the_cut": (
+        0, aten.sum.dim_IntList, (_randn(5, 7), [0], True), None,
+        "the cut dimension is one that the operator sums over",
+    ),
+    "input_gradient_of_a_convolution": (
+        1, aten.convolution_backward.default, _convolution(), 0,
+        "the cut value is the gradient of the convolution's input",
+    ),
+    "grouped_convolution": (
+        0, aten.convolution_backward.default, _convolution(groups=2), 1, "the convolution is grouped",
+    ),
+    "kernel_positions_of_a_convolution": (
+        2, aten.convolution_backward.default, _convolution(), 1,
+        "the cut dimension runs over positions of the convolution's kernel",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("dim", "target", "args", "result", "reason"), REFUSALS.values(), ids=REFUSALS)
+def test_refuses(dim: int, target: Any, args: tuple[Any, ...], result: int | None, reason: str) -> None:
+    assert refused(dim, target, *args, result=result).reason == reason
+
+
+def test_grouped_convolution_stays_exact() -> None:
     case = joint(lambda w, x: functional.conv2d(x, w, groups=2), [_randn(6, 2, 3, 3)], [_randn(2, 4, 9, 9)])
     region = check(case, (0, 2, 3))
-    assert [d.op for d in region.dense] == ["aten.convolution_backward.default"]
+    (dense,) = region.dense
+    assert (dense.op, dense.reason) == ("aten.convolution_backward.default", "the convolution is grouped")
 
 
-def test_refuses_kernel_positions_of_a_convolution() -> None:
+def test_kernel_positions_of_a_convolution_stay_exact() -> None:
     case = joint(lambda w, x: functional.conv2d(x, w), [_randn(6, 2, 3, 3)], [_randn(2, 2, 9, 9)])
     region = check(case, (2, 1, 2))
     assert [(d.op, d.nbytes) for d in region.dense] == [("aten.convolution_backward.default", 6 * 2 * 9 * 8)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from tests.passes.joint import assert_sunk, check, joint
+from tests.passes.joint import Refusal, assert_sunk, check, joint, refused
 
+aten = torch.ops.aten
 FORMS = pytest.mark.parametrize("inductor", [False, True], ids=["aten", "inductor"])
 
 
@@ -121,13 +124,53 @@ def test_index_select_sinks(dim: int, select_dim: int, inductor: bool) -> None:
     assert_sunk(check(case, (dim, 1, 3)), weight.numel())
 
 
-def test_refuses_two_index_tensors() -> None:
+_PLACE, _MASK, _ROWS = torch.tensor([0, 3, 3, 8]), torch.tensor([True, False, True, True]), _randn(4, 5)
+_MASKED = aten._unsafe_masked_index_put_accumulate.default
+_SEVERAL = "several dimensions are indexed at once"
+_FEWER = "the added values have fewer dimensions than their places"
+_BROADCAST = "the added values are broadcast along the cut dimension"
+REFUSALS: dict[str, Refusal] = {
+    "index_put_that_replaces": (
+        0, aten.index_put.default, (_randn(9, 5), [_PLACE], _ROWS), None,
+        "the operator replaces values instead of adding to them",
+    ),
+    "two_index_tensors": (
+        0, aten.index_put.default, (_randn(9, 5), [_PLACE, _PLACE % 5], _randn(4), True), None, _SEVERAL,
+    ),
+    "two_index_tensors_with_a_mask": (
+        0, _MASKED, (_randn(9, 5), _MASK, [_PLACE, _PLACE % 5], _randn(4)), None, _SEVERAL,
+    ),
+    "mask_as_index": (
+        1, aten.index_put.default, (_randn(4, 5), [_MASK], _randn(3, 5), True), None, "the index is a mask",
+    ),
+    "values_with_fewer_dimensions": (
+        0, aten.index_put.default, (_randn(9, 5), [_PLACE], _randn(5), True), None, _FEWER,
+    ),
+    "values_broadcast_along_the_cut": (
+        1, aten.index_put.default, (_randn(9, 5), [_PLACE], _randn(4, 1), True), None, _BROADCAST,
+    ),
+    "masked_values_broadcast_along_the_cut": (
+        1, _MASKED, (_randn(9, 5), _MASK.unsqueeze(1), [_PLACE], _randn(4, 1)), None, _BROADCAST,
+    ),
+    "scatter_to_a_part_of_the_cut": (
+        0, aten.scatter_add.default, (_randn(7, 5), 1, torch.zeros(3, 5, dtype=torch.int64), _randn(3, 5)), None,
+        "values are added to a part of the cut dimension only",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("dim", "target", "args", "result", "reason"), REFUSALS.values(), ids=REFUSALS)
+def test_refuses(dim: int, target: Any, args: tuple[Any, ...], result: int | None, reason: str) -> None:
+    assert refused(dim, target, *args, result=result).reason == reason
+
+
+def test_two_index_tensors_stay_exact() -> None:
     weight, a, b = _randn(7, 5), torch.tensor([0, 3, 6]), torch.tensor([1, 1, 4])
     region = check(joint(lambda w, a, b: w[a, b].tanh(), [weight], [a, b]), (0, 1, 3))
     assert [d.op for d in region.dense] == ["aten.index_put.default"]
 
 
-def test_refuses_gather_of_a_part_along_the_cut() -> None:
+def test_stays_exact_in_gather_of_a_part_along_the_cut() -> None:
     """Where only some rows are gathered, a slice of the places need not exist."""
     weight, places = _randn(7, 5), torch.randint(0, 5, (3, 5))
     region = check(joint(lambda w, p: w.gather(1, p).tanh(), [weight], [places]), (0, 1, 3))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tests.passes.joint import assert_sunk, check, joint
+from tests.passes.joint import Refusal, assert_sunk, check, joint, refused
 
+aten = torch.ops.aten
 W = (6, 7, 3)
 Function = Callable[[Tensor], Tensor]
 
@@ -54,7 +56,7 @@ def test_slice_sinks_to_the_sum(function: Function, dim: int, inductor: bool) ->
     assert_sunk(region, weight.numel())
 
 
-REFUSED: dict[str, tuple[Function, int, str]] = {
+STAYS_EXACT: dict[str, tuple[Function, int, str]] = {
     "view_of_an_inner_part": (lambda w: w.reshape(6, 21).exp(), 2, "view"),
     "view_of_merged_dimensions": (lambda w: w.view(2, 3, 7, 3).exp(), 0, "view"),
     "flip_along_the_cut": (lambda w: w.flip(0), 0, "flip"),
@@ -64,8 +66,8 @@ REFUSED: dict[str, tuple[Function, int, str]] = {
 }
 
 
-@pytest.mark.parametrize(("function", "dim", "operator"), REFUSED.values(), ids=REFUSED)
-def test_refuses(function: Function, dim: int, operator: str) -> None:
+@pytest.mark.parametrize(("function", "dim", "operator"), STAYS_EXACT.values(), ids=STAYS_EXACT)
+def test_refused_gradient_stays_exact(function: Function, dim: int, operator: str) -> None:
     """What a rule refuses is computed whole, sliced afterwards, and reported with operator, bytes and reason."""
     forward, weight, x, _ = _case(function)
     region = check(joint(forward, [weight], [x]), (dim, 1, 2))
@@ -75,6 +77,60 @@ def test_refuses(function: Function, dim: int, operator: str) -> None:
         assert report.nbytes == weight.numel() * 8
         assert report.output == 0
         assert report.reason
+
+
+def _randn(*sizes: int) -> Tensor:
+    return torch.randn(sizes, dtype=torch.float64)
+
+
+_VIEW = "the cut dimension merges dimensions of the viewed value, or is an inner part of one"
+REFUSALS: dict[str, Refusal] = {
+    "view_of_an_inner_part": (2, aten.view.default, (_randn(6, 21), [6, 7, 3]), None, _VIEW),
+    "view_of_merged_dimensions": (0, aten.reshape.default, (_randn(2, 3, 7), [6, 7]), None, _VIEW),
+    "added_dimension": (
+        1, aten.unsqueeze.default, (_randn(5, 7), 1), None, "the cut dimension is the one that the operator adds",
+    ),
+    "every_second_index": (
+        0, aten.slice.Tensor, (_randn(9, 5), 0, 0, 9, 2), None,
+        "the operator takes every n-th index along the cut dimension",
+    ),
+    "slice_from_the_end": (
+        0, aten.slice.Tensor, (_randn(9, 5), 0, -3), None,
+        "the index at which the operator's own slice begins is not known",
+    ),
+    "sliced_along_the_cut": (
+        0, aten.slice_backward.default, (_randn(3, 5), [9, 5], 0, 2, 5, 1), None, "the sliced dimension is the cut one",
+    ),
+    "selected_along_the_cut": (
+        0, aten.select_backward.default, (_randn(5), [9, 5], 0, 2), None,
+        "one index along the cut dimension was selected",
+    ),
+    "replaced_slice_along_the_cut": (
+        0, aten.slice_scatter.default, (_randn(9, 5), _randn(2, 5), 0, 3, 5), None,
+        "the operator replaces indices along the cut dimension",
+    ),
+    "replaced_index_along_the_cut": (
+        0, aten.select_scatter.default, (_randn(9, 5), _randn(5), -2, 3), None,
+        "the operator replaces indices along the cut dimension",
+    ),
+    "flip_along_the_cut": (
+        1, aten.flip.default, (_randn(5, 7), [-1]), None, "the order along the cut dimension is reversed",
+    ),
+    "joined_along_the_cut": (
+        0, aten.cat.default, ([_randn(5, 7), _randn(2, 7)], 0), None,
+        "the parts are joined along the cut dimension, at places that a slice may cross",
+    ),
+    "joined_with_an_empty_vector": (
+        0, aten.cat.default, ([_randn(5, 7), _randn(0)], 1), None,
+        "a joined part has fewer dimensions than the result",
+    ),
+    "pad_along_the_cut": (1, aten.constant_pad_nd.default, (_randn(5, 7), [1, 0]), None, "the cut dimension is padded"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("dim", "target", "args", "result", "reason"), REFUSALS.values(), ids=REFUSALS)
+def test_refuses(dim: int, target: Any, args: tuple[Any, ...], result: int | None, reason: str) -> None:
+    assert refused(dim, target, *args, result=result).reason == reason
 
 
 def test_dtype_of_a_cast_weight_is_kept() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from tests.passes.joint import Joint, assert_sunk, check, count, joint
+from tests.passes.joint import Joint, Refusal, assert_sunk, check, count, joint, refused, rewritten
 
 aten = torch.ops.aten
 
@@ -121,13 +121,45 @@ def test_undemanded_weight_gradient_is_masked() -> None:
     assert node.args[7] == [True, False, False]
 
 
-def test_refuses_layer_norm_over_two_dimensions() -> None:
+_ROWS, _STATISTIC, _WHICH = _randn(4, 5, 6), _randn(4, 1, 1), [True, True, True]
+REFUSALS: dict[str, Refusal] = {
+    "layer_norm_over_two_dimensions": (
+        0, aten.native_layer_norm_backward.default,
+        (_ROWS, _ROWS, [5, 6], _STATISTIC, _STATISTIC, _randn(5, 6), _randn(5, 6), _WHICH), 1,
+        "the layer norm normalises several dimensions",
+    ),
+    "rms_norm_over_two_dimensions": (
+        0, aten._fused_rms_norm_backward.default,
+        (_ROWS, _ROWS, [5, 6], _STATISTIC, _randn(5, 6), [True, True]), 1,
+        "the RMS norm normalises several dimensions",
+    ),
+    "batch_norm_with_running_statistics": (
+        0, aten.native_batch_norm_backward.default,
+        (_ROWS, _ROWS, _randn(5), _randn(5), _randn(5), None, None, False, 1e-5, _WHICH), 1,
+        "the batch norm uses running statistics, so that it saves none of the batch",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("dim", "target", "args", "result", "reason"), REFUSALS.values(), ids=REFUSALS)
+def test_refuses(dim: int, target: Any, args: tuple[Any, ...], result: int | None, reason: str) -> None:
+    assert refused(dim, target, *args, result=result).reason == reason
+
+
+def test_refuses_group_norm_with_symbolic_channels() -> None:
+    case = joint(
+        lambda w, x: functional.group_norm(x, 2, w), [_randn(6)], [_randn(4, 6, 5)], dynamic={0: (0,), 1: (1,)}
+    )
+    assert [d.reason for d in rewritten(case, (0, 1, 3)).dense] == ["the number of channels is known at run time only"]
+
+
+def test_layer_norm_over_two_dimensions_stays_exact() -> None:
     case = joint(lambda w, x: functional.layer_norm(x, (5, 6), w), [_randn(5, 6)], [_randn(4, 5, 6)])
     region = check(case, (0, 1, 3))
     assert [d.op for d in region.dense] == ["aten.native_layer_norm_backward.default"]
 
 
-def test_refuses_batch_norm_in_evaluation() -> None:
+def test_batch_norm_in_evaluation_stays_exact() -> None:
     """With running statistics the operator saves no batch statistics to slice."""
 
     def function(w: Tensor, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:

@@ -114,14 +114,14 @@ def test_before_training_a_signal_ends_the_program_in_one_line(
             signal.raise_signal(number)
 
     with pytest.raises(SystemExit) as ended:
-        console.run(program)
+        console.run_app(program)
     assert ended.value.code == 128 + number
     assert capsys.readouterr().err == f"stopped by {number.name} before there was anything to save\n"
 
 
 STUBBORN = """
 import signal, time
-from chunkft_fx.tools.signals import between_steps
+from chunkft_fx.tools.training.signals import between_steps
 with between_steps() as stop:
     print("ready", flush=True)
     while True:
@@ -188,6 +188,6 @@ def test_what_the_machine_refuses_is_one_line(
         raise error
 
     with pytest.raises(SystemExit) as ended:
-        console.run(program)
+        console.run_app(program)
     assert ended.value.code == 1
     assert capsys.readouterr().err == message + "\n"
