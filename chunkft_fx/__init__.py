@@ -4,7 +4,7 @@ from chunkft_fx import errors
 from chunkft_fx.api import compile
 from chunkft_fx.logs import enable_logs
 from chunkft_fx.module.module import CompiledModule
-from chunkft_fx.optim.adamw import AdamW
+from chunkft_fx.optim.rules.adamw import AdamW
 from chunkft_fx.plan.chunk import Chunk, Slice
 from chunkft_fx.plan.plan import Plan
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from chunkft_fx.copies.link import Link, Mark, open_link
 from chunkft_fx.copies.stage_batches import Batch, batches_of, carved, last_conflict, stage_places
 from chunkft_fx.copies.tier import HostTier, Tier
+from chunkft_fx.plan.state_spec import StateSpec
 
 
 class Stage:
@@ -63,13 +64,10 @@ class Stage:
 
 
 class StageOwner(Protocol):
-    """An optimizer with a stage: its options, and its states by parameter, none before the first step."""
+    """An optimizer with a stage: what describes it, and its states by parameter, none before the first step."""
 
     @property
-    def state_dtype(self) -> str: ...
-
-    @property
-    def states(self) -> str: ...
+    def spec(self) -> StateSpec: ...
 
     @property
     def state(self) -> Mapping[Any, Any]: ...

@@ -30,6 +30,7 @@ from chunkft_fx.gradients.gate import Arrivals, GradientGate
 from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.plan.plan import Plan
 from chunkft_fx.plan.schedule import ChunkSchedule
+from chunkft_fx.plan.state_spec import spec_of
 from chunkft_fx.planning.planner import Options, first_plan
 
 
@@ -168,8 +169,8 @@ class Following(ABC):
         """
         if any(s.grad is not None for s in self._slices or ()):
             warn_of_dropped_gradients()
-        plan = first_plan(self.model, self.options)
         parameters, optimizer = dict(self.model.named_parameters()), self.optimizer
+        plan = first_plan(self.model, self.options, spec_of(optimizer))
         if optimizer is not None:
             optimizer.follow(parameters)
         if self._plan is not None:

@@ -82,7 +82,7 @@ def _refuse_foreign(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                 raise OptimizerConflict(
                     f"{type(optimizer).__module__}.{type(optimizer).__qualname__} was to update {name!r}, which a "
                     "module from chunkft_fx.compile trains, a slice at a time; use chunkft_fx.AdamW(compiled_model) "
-                    "instead, or give this optimizer other parameters only"
+                    "or another optimizer of chunkft_fx instead, or give this optimizer other parameters only"
                 )
 
 

@@ -164,9 +164,9 @@ def random_words(seed: int, slice_index: int, numel: int, device: torch.device) 
 def reconcile(master: Tensor, weight: Tensor) -> None:
     """Make each weight that is not its master rounded, being new or changed from outside, the master.
 
-    Both are seen through ``front``; ``master`` is written in place.
+    Both have the same shape, of one dimension or more; ``master`` is written in place, where it is.
     """
     indices = max(1, PIECE_NUMEL * len(weight) // weight.numel())
     for start in range(0, len(weight), indices):
-        m, w = master[start : start + indices], weight[start : start + indices]
+        m, w = master[start : start + indices], weight[start : start + indices].to(master.device)
         torch.where(m.to(w.dtype) == w, m, w.to(m.dtype), out=m)

@@ -29,10 +29,11 @@ from chunkft_fx.gradients.gate import Arrivals, GradientGate
 from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.module.sessions import new_session
 from chunkft_fx.plan import schedule as schedules
+from chunkft_fx.plan.cuts import require_whole
 from chunkft_fx.plan.plan import Plan
 from chunkft_fx.plan.schedule import ChunkSchedule
 from chunkft_fx.planning.example_batch import plan_for_example
-from chunkft_fx.planning.planner import Options
+from chunkft_fx.planning.planner import Options, first_plan
 from chunkft_fx.program.instructions import Executable
 from chunkft_fx.program.programs import Programs
 from chunkft_fx.runtime.session import Session
@@ -166,9 +167,19 @@ class Training(Following):
         """Make this the module's optimizer, in place of one that was made before; it is held weakly.
 
         Programs say when what its stage announced may come in (``admit``), and it takes the stage's memory when a plan
-        is made.
+        is made. One that needs whole parameters has chunks cut anew, between them. Raises `OptimizerMismatch` if that
+        comes too late, `ChunkCountError` if there are too few parameters.
         """
+        known = self._plan
+        parts = [s for c in known.chunks for s in c.slices if not s.is_whole] if known is not None else []
+        is_recut = optimizer.spec.is_whole and bool(parts)
+        if is_recut and self.is_bound:
+            require_whole(parts, optimizer.spec)
+        if is_recut:
+            first_plan(self.model, self.options, optimizer.spec)  # raises before anything changes
         self._optimizer = weakref.ref(optimizer)
+        if is_recut:
+            self._begin_anew(self.residency.device)
 
     def resume(self, position: Mapping[str, Any]) -> None:
         """Continue at a schedule position saved by ``schedule.state_dict()``; without a plan, as soon as there is one.

@@ -1,15 +1,15 @@
-"""Optimizer checkpoints: how states are completed for saving, and how they are read, checked before anything changes.
+"""Writes and reads optimizer checkpoints: states are completed for saving, and checked before anything changes.
 
-The layout is that of ``torch.optim.AdamW``: ``{"state": {index: {"step", "exp_avg", "exp_avg_sq"}},
-"param_groups": [...]}``. This library adds ``master`` (float32 weights of low-precision parameters) and
+The layout is that of torch's optimizer of the same name, for AdamW ``{"state": {index: {"step", "exp_avg",
+"exp_avg_sq"}}, "param_groups": [...]}``. This library adds ``master`` (float32 weights of low-precision parameters) and
 ``slice_steps`` (``[start, length, step]`` along the cut dimension) per parameter, and a top-level
 entry ``chunkft`` with names, shapes and cut dimensions of the parameters, the schedule's position and the number
-of updates made, which seeds stochastic rounding. Moments are in the dtype in which the optimizer keeps them.
+of updates made, which seeds stochastic rounding. States are in the dtype in which the optimizer keeps them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -22,11 +22,10 @@ from chunkft_fx.graph.layout import front, size_along
 from chunkft_fx.kernels.adamw_reference import reconcile
 from chunkft_fx.optim.step_counts import Counts, Run, is_partition, uniform
 from chunkft_fx.plan.cuts import cut_dim
-from chunkft_fx.plan.state_spec import MOMENTS, master_dtype, state_dtypes
+from chunkft_fx.plan.state_spec import MASTER, StateSpec, master_dtype
 
 ENTRY = "chunkft"
-HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
-# Switches of torch.optim.AdamW that choose an implementation; ours is chosen by the device.
+# Switches of torch's optimizers that choose an implementation; ours is chosen by the device.
 _IGNORED_OPTIONS = {"params", "param_names", "foreach", "capturable", "differentiable", "fused"} | {
     "decoupled_weight_decay",
     "amsgrad",
@@ -66,30 +65,31 @@ def fill_masters(states: Mapping[Tensor, Mapping[str, Any]]) -> None:
     """Give the masters of slices that were never updated, so far without values, those of the weights."""
     for parameter, state in states.items():
         dim = cut_dim(parameter.shape)
-        for run in state["slice_steps"] if "master" in state else ():
+        for run in state["slice_steps"] if MASTER in state else ():
             if run.step == 0:
                 weight = front(parameter, dim).narrow(0, run.start, run.length)
-                reconcile(front(state["master"], dim).narrow(0, run.start, run.length), weight.cpu())
+                reconcile(front(state[MASTER], dim).narrow(0, run.start, run.length), weight)
 
 
-def exported(states: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
+def exported(states: Mapping[int, Mapping[str, Any]], spec: StateSpec) -> dict[int, dict[str, Any]]:
     """The states of updated parameters as a checkpoint has them: steps as torch counts them, runs as lists."""
     found: dict[int, dict[str, Any]] = {}
     for index, state in states.items():
         step = max(run.step for run in state["slice_steps"])
         if step:
             runs = [list(run) for run in state["slice_steps"]]
-            found[index] = {"step": torch.tensor(float(step)), **state, "slice_steps": runs}
+            counted = {"step": torch.tensor(float(step))} if spec.saves_steps else {}
+            found[index] = {**counted, **state, "slice_steps": runs}
     return found
 
 
 def read(
-    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], moments: torch.dtype = torch.float32
+    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], spec: StateSpec, options: Iterable[str]
 ) -> Checkpoint:
-    """Check a checkpoint of this library or of ``torch.optim.AdamW`` against the optimizer's groups.
+    """Check a checkpoint of this library, or of torch's optimizer of the same name, against the optimizer's groups.
 
-    ``moments`` is the dtype in which the optimizer keeps moments. Raises `CheckpointMismatch` when the
-    checkpoint belongs to another model, optimizer or layout.
+    ``options`` names what a group sets. Raises `CheckpointMismatch` when the checkpoint belongs to another model,
+    optimizer or layout.
     """
     if not isinstance(state_dict.get("state"), Mapping) or not isinstance(state_dict.get("param_groups"), Sequence):
         raise CheckpointMismatch('this is no optimizer checkpoint: entries "state" and "param_groups" are missing')
@@ -99,7 +99,8 @@ def read(
             f"the checkpoint has {len(saved_groups)} parameter group(s), this optimizer {len(groups)}; "
             "make the optimizer with the same no_decay patterns"
         )
-    options = [_options(i, saved, group) for i, (saved, group) in enumerate(zip(saved_groups, groups, strict=True))]
+    pairs = enumerate(zip(saved_groups, groups, strict=True))
+    taken = [_options(i, saved, group, spec.optimizer, tuple(options)) for i, (saved, group) in pairs]
     named = [(n, p) for g in groups for n, p in zip(g["param_names"], g["params"], strict=True)]
     entry = state_dict.get(ENTRY)
     dims = _check_entry(entry, named) if entry is not None else [cut_dim(p.shape) for _, p in named]
@@ -110,23 +111,25 @@ def read(
             f"the checkpoint has state for parameters {unknown[:5]} that are in none of its groups"
         )
     states = {
-        i: _state(named[i][0], named[i][1], dims[i], state_dict["state"][key], moments)
+        i: _state(named[i][0], named[i][1], dims[i], state_dict["state"][key], spec)
         for key, i in indices.items()
         if key in state_dict["state"]
     }
     if entry is not None:
         _require_masters([(*named[i], saved) for i, saved in states.items()])
     if entry is None:
-        return Checkpoint(options, states, None, 0)
-    return Checkpoint(options, states, entry["position"], int(entry.get("updates", 0)))
+        return Checkpoint(taken, states, None, 0)
+    return Checkpoint(taken, states, entry["position"], int(entry.get("updates", 0)))
 
 
-def _options(index: int, saved: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+def _options(
+    index: int, saved: Mapping[str, Any], group: Mapping[str, Any], optimizer: str, options: Sequence[str]
+) -> dict[str, Any]:
     """A saved group's options, once its parameters are known to be this group's."""
     where = f"parameter group {index} of the checkpoint"
-    missing = [key for key in ("params", *HYPERPARAMETERS) if key not in saved]
+    missing = [key for key in ("params", *options) if key not in saved]
     if missing:
-        raise CheckpointMismatch(f"{where} lacks {', '.join(missing)}; it was not saved by an AdamW optimizer")
+        raise CheckpointMismatch(f"{where} lacks {', '.join(missing)}; it was not saved by an {optimizer} optimizer")
     if len(saved["params"]) != len(group["params"]):
         raise CheckpointMismatch(
             f"{where} has {len(saved['params'])} parameters, the optimizer's has {len(group['params'])}: "
@@ -159,48 +162,49 @@ def _check_entry(entry: Any, named: Sequence[tuple[str, Tensor]]) -> list[int]:
     return [dim for _, _, dim in saved]
 
 
-def _state(name: str, parameter: Tensor, dim: int, saved: Mapping[str, Any], moments: torch.dtype) -> SavedState:
-    dtypes = state_dtypes(parameter, moments)
+def _state(name: str, parameter: Tensor, dim: int, saved: Mapping[str, Any], spec: StateSpec) -> SavedState:
+    layouts = spec.layouts(parameter)
     tensors = {key: value for key, value in saved.items() if key not in ("step", "slice_steps")}
-    expected = set(MOMENTS)
-    if not expected <= tensors.keys() <= expected | {"master"}:
+    expected = layouts.keys() - {MASTER}
+    if not expected <= tensors.keys() <= expected | {MASTER}:
         raise CheckpointMismatch(f"the state of {name!r} holds {sorted(tensors)}, not {sorted(expected)}")
-    if not tensors.keys() <= dtypes.keys():
+    if not tensors.keys() <= layouts.keys():
         raise CheckpointMismatch(
             f"the state of {name!r} has a master weight, but the parameter is {master_dtype(parameter)} "
             "and its own master; load into a model of the dtype that was trained"
         )
     for key, value in tensors.items():
-        if not isinstance(value, Tensor) or value.shape != parameter.shape:
+        shape, dtype, _ = layouts[key]
+        if not isinstance(value, Tensor) or tuple(value.shape) != shape:
             raise CheckpointMismatch(
-                f"{key} of {name!r} has shape {tuple(getattr(value, 'shape', ()))}, "
-                f"the parameter {tuple(parameter.shape)}"
+                f"{key} of {name!r} has shape {tuple(getattr(value, 'shape', ()))}, for the parameter of shape "
+                f"{tuple(parameter.shape)} it must be {shape}"
             )
-        if torch.promote_types(value.dtype, dtypes[key]) != dtypes[key]:
+        if torch.promote_types(value.dtype, dtype) != dtype:
             raise CheckpointMismatch(
-                f"{key} of {name!r} is {value.dtype}, which {dtypes[key]} would round; load into a model of the "
+                f"{key} of {name!r} is {value.dtype}, which {dtype} would round; load into a model of the "
                 "dtype, and an optimizer of the state_dtype, that was trained"
             )
-    return SavedState(tensors, _counts(name, parameter, dim, saved))
+    return SavedState(tensors, _counts(name, parameter, dim, saved, spec))
 
 
 def _require_masters(states: Sequence[tuple[str, Tensor, SavedState]]) -> None:
     """Where this library trained in low precision it saved a master: without one, the weights were the masters."""
     for name, parameter, saved in states:
-        if "master" not in saved.tensors and master_dtype(parameter) != parameter.dtype:
+        if MASTER not in saved.tensors and master_dtype(parameter) != parameter.dtype:
             raise CheckpointMismatch(
                 f"the state of {name!r} has no master weight, but the parameter is {parameter.dtype}: it was trained "
                 "in a wider dtype; load into a model of that dtype"
             )
 
 
-def _counts(name: str, parameter: Tensor, dim: int, saved: Mapping[str, Any]) -> Counts:
+def _counts(name: str, parameter: Tensor, dim: int, saved: Mapping[str, Any], spec: StateSpec) -> Counts:
     """The saved step counts along today's cut dimension."""
     ours = cut_dim(parameter.shape)
     size = size_along(parameter, ours)
     try:
         if "slice_steps" not in saved:
-            return _whole(name, saved["step"], size)
+            return _whole(name, saved["step"] if spec.saves_steps else 1, size)
         runs = tuple(Run(*run) for run in saved["slice_steps"])
     except (TypeError, ValueError, KeyError) as error:
         raise CheckpointMismatch(f"the step counts of {name!r} are not readable: {error!r}") from error
@@ -208,6 +212,8 @@ def _counts(name: str, parameter: Tensor, dim: int, saved: Mapping[str, Any]) ->
         raise CheckpointMismatch(
             f"the step counts of {name!r} do not cover dimension {dim} of {tuple(parameter.shape)}"
         )
+    if spec.is_whole and len(runs) > 1:
+        raise CheckpointMismatch(f"{name!r} has several step counts, but {spec.optimizer} updates it as a whole")
     if dim == ours:
         return runs
     if len(runs) > 1:

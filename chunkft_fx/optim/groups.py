@@ -1,4 +1,4 @@
-"""What the optimizer is made from: the compiled module, its parameters in groups, checked hyperparameters."""
+"""Decides what an optimizer is made from: parameters in groups, checked options, slices that can be updated."""
 
 from __future__ import annotations
 
@@ -12,40 +12,41 @@ from torch import Tensor, nn
 from chunkft_fx.errors import NoTrainableParameters, OptimizerMismatch, OptionError
 from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.module.training import Training
-from chunkft_fx.optim.checkpoint import HYPERPARAMETERS
-from chunkft_fx.plan.state_spec import master_dtype
+from chunkft_fx.plan.cuts import require_whole
+from chunkft_fx.plan.state_spec import StateSpec, master_dtype
 
 
-def check_hyperparameters(lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-    """Raise `OptionError` for a value out of its range; NaN is out of every range.
+def check_rate(lr: Any) -> None:
+    """Raise `OptionError` for a learning rate out of range.
 
     The value of a rate that is a tensor on a GPU is not looked at: that would wait for the GPU.
     """
-    if not (isinstance(lr, Tensor) and lr.is_cuda) and not _is_at_least_0(lr):
+    if not (isinstance(lr, Tensor) and lr.is_cuda) and not is_at_least_0(lr):
         raise OptionError(f"lr={lr!r} must be a number, 0 or more")
-    if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(_is_at_least_0(b) and b < 1 for b in betas):
-        raise OptionError(f"betas={betas!r} must be two numbers from 0 up to, but not, 1")
-    if not _is_at_least_0(eps):
-        raise OptionError(f"eps={eps!r} must be a number, 0 or more")
-    if not _is_at_least_0(weight_decay):
-        raise OptionError(f"weight_decay={weight_decay!r} must be a number, 0 or more")
 
 
-def check_group(group: Mapping[str, Any]) -> None:
-    """Raise `OptionError` for an option of a group that is out of its range, or that only ``torch.optim.AdamW`` has."""
-    check_hyperparameters(*(group[key] for key in HYPERPARAMETERS))
+def require_at_least_0(options: Mapping[str, Any], *names: str) -> None:
+    """Raise `OptionError` unless each of these options is a number, 0 or more."""
+    for name in names:
+        if not is_at_least_0(options[name]):
+            raise OptionError(f"{name}={options[name]!r} must be a number, 0 or more")
+
+
+def refuse_switches(group: Mapping[str, Any], optimizer: str) -> None:
+    """Raise `OptionError` for an option of a group that only torch's optimizer of this name has."""
     for key in ("maximize", "amsgrad", "differentiable"):
         if group.get(key):
-            raise OptionError(f"{key}={group[key]!r} was set in a parameter group, but chunkft_fx.AdamW has no {key}")
+            raise OptionError(f"{key}={group[key]!r} was set in a parameter group, but {optimizer} has no {key}")
 
 
 def check_clipping(max_grad_norm: float | None) -> None:
     """Raise `OptionError` unless this is a norm to clip to, or None."""
-    if max_grad_norm is not None and not (_is_at_least_0(max_grad_norm) and max_grad_norm > 0):
+    if max_grad_norm is not None and not (is_at_least_0(max_grad_norm) and max_grad_norm > 0):
         raise OptionError(f"max_grad_norm={max_grad_norm!r} must be above 0, or None for no clipping")
 
 
-def _is_at_least_0(value: Any) -> bool:
+def is_at_least_0(value: Any) -> bool:
+    """Whether this is a finite number, or a tensor of one element with such a value, that is 0 or more; NaN is not."""
     is_number = isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
     return is_number and not isinstance(value, bool) and 0 <= float(value) < float("inf")
 
@@ -84,8 +85,11 @@ def regrouped(
     return members
 
 
-def check_slices(active: Sequence[ActiveSlice], groups: Sequence[Mapping[str, Any]], device: torch.device) -> None:
+def check_slices(
+    active: Sequence[ActiveSlice], groups: Sequence[Mapping[str, Any]], device: torch.device, spec: StateSpec
+) -> None:
     """Raise `OptimizerMismatch` for what an update on ``device`` could not finish, before it begins."""
+    require_whole([s.slice for s in active], spec)
     known = {id(p): n for g in groups for n, p in zip(g["param_names"], g["params"], strict=True)}
     for s in active:
         if known.get(id(s.parameter)) != s.name:

@@ -15,7 +15,7 @@ from chunkft_fx.copies.tier import LARGEST_SLAB
 from chunkft_fx.errors import HostMemoryExceeded
 from chunkft_fx.graph.layout import front, stage_nbytes
 from chunkft_fx.plan.cuts import cut_dim
-from chunkft_fx.plan.state_spec import state_dtypes
+from chunkft_fx.plan.state_spec import StateLayout, StateSpec
 from chunkft_fx.torch_internals import release_idle_pinned
 
 # Read here because psutil knows no control groups, and in a container their limit is the one that is met.
@@ -40,10 +40,10 @@ class HostStates:
     pinned when its first tensor is asked for.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], moments: torch.dtype) -> None:
-        self._dtypes = [state_dtypes(p, moments) for p in parameters]
+    def __init__(self, parameters: Sequence[Tensor], spec: StateSpec) -> None:
+        self._layouts = [spec.layouts(p) for p in parameters]
         self._index = {id(p): i for i, p in enumerate(parameters)}
-        sizes = [[p.numel() * d.itemsize for d in ds.values()] for p, ds in zip(parameters, self._dtypes, strict=True)]
+        sizes = [[layout.nbytes for layout in layouts.values()] for layouts in self._layouts]
         self._sizes = list(chain.from_iterable(sizes))
         self._first = [sum(len(s) for s in sizes[:i]) for i in range(len(sizes))]
         self._places, self._slab_sizes = pack(self._sizes)
@@ -63,15 +63,18 @@ class HostStates:
             self._index[id(other)] = self._index.pop(id(parameter))
 
     def zeros(self, parameter: Tensor, pinned: bool) -> dict[str, Tensor]:
-        """The state tensors of one parameter by name, with its shape and the cut dimension outermost in memory."""
-        dim = cut_dim(parameter.shape)
-        shape = front(parameter, dim).shape
+        """The state tensors of one parameter by name; those that are cut have the cut dimension outermost in memory."""
         index = self._index[id(parameter)]
-        tensors: dict[str, Tensor] = {}
-        for at, (key, dtype) in enumerate(self._dtypes[index].items(), start=self._first[index]):
-            host = self._pinned(at).view(dtype).view(shape) if pinned else torch.zeros(shape, dtype=dtype)
-            tensors[key] = host.movedim(0, dim) if parameter.ndim else host.view(())
-        return tensors
+        named = enumerate(self._layouts[index].items(), start=self._first[index])
+        return {key: self._tensor(at, layout, parameter, pinned) for at, (key, layout) in named}
+
+    def _tensor(self, at: int, layout: StateLayout, parameter: Tensor, pinned: bool) -> Tensor:
+        dim = cut_dim(parameter.shape)
+        shape = front(parameter, dim).shape if layout.is_sliced else layout.shape
+        host = self._pinned(at).view(layout.dtype).view(shape) if pinned else torch.zeros(shape, dtype=layout.dtype)
+        if not layout.is_sliced:
+            return host
+        return host.movedim(0, dim) if parameter.ndim else host.view(())
 
     def _pinned(self, at: int) -> Tensor:
         slab, offset = self._places[at]
@@ -99,8 +102,11 @@ def pack(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], list[int]]:
     return places, [_power_of_two(u) for u in used]
 
 
-def require_room(states: HostStates, pinned: bool, host_budget: int | None, moments: torch.dtype) -> None:
-    """Raise `HostMemoryExceeded` if the states do not fit ``host_budget`` or, without one, available memory."""
+def require_room(states: HostStates, pinned: bool, host_budget: int | None, smaller: Sequence[str] = ()) -> None:
+    """Raise `HostMemoryExceeded` if the states do not fit ``host_budget`` or, without one, available memory.
+
+    ``smaller`` are options of the optimizer with which its states take less.
+    """
     needed = states.nbytes(pinned)
     limit = available_nbytes() if host_budget is None else host_budget
     if needed > limit and host_budget is None and pinned:
@@ -109,9 +115,7 @@ def require_room(states: HostStates, pinned: bool, host_budget: int | None, mome
     if needed <= limit:
         return
     what = "available physical memory is" if host_budget is None else "host_budget is"
-    choices = ['states="reset" (keeps none in host memory)']
-    if moments == torch.float32:
-        choices.append('state_dtype="bfloat16"')
+    choices = ['states="reset" (keeps none in host memory)', *smaller]
     choices.append("a larger host_budget" if host_budget is not None else "a machine with more memory")
     kind = "pinned host memory" if pinned else "host memory"
     raise HostMemoryExceeded(

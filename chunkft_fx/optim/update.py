@@ -1,29 +1,28 @@
-"""The update of the active slices: from weights, gradients and staged states to calls of the AdamW kernel.
+"""Runs an optimizer's update on the active slices, a bounded part at a time, with torch's own operators.
 
-On CUDA the kernel reads and writes each operand once, a streamed weight in pinned host memory too. Without Triton,
-and where the kernel cannot walk a weight, the weight is copied to the device for the update, and back.
+What every update needs is done here: a low-precision weight that was changed from outside becomes its master first, a
+weight in host memory is copied to where the model runs and back, gradients are scaled, and weights are rounded from
+their masters.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.graph.layout import front
-from chunkft_fx.kernels.adamw import SliceUpdate, adamw
-from chunkft_fx.kernels.adamw_reference import adamw_reference
-from chunkft_fx.kernels.launch import join_dims
+from chunkft_fx.kernels.adamw_reference import reconcile
 from chunkft_fx.optim.step_counts import Counts, within
+from chunkft_fx.plan.state_spec import MASTER, StateSpec
 
-# Dimensions in which the kernel walks weight and gradient together.
-KERNEL_DIMS = 3
+# Elements updated at once where slices may be taken apart: bounds the temporary memory, 64 MiB of float32 a tensor.
+PART_NUMEL = 2**24
 
 
 @dataclass(frozen=True)
@@ -35,82 +34,152 @@ class StagedSlice:
     counts: Counts
 
 
-class GroupUpdate:
-    """One step of AdamW for one parameter group's slices: all memory is taken when it is made, `apply` does it.
+class Update(Protocol):
+    """The update of one parameter group's slices, ready to run."""
 
-    The slices all have gradients, on one device. ``options`` are the group's; gradients count times ``scale`` (0-d, on
-    their device); ``seed`` is for stochastic rounding, and differs from call to call. A slice in which step counts
-    differ is updated run by run.
+    def apply(self) -> None:
+        """Change weights and states."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What an update changes in place: a weight and its states, by its gradient.
+
+    All tensors are contiguous, in float32 (float64 for float64 parameters) and on one device; the weight is the master
+    of a low-precision one. An optimizer that updates elements alone sees the cut dimension in front; one whose spec
+    ``is_whole`` sees parameters as they are (states of one that is not cut along dimension 0 are then views). ``step``
+    counts the updates of these elements, this one included.
+    """
+
+    weight: Tensor
+    gradient: Tensor
+    states: Mapping[str, Tensor]
+    step: int
+
+
+# An optimizer's arithmetic: one step on these parts in place, with a parameter group's options.
+Rule = Callable[[Sequence[Part], Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A part before it is made ready: the weight where it lives, and its master where that is another tensor."""
+
+    home: Tensor
+    master: Tensor | None
+    gradient: Tensor
+    states: Mapping[str, Tensor]
+    step: int
+
+    def cut(self, start: int, length: int) -> _Piece:
+        home, gradient = self.home.narrow(0, start, length), self.gradient.narrow(0, start, length)
+        master = None if self.master is None else self.master.narrow(0, start, length)
+        states = {key: t.narrow(0, start, length) for key, t in self.states.items()}
+        return _Piece(home, master, gradient, states, self.step)
+
+    def ready(self, scale: Tensor | None) -> Part:
+        """The part where the gradient is, the master brought up to date."""
+        gradient = self.gradient if scale is None else self.gradient * scale
+        # one layout for all operands: vectorised loops then round the same way
+        if self.master is None:
+            weight = self.home.to(gradient.device, non_blocking=True).contiguous()
+        else:
+            weight = self.master
+            reconcile(*(t if t.ndim else t.view(1) for t in (weight, self.home)))
+        return Part(weight, gradient.contiguous(), self.states, self.step)
+
+    def take(self, weight: Tensor) -> None:
+        """Have the updated weight where it lives; waits for it if that is host memory."""
+        if weight is not self.home:
+            self.home.copy_(weight.to(self.home.dtype))
+
+
+class PartsUpdate:
+    """One step of ``rule`` for one parameter group's slices, which all have gradients.
+
+    ``options`` are the group's; gradients count times ``scale`` (0-d, on their device). A slice in which step counts
+    differ is updated run by run. Temporary memory is that of `PART_NUMEL` elements, or of the largest parameter where
+    the spec ``is_whole``.
     """
 
     def __init__(
-        self, entries: Sequence[StagedSlice], options: Mapping[str, Any], scale: Tensor | None, seed: int
+        self,
+        rule: Rule,
+        spec: StateSpec,
+        entries: Sequence[StagedSlice],
+        options: Mapping[str, Any],
+        scale: Tensor | None,
     ) -> None:
-        self._updates: list[SliceUpdate] = []
-        self._copied: list[tuple[Tensor, Tensor]] = []  # where a weight belongs, and its copy, which is updated
-        self._parameters = [entry.slice.parameter for entry in entries]
-        self._options, self._scale, self._seed = options, scale, seed
-        for entry in entries:
-            self._add(entry)
-
-    def _add(self, entry: StagedSlice) -> None:
-        s = entry.slice
-        assert s.grad is not None
-        home, gradient = front(s.weight(), s.dim), front(s.grad, s.dim)
-        weight = home
-        if not _is_in_reach(home, gradient):
-            gradient = gradient.contiguous()
-            weight = home.to(gradient.device).contiguous()
-            self._copied.append((home, weight))
-        states = {key: t.view(weight.shape) for key, t in entry.states.items()}
-        for run in within(entry.counts, s.start, s.length):
-            part = slice(run.start - s.start, run.start - s.start + run.length)
-            staged = {key: t[part] for key, t in states.items()}
-            self._updates.append(
-                SliceUpdate(
-                    weight[part],
-                    gradient[part],
-                    staged.get("master"),
-                    staged["exp_avg"],
-                    staged["exp_avg_sq"],
-                    run.step + 1,
-                )
-            )
+        self._rule, self._spec, self._options, self._scale = rule, spec, options, scale
+        make = self._whole if spec.is_whole else self._runs
+        self._pieces = [piece for entry in entries for piece in make(entry)]
 
     def apply(self) -> None:
-        """Change weights and states; on CUDA a weight in pinned host memory is only written when the current stream has
-        come to the end of this."""
-        updates, options = self._updates, self._options
-        beta1, beta2 = options["betas"]
-        apply = adamw if not updates or updates[0].gradient.device.type == "cpu" or _has_triton() else adamw_reference
-        apply(
-            updates,
-            lr=options["lr"],
-            beta1=beta1,
-            beta2=beta2,
-            eps=options["eps"],
-            weight_decay=options["weight_decay"],
-            scale=self._scale,
-            seed=self._seed,
-        )
-        for home, weight in self._copied:
-            if weight is not home:
-                home.copy_(weight)
-        # a kernel's writes go unseen by autograd, which must refuse a backward through weights that are gone
-        torch.autograd.graph.increment_version(self._parameters)
+        """Change weights and states."""
+        for batch in self._batches():
+            parts = [piece.ready(self._scale) for piece in batch]
+            self._rule(parts, self._options)
+            for piece, part in zip(batch, parts, strict=True):
+                piece.take(part.weight)
+
+    def _whole(self, entry: StagedSlice) -> Iterator[_Piece]:
+        """A parameter as it is."""
+        s, layouts = entry.slice, self._spec.layouts(entry.slice.parameter)
+        assert s.grad is not None
+
+        def uncut(t: Tensor) -> Tensor:
+            return t.movedim(0, s.dim) if s.parameter.ndim else t.view(())
+
+        states = {key: uncut(t) if layouts[key].is_sliced else t for key, t in entry.states.items()}
+        (run,) = entry.counts
+        yield _Piece(s.weight(), states.pop(MASTER, None), s.grad.detach(), states, run.step + 1)
+
+    def _runs(self, entry: StagedSlice) -> Iterator[_Piece]:
+        """A slice with the cut dimension in front, cut where step counts differ."""
+        s = entry.slice
+        assert s.grad is not None
+        home = front(s.weight(), s.dim)
+        states = {key: t.view(home.shape) for key, t in entry.states.items()}
+        whole = _Piece(home, states.pop(MASTER, None), front(s.grad, s.dim), states, 0)
+        for run in within(entry.counts, s.start, s.length):
+            yield replace(whole.cut(run.start - s.start, run.length), step=run.step + 1)
+
+    def _batches(self) -> Iterator[list[_Piece]]:
+        """The pieces a few at a time, taken apart where they are large and may be."""
+        batch: list[_Piece] = []
+        filled = 0
+        for piece in self._small_pieces():
+            if batch and filled + piece.home.numel() > PART_NUMEL:
+                yield batch
+                batch, filled = [], 0
+            batch.append(piece)
+            filled += piece.home.numel()
+        if batch:
+            yield batch
+
+    def _small_pieces(self) -> Iterator[_Piece]:
+        for piece in self._pieces:
+            if self._spec.is_whole:
+                yield piece
+                continue
+            size = piece.home.shape[0]
+            indices = max(1, PART_NUMEL * size // piece.home.numel())
+            yield from (piece.cut(start, min(indices, size - start)) for start in range(0, size, indices))
 
 
-def _is_in_reach(weight: Tensor, gradient: Tensor) -> bool:
-    """Whether a weight can be updated where it is."""
-    if gradient.device.type == "cpu":
-        return True
-    if gradient.dtype == torch.float64 or not _has_triton():
-        return weight.device == gradient.device
-    if weight.device != gradient.device and not weight.is_pinned():
-        return False
-    return len(join_dims([weight, gradient])[0]) <= KERNEL_DIMS
+def clip_factor(graded: Sequence[ActiveSlice], max_norm: float) -> tuple[Tensor, Tensor]:
+    """The norm of all these slices' gradients, and what they are multiplied by (0-d, on their device).
+
+    It is what `torch.nn.utils.clip_grads_with_norm_` multiplies by.
+    """
+    norm = get_total_norm([s.grad for s in graded if s.grad is not None])
+    return norm, torch.clamp(max_norm / (norm + 1e-6), max=1.0)
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def after_host_weights(graded: Sequence[ActiveSlice], device: torch.device) -> torch.cuda.Event | None:
+    """An event after an update on ``device`` that writes weights in host memory, which anyone may read later."""
+    if device.type != "cuda" or all(s.parameter.is_cuda for s in graded):
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event

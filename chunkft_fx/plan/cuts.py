@@ -16,13 +16,14 @@ enough, after the boundary before it, is taken (distances in shares of a mean ch
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 
-from chunkft_fx.errors import ChunkCountError
+from chunkft_fx.errors import ChunkCountError, OptimizerMismatch
 from chunkft_fx.plan.chunk import Chunk, Slice
+from chunkft_fx.plan.state_spec import StateSpec
 
 # A first dimension below this many indices makes thin slices; another, larger dimension is cut instead.
 MIN_CUT_SIZE = 64
@@ -42,13 +43,15 @@ class ParameterSpec:
     """One trainable parameter as the stream sees it.
 
     ``nbytes_per_element`` counts the weight and its optimizer state (bf16: 2 + 12; float32, its own
-    master: 4 + 8); ``region`` labels the part of the model that it belongs to.
+    master: 4 + 8); ``region`` labels the part of the model that it belongs to. A parameter that ``is_whole`` is never
+    cut.
     """
 
     name: str
     shape: tuple[int, ...]
     nbytes_per_element: int
     region: int
+    is_whole: bool = False
 
 
 def cut_dim(shape: Sequence[int]) -> int:
@@ -71,6 +74,17 @@ def alignment(shape: Sequence[int], dim: int) -> int:
 def max_chunks(parameters: Sequence[ParameterSpec]) -> int:
     """The number of indices that can be told apart: the most chunks these parameters can be cut into."""
     return sum(t.size for t in _tensors(parameters))
+
+
+def require_whole(slices: Iterable[Slice], spec: StateSpec) -> None:
+    """Raise `OptimizerMismatch` for a slice that is cut, if the optimizer updates parameters as a whole."""
+    part = next((s for s in slices if not s.is_whole), None) if spec.is_whole else None
+    if part is not None:
+        raise OptimizerMismatch(
+            f"{spec.optimizer} updates a parameter by numbers of its whole, but a chunk holds {part.length} of the "
+            f"{part.size} indices of {part.name!r}; make the optimizer before the first training step, so that chunks "
+            "are cut between parameters"
+        )
 
 
 def cut(parameters: Sequence[ParameterSpec], chunks: int) -> tuple[Chunk, ...]:
@@ -100,15 +114,17 @@ def cut(parameters: Sequence[ParameterSpec], chunks: int) -> tuple[Chunk, ...]:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A parameter in the stream: ``size`` indices of ``index_nbytes`` each along its cut dimension.
+    """A parameter in the stream: ``size`` pieces of ``piece_nbytes`` each along its cut dimension.
 
-    A *piece* is one index of one tensor; ``first_piece`` and ``first_byte`` say where the tensor begins.
+    A *piece* is so many indices of one tensor as stay together: one, or all. ``first_piece`` and ``first_byte`` say
+    where the tensor begins.
     """
 
     spec: ParameterSpec
     dim: int
     size: int
-    index_nbytes: int
+    indices: int
+    piece_nbytes: int
     first_piece: int
     first_byte: int
 
@@ -121,10 +137,11 @@ def _tensors(parameters: Sequence[ParameterSpec]) -> list[_Tensor]:
         if numel == 0:
             continue
         dim = cut_dim(spec.shape)
-        size = spec.shape[dim] if spec.shape else 1
-        index_nbytes = numel // size * spec.nbytes_per_element
-        tensors.append(_Tensor(spec, dim, size, index_nbytes, piece, byte))
-        piece, byte = piece + size, byte + size * index_nbytes
+        length = spec.shape[dim] if spec.shape else 1
+        size, indices = (1, length) if spec.is_whole else (length, 1)
+        piece_nbytes = numel // size * spec.nbytes_per_element
+        tensors.append(_Tensor(spec, dim, size, indices, piece_nbytes, piece, byte))
+        piece, byte = piece + size, byte + size * piece_nbytes
     return tensors
 
 
@@ -135,7 +152,7 @@ class Stream:
         self.tensors = tensors = _tensors(parameters)
         self.pieces = sum(t.size for t in tensors)
         last = tensors[-1]
-        self.nbytes = last.first_byte + last.size * last.index_nbytes
+        self.nbytes = last.first_byte + last.size * last.piece_nbytes
         self._bytes = [t.first_byte for t in tensors]
         self._first_pieces = [t.first_piece for t in tensors]
         self._tensor_borders = list(tensors[1:])
@@ -167,16 +184,16 @@ class Stream:
         tensor = self.tensors[bisect_right(self._bytes, target) - 1]
         unit = alignment(tensor.spec.shape, tensor.dim)
         within = target - tensor.first_byte
-        eighth = _nearest(within * FRACTIONS, tensor.size * tensor.index_nbytes)
+        eighth = _nearest(within * FRACTIONS, tensor.size * tensor.piece_nbytes)
         index, rest = divmod(eighth * tensor.size, FRACTIONS)
         if rest == 0 and index % unit == 0:
-            yield tensor.first_piece + index, tensor.first_byte + index * tensor.index_nbytes, FRACTION_TOLERANCE
-        index = min(_nearest(within, unit * tensor.index_nbytes) * unit, tensor.size)
-        yield tensor.first_piece + index, tensor.first_byte + index * tensor.index_nbytes, ALIGNED_TOLERANCE
+            yield tensor.first_piece + index, tensor.first_byte + index * tensor.piece_nbytes, FRACTION_TOLERANCE
+        index = min(_nearest(within, unit * tensor.piece_nbytes) * unit, tensor.size)
+        yield tensor.first_piece + index, tensor.first_byte + index * tensor.piece_nbytes, ALIGNED_TOLERANCE
 
     def _nearest_index(self, target: int) -> int:
         tensor = self.tensors[bisect_right(self._bytes, target) - 1]
-        return tensor.first_piece + _nearest(target - tensor.first_byte, tensor.index_nbytes)
+        return tensor.first_piece + _nearest(target - tensor.first_byte, tensor.piece_nbytes)
 
     def chunk(self, first: int, end: int) -> Chunk:
         """The chunk of the pieces from ``first`` up to ``end``."""
@@ -186,9 +203,9 @@ class Stream:
             t = self.tensors[i]
             start = max(first - t.first_piece, 0)
             length = min(end - t.first_piece, t.size) - start
-            slices.append(Slice(t.spec.name, t.dim, start, length, t.size))
-            numel += length * (t.index_nbytes // t.spec.nbytes_per_element)
-            nbytes += length * t.index_nbytes
+            slices.append(Slice(t.spec.name, t.dim, start * t.indices, length * t.indices, t.size * t.indices))
+            numel += length * (t.piece_nbytes // t.spec.nbytes_per_element)
+            nbytes += length * t.piece_nbytes
         return Chunk(tuple(slices), numel, nbytes)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from chunkft_fx.plan.state_policy import ASSUMED, StatePolicy
+from chunkft_fx.plan.state_spec import ASSUMED, StateSpec
 
 # Copies of states are planned to take at most this share of a step, so that jitter of the link stays hidden too.
 HIDDEN_SHARE = 0.8
@@ -65,7 +65,7 @@ class Policy:
     memory. A chunked head holds ``1 / head_split`` of the logits that it would by itself. ``streamed`` names the
     parameters whose weights stay in host memory, ``depth`` is the number of ring buffers that they pass through.
     ``pacing`` are the times by which optimizer states are let in during a step; without them states come all at once.
-    ``states`` are the optimizer's options that are planned for.
+    ``states`` describes the optimizer that is planned for.
     """
 
     save_from: int = 0
@@ -74,7 +74,7 @@ class Policy:
     streamed: frozenset[str] = frozenset()
     depth: int = DEPTH
     pacing: StepTimes | None = None
-    states: StatePolicy = ASSUMED
+    states: StateSpec = ASSUMED
 
     def of_region(self, index: int, has_head: bool) -> RegionPolicy:
         """What is decided for the region of that index, which holds the model's chunked head or not."""

@@ -1,12 +1,15 @@
-"""The state of one parameter: which tensors, their dtype and layout, and how a master follows its weight.
+"""Decides what an optimizer keeps and moves, as data: its state tensors by name, with shape and dtype by parameter.
 
-State tensors have the parameter's shape, but the cut dimension outermost in memory: every slice of
-them, seen through ``front``, is one contiguous run.
+The planner, the stage, host memory, checkpoints and predictions read this description alone. It is plain data, stands
+in plans, and says nothing of how an update is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,42 +18,148 @@ from chunkft_fx.errors import OptionError
 from chunkft_fx.graph.layout import stage_nbytes
 from chunkft_fx.plan.chunk import Chunk, Slice
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-# What the user calls the dtypes in which moments can be kept.
-MOMENT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# What the user calls the dtypes in which states can be kept.
+STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+STATES = ("keep", "reset")
+MASTER = "master"
 
 
-def moment_dtype(state_dtype: str) -> torch.dtype:
-    """The dtype that the option ``state_dtype`` names; raises `OptionError` for another word."""
-    if state_dtype not in MOMENT_DTYPES:
-        raise OptionError(f"state_dtype={state_dtype!r} is not known; choose one of {', '.join(MOMENT_DTYPES)}")
-    return MOMENT_DTYPES[state_dtype]
+class StateLayout(NamedTuple):
+    """One state tensor of one parameter.
+
+    A tensor that ``is_sliced`` has the parameter's shape, and lies with the parameter's cut dimension outermost in
+    memory: every slice of it, seen through ``front``, is one contiguous run. Any other belongs to the whole parameter.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    is_sliced: bool
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """One kind of state: ``name`` as in checkpoints of torch's optimizer.
+
+    ``dtype`` is "float32" or "bfloat16"; for float64 parameters it is float64 whatever is said here. ``of`` is "all"
+    parameters, the "matrices" among them (two dimensions or more) or the "vectors" (all others). A state has its
+    parameter's shape, but size 1 in dimension ``mean_over`` (-1 or -2) where that is given.
+    """
+
+    name: str
+    dtype: str = "float32"
+    of: str = "all"
+    mean_over: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in STATE_DTYPES:
+            raise OptionError(f"state_dtype={self.dtype!r} is not known; choose one of {', '.join(STATE_DTYPES)}")
+
+    def belongs_to(self, dimensions: int) -> bool:
+        """Whether parameters of so many dimensions have this state."""
+        return self.of == "all" or (self.of == "matrices") == (dimensions > 1)
+
+    def layout(self, shape: Sequence[int], dtype: torch.dtype) -> StateLayout:
+        """The state of a parameter of this shape and dtype."""
+        own = torch.float64 if dtype == torch.float64 else STATE_DTYPES[self.dtype]
+        sizes = list(shape)
+        if self.mean_over is not None:
+            sizes[self.mean_over] = 1
+        return StateLayout(tuple(sizes), own, self.mean_over is None)
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """An optimizer as all but its update knows it.
+
+    ``tensors`` are its states beside the master weight, which every low-precision parameter has. ``states`` is "keep"
+    (host memory keeps those of all chunks) or "reset" (they begin anew with every activation). ``update_nbytes`` is
+    what the update of one element of a low-precision weight moves in device memory. An optimizer that ``is_whole``
+    updates a parameter by numbers of its whole: no chunk may then hold a part of one. ``saves_steps`` says whether
+    torch's optimizer of this name has a step count in its checkpoints.
+
+    Raises `OptionError` for a word that is not known.
+    """
+
+    optimizer: str
+    tensors: tuple[StateTensor, ...]
+    states: str = "keep"
+    update_nbytes: int = 32
+    is_whole: bool = False
+    saves_steps: bool = True
+
+    def __post_init__(self) -> None:
+        if self.states not in STATES:
+            raise OptionError(f"states={self.states!r} is not known; choose one of {', '.join(STATES)}")
+        if not self.is_whole and any(t.mean_over is not None for t in self.tensors):
+            raise OptionError(f"states of {self.optimizer} belong to whole parameters, so is_whole must be True")
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether host memory keeps states, so that those of a chunk are copied between host and device."""
+        return self.states == "keep"
+
+    def layouts(self, parameter: Tensor) -> dict[str, StateLayout]:
+        """A parameter's state tensors by name; a float32 or float64 parameter is its own master."""
+        shape, dtype = tuple(parameter.shape), parameter.dtype
+        found = {t.name: t.layout(shape, dtype) for t in self.tensors if t.belongs_to(len(shape))}
+        wide = wide_dtype(dtype)
+        return found if wide == dtype else found | {MASTER: StateLayout(shape, wide, True)}
+
+    def element_nbytes(self, dtype: torch.dtype, dimensions: int) -> int:
+        """Optimizer-state bytes per element of a parameter, without states of the whole parameter."""
+        sliced = [t for t in self.tensors if t.belongs_to(dimensions) and t.mean_over is None]
+        wide = wide_dtype(dtype)
+        return sum(t.layout((1,), dtype).nbytes for t in sliced) + (wide.itemsize if wide != dtype else 0)
+
+    def covers(self, other: StateSpec) -> bool:
+        """Whether memory planned for this is enough for the other, whatever the parameters are."""
+        if other.is_whole and not self.is_whole:
+            return False
+        if any(t.mean_over is not None for t in other.tensors):
+            return self == other
+        kinds = [(d, n) for d in (torch.bfloat16, torch.float32, torch.float64) for n in (1, 2)]
+        has_room = all(self.element_nbytes(*kind) >= other.element_nbytes(*kind) for kind in kinds)
+        return has_room and len(self.tensors) >= len(other.tensors)
+
+
+class HasSpec(Protocol):
+    """An optimizer, as far as a plan knows it."""
+
+    @property
+    def spec(self) -> StateSpec: ...
+
+
+# What is planned for as long as no optimizer exists: none of this library needs more.
+ASSUMED = StateSpec("AdamW", (StateTensor("exp_avg"), StateTensor("exp_avg_sq")))
+
+
+def spec_of(optimizer: HasSpec | None) -> StateSpec:
+    """The spec of an optimizer, or that to assume without one."""
+    return ASSUMED if optimizer is None else optimizer.spec
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the master weight and the gradients of a parameter: its own, but float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def master_dtype(parameter: Tensor) -> torch.dtype:
-    """The dtype of a parameter's master weight and gradients: its own, but float32 at least."""
-    return torch.promote_types(parameter.dtype, torch.float32)
+    """The dtype of a parameter's master weight and gradients."""
+    return wide_dtype(parameter.dtype)
 
 
-def state_dtypes(parameter: Tensor, moments: torch.dtype = torch.float32) -> dict[str, torch.dtype]:
-    """A parameter's state tensors by name, with their dtypes; a float32 or float64 parameter is its own master.
-
-    The moments of a float64 parameter are float64 whatever was asked for.
-    """
-    wide = master_dtype(parameter)
-    dtypes = dict.fromkeys(MOMENTS, wide if wide == torch.float64 else moments)
-    return dtypes if wide == parameter.dtype else dtypes | {"master": wide}
-
-
-def stage_capacity_nbytes(chunk: Chunk, parameters: Mapping[str, Tensor], state_dtype: str = "float32") -> int:
+def stage_capacity_nbytes(chunk: Chunk, parameters: Mapping[str, Tensor], spec: StateSpec = ASSUMED) -> int:
     """Bytes of device memory that the stage takes for the states of a chunk, alignment included.
 
-    ``parameters`` maps names to parameters of any device (meta too), ``state_dtype`` is AdamW's option.
+    ``parameters`` maps names to parameters of any device (meta too).
     """
-    moments = moment_dtype(state_dtype)
-    return sum(_slice_nbytes(s, parameters[s.name], moments) for s in chunk.slices)
+    return sum(_slice_nbytes(s, parameters[s.name], spec) for s in chunk.slices)
 
 
-def _slice_nbytes(s: Slice, parameter: Tensor, moments: torch.dtype) -> int:
-    numel = parameter.numel() // s.size * s.length
-    return sum(stage_nbytes(numel * d.itemsize) for d in state_dtypes(parameter, moments).values())
+def _slice_nbytes(s: Slice, parameter: Tensor, spec: StateSpec) -> int:
+    layouts = spec.layouts(parameter).values()
+    return sum(stage_nbytes(n.nbytes // s.size * s.length if n.is_sliced else n.nbytes) for n in layouts)

@@ -23,7 +23,7 @@ from chunkft_fx.machine.memory_limit import LIMITS, take_workspaces
 from chunkft_fx.machine.overhead import overhead
 from chunkft_fx.plan.plan import Plan
 from chunkft_fx.plan.policy import Policy
-from chunkft_fx.plan.state_policy import policy_of
+from chunkft_fx.plan.state_spec import spec_of
 from chunkft_fx.planning.planner import Options, plan_again, plan_for_batch
 from chunkft_fx.predict.fixed_memory import chunk_terms, resident_nbytes, weight_terms
 from chunkft_fx.predict.predictor import BATCH, Predictor
@@ -167,7 +167,7 @@ class BatchPlans:
         owner = self._owner()
         if not _alike(made.plan, owner.known_plan) or not self._covers(made.need, need):
             return False
-        planned, states = made.plan.policy.states, policy_of(owner.optimizer)
+        planned, states = made.plan.policy.states, spec_of(owner.optimizer)
         return planned == states or (planned.covers(states) and owner.is_bound)
 
     def _outdone(self, made: Made, by: Made) -> bool:
@@ -192,8 +192,10 @@ class BatchPlans:
     def _chosen(self, need: Need) -> Made:
         """The plan for a need, which changes nothing yet."""
         absent = frozenset(self._programs.capture.tangents) - need.expected
-        predictor = Predictor(self._programs, absent, sizes=need.sizes, given=self.given(need))
-        plan = _choose(self._owner(), predictor, self._described(need), need.nbytes)
+        owner = self._owner()
+        spec = spec_of(owner.optimizer)
+        predictor = Predictor(self._programs, absent, sizes=need.sizes, given=self.given(need), spec=spec)
+        plan = _choose(owner, predictor, self._described(need), need.nbytes)
         return Made(need, replace(plan, batch_nbytes=need.nbytes))
 
     def given(self, need: Need) -> dict[str, int]:
@@ -233,18 +235,18 @@ def _alike(plan: Plan, other: Plan | None) -> bool:
 def _choose(owner: PlanOwner, predictor: Predictor, batch: str, nbytes: int) -> Plan:
     """The plan for a batch of so many bytes; while that loses nothing, all is chosen anew for the largest batch."""
     model, options, known = owner.plain, owner.options, owner.known_plan
-    policy = policy_of(owner.optimizer)
+    spec = spec_of(owner.optimizer)
     if known is None or not known.batch:
-        return plan_for_batch(model, options, known, predictor, batch, policy)
+        return plan_for_batch(model, options, known, predictor, batch, spec)
     if owner.is_bound:
-        return plan_again(model, options, known, predictor, batch, policy)
+        return plan_again(model, options, known, predictor, batch, spec)
     given = None if options.chunks == "auto" else known
-    if nbytes > known.batch_nbytes or policy != known.policy.states:
-        return plan_for_batch(model, options, given, predictor, batch, policy)
+    if nbytes > known.batch_nbytes or spec != known.policy.states:
+        return plan_for_batch(model, options, given, predictor, batch, spec)
     try:
-        return plan_again(model, options, known, predictor, batch, policy)
+        return plan_again(model, options, known, predictor, batch, spec)
     except BudgetInfeasible:
-        return plan_for_batch(model, options, given, predictor, batch, policy)
+        return plan_for_batch(model, options, given, predictor, batch, spec)
 
 
 def settle(owner: PlanOwner, plan: Plan) -> None:

@@ -13,8 +13,7 @@ from torch import nn
 from chunkft_fx.plan.chunk import Chunk
 from chunkft_fx.plan.cuts import ParameterSpec, cut
 from chunkft_fx.plan.policy import DEPTH, Policy, StepTimes
-from chunkft_fx.plan.state_policy import ASSUMED, StatePolicy
-from chunkft_fx.plan.state_spec import stage_capacity_nbytes
+from chunkft_fx.plan.state_spec import ASSUMED, StateSpec, stage_capacity_nbytes
 from chunkft_fx.planning.choice import Choice, Cost, Predicts
 from chunkft_fx.planning.chunk_path import cheapest_chunks
 from chunkft_fx.predict.fixed_memory import Terms, chunk_terms, resident_nbytes, weight_terms
@@ -33,15 +32,15 @@ class ChoiceCosts:
         parameters: Sequence[ParameterSpec],
         predictor: Predicts,
         times: StepTimes | None,
-        policy: StatePolicy = ASSUMED,
+        spec: StateSpec = ASSUMED,
     ) -> None:
         self.uses = predictor.uses()
         self.regions = len(self.uses)
         self.named, self.resident = dict(model.named_parameters()), resident_nbytes(model)
         self._given: frozenset[str] | None = None  # weights to stream, by default those of `placed` regions
         (whole,) = cut(parameters, 1)
-        self.states = stage_capacity_nbytes(whole, self.named, policy.dtype) if policy.travels else 0
-        self._policy = policy
+        self.states = stage_capacity_nbytes(whole, self.named, spec) if spec.is_kept else 0
+        self._spec = spec
         self._parameters, self._predictor, self._times, self._nbytes = parameters, predictor, times, whole.nbytes
         self._chunks: dict[int, tuple[Chunk, ...]] = {}
         self._weights: dict[tuple[int, int], Terms] = {}
@@ -103,5 +102,5 @@ class ChoiceCosts:
             names = self.streamed_names(streamed)
             self._weights[where] = weight_terms(self.named, self.resident, self.uses, names, depth)
         if len(chunks) not in self._chunk_terms:
-            self._chunk_terms[len(chunks)] = chunk_terms(self.named, chunks, self._policy)
+            self._chunk_terms[len(chunks)] = chunk_terms(self.named, chunks, self._spec)
         return self._weights[where] | self._chunk_terms[len(chunks)]

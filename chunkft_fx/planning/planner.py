@@ -18,7 +18,7 @@ from chunkft_fx.errors import BudgetInfeasible, NoTrainableParameters, Uninitial
 from chunkft_fx.graph.region import Pass, ProgramPass
 from chunkft_fx.plan.cuts import ParameterSpec, cut
 from chunkft_fx.plan.plan import Plan
-from chunkft_fx.plan.state_policy import ASSUMED, StatePolicy
+from chunkft_fx.plan.state_spec import ASSUMED, StateSpec
 from chunkft_fx.plan.table import Considered
 from chunkft_fx.planning.choice import Fit, Predicts
 from chunkft_fx.planning.search import Search
@@ -75,20 +75,22 @@ def refuse_untrainable(model: nn.Module) -> None:
             )
 
 
-def parameter_specs(model: nn.Module, policy: StatePolicy = ASSUMED) -> tuple[ParameterSpec, ...]:
+def parameter_specs(model: nn.Module, spec: StateSpec = ASSUMED) -> tuple[ParameterSpec, ...]:
     """The trainable parameters as the planner sees them, in ``named_parameters`` order (tied ones once)."""
     refuse_untrainable(model)
     trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     regions = region_of_parameters([n for n, _ in trainable], block_paths(model.named_modules()))
     return tuple(
-        ParameterSpec(name, tuple(p.shape), p.dtype.itemsize + policy.nbytes(p.dtype), region)
+        ParameterSpec(
+            name, tuple(p.shape), p.dtype.itemsize + spec.element_nbytes(p.dtype, p.ndim), region, spec.is_whole
+        )
         for (name, p), region in zip(trainable, regions, strict=True)
     )
 
 
-def first_plan(model: nn.Module, options: Options) -> Plan | None:
+def first_plan(model: nn.Module, options: Options, spec: StateSpec = ASSUMED) -> Plan | None:
     """The plan as far as it can be made before a batch is seen; None when ``chunks="auto"`` needs one."""
-    parameters = parameter_specs(model)
+    parameters = parameter_specs(model, spec)
     if options.chunks == "auto":
         return None
     chunks = cut(parameters, int(options.chunks))
@@ -101,20 +103,20 @@ def plan_for_batch(
     known: Plan | None,
     predictor: Predicts,
     batch: str,
-    policy: StatePolicy = ASSUMED,
+    spec: StateSpec = ASSUMED,
 ) -> Plan:
     """Complete a plan for a batch: all that is still open in it, by what is predicted of its steps.
 
     Raises `BudgetInfeasible`, with the smallest budget that is enough, when nothing fits.
     """
     chunks = None if known is None else known.chunks
-    search = Search(model, parameter_specs(model, policy), predictor, options.budget_bytes, chunks, policy)
+    search = Search(model, parameter_specs(model, spec), predictor, options.budget_bytes, chunks, spec)
     best = search.run()
     if best is None:
         assert search.smallest is not None
         raise _infeasible(options.budget_bytes, search.smallest, batch)
     plan = Plan(options.budget_bytes, best.choice.chunks, options.order, options.interval, options.seed)
-    return _completed(plan, search, best, batch, _closest(search.considered, best), policy)
+    return _completed(plan, search, best, batch, _closest(search.considered, best), spec)
 
 
 def plan_again(
@@ -123,26 +125,26 @@ def plan_again(
     known: Plan,
     predictor: Predicts,
     batch: str,
-    policy: StatePolicy = ASSUMED,
+    spec: StateSpec = ASSUMED,
 ) -> Plan:
     """The plan for another batch: chunks and streamed weights stay as in ``known``, what is saved may change.
 
     Raises `BudgetInfeasible` when that cannot be enough.
     """
-    search = Search(model, parameter_specs(model, policy), predictor, options.budget_bytes, known.chunks, policy)
+    search = Search(model, parameter_specs(model, spec), predictor, options.budget_bytes, known.chunks, spec)
     best = search.with_streamed(known.policy)
     if best.nbytes > options.budget_bytes:
         raise _infeasible(options.budget_bytes, best, batch, BEGUN)
-    return _completed(known, search, best, batch, (), policy)
+    return _completed(known, search, best, batch, (), spec)
 
 
 def _completed(
-    plan: Plan, search: Search, best: Fit, batch: str, considered: Sequence[Considered], states: StatePolicy
+    plan: Plan, search: Search, best: Fit, batch: str, considered: Sequence[Considered], states: StateSpec
 ) -> Plan:
     policy = replace(
         best.choice.policy,
         streamed=search.costs.streamed_names(best.choice.streamed),
-        pacing=search.times if states.travels else None,
+        pacing=search.times if states.is_kept else None,
         states=states,
     )
     return replace(

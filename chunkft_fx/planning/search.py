@@ -19,7 +19,7 @@ from torch import nn
 from chunkft_fx.plan.chunk import Chunk
 from chunkft_fx.plan.cuts import ParameterSpec, Stream, cut, max_chunks
 from chunkft_fx.plan.policy import DEPTH, Policy
-from chunkft_fx.plan.state_policy import ASSUMED, StatePolicy
+from chunkft_fx.plan.state_spec import ASSUMED, StateSpec
 from chunkft_fx.plan.table import Considered
 from chunkft_fx.planning.choice import Choice, Cost, Fit, Predicts, key_of
 from chunkft_fx.planning.costs import ChoiceCosts
@@ -46,7 +46,7 @@ class Search:
         predictor: Predicts,
         budget: int,
         chunks: tuple[Chunk, ...] | None = None,
-        policy: StatePolicy = ASSUMED,
+        spec: StateSpec = ASSUMED,
     ) -> None:
         self.parameters, self.predictor, self.budget = parameters, predictor, budget
         self.given = chunks
@@ -57,7 +57,7 @@ class Search:
         self._sweeps: dict[tuple[int, Policy], Moment] = {}
         self.finest = chunks or cut(parameters, min(max_chunks(parameters), MOST_CHUNKS))
         self.times = predictor.times(self.finest[0])
-        self.costs = ChoiceCosts(model, parameters, predictor, self.times, policy)
+        self.costs = ChoiceCosts(model, parameters, predictor, self.times, spec)
         self.regions = self.costs.regions
         # where cuts of many counts are compared, what every first chunk holds at least
         self._least_chunk = None if chunks or self.times is None else Stream(parameters).chunk(0, 1)

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from chunkft_fx.copies.weight_ring import ring_buffer_nbytes
 from chunkft_fx.plan.chunk import Chunk
 from chunkft_fx.plan.policy import DEPTH
-from chunkft_fx.plan.state_policy import ASSUMED, StatePolicy
-from chunkft_fx.plan.state_spec import stage_capacity_nbytes
+from chunkft_fx.plan.state_spec import ASSUMED, StateSpec, stage_capacity_nbytes
 
 # The parts of a predicted peak by name, in bytes.
 Terms = dict[str, int]
@@ -45,12 +44,12 @@ def weight_terms(
     return {"weights and buffers": resident - away, **ring}
 
 
-def chunk_terms(parameters: Mapping[str, Tensor], chunks: Sequence[Chunk], policy: StatePolicy = ASSUMED) -> Terms:
+def chunk_terms(parameters: Mapping[str, Tensor], chunks: Sequence[Chunk], spec: StateSpec = ASSUMED) -> Terms:
     """Gradients and staged states of the largest chunk."""
     widths = {name: torch.promote_types(p.dtype, torch.float32).itemsize for name, p in parameters.items()}
     sizes = {name: p.numel() for name, p in parameters.items()}
     return {
-        "optimizer state of the active chunk": max(stage_capacity_nbytes(c, parameters, policy.dtype) for c in chunks),
+        "optimizer state of the active chunk": max(stage_capacity_nbytes(c, parameters, spec) for c in chunks),
         "gradients of the active chunk": max(
             sum(sizes[s.name] * s.length // s.size * widths[s.name] for s in c.slices) for c in chunks
         ),

@@ -19,6 +19,7 @@ from chunkft_fx.machine.overhead import overhead
 from chunkft_fx.machine.rates import Rates
 from chunkft_fx.plan.chunk import Chunk
 from chunkft_fx.plan.policy import Policy, StepTimes
+from chunkft_fx.plan.state_spec import ASSUMED, StateSpec
 from chunkft_fx.predict.chunk_kinds import Kinds, sweep_peak
 from chunkft_fx.predict.region_time import direction_us, transfer_us
 from chunkft_fx.predict.step_memory import Moment, moment_label, step_timeline
@@ -28,9 +29,6 @@ from chunkft_fx.program.variants import Variant
 
 # The term of what is there before a step, beside weights and what training keeps.
 BATCH = "batch and constants"
-
-# Bytes that the update of one element of a low-precision weight moves in device memory (`benchmarks.bench_kernels`).
-UPDATE_NBYTES = 32
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Predictor:
 
     ``absent`` names the tangents that backward is expected not to get. ``known`` are rates to predict times with, by
     default the measured ones of a GPU, and none on the CPU. ``sizes`` are those of the batch, by default as it was
-    traced, and ``given`` the bytes by name that are there beside what a step makes.
+    traced, ``given`` the bytes by name that are there beside what a step makes, and ``spec`` describes the optimizer.
     """
 
     def __init__(
@@ -56,9 +54,10 @@ class Predictor:
         known: Rates | None = None,
         sizes: Sizes = AS_TRACED,
         given: Mapping[str, int] | None = None,
+        spec: StateSpec = ASSUMED,
     ) -> None:
         self._programs, self._absent, self._known, self._batch = programs, absent, known, sizes
-        self._given = given or {}
+        self._given, self._spec = given or {}, spec
         self._peaks: dict[tuple[Chunk, Policy], Moment] = {}
         self.known_times: StepTimes | None = None  # once they were asked for
         self._nodes = {node.name: node for node in programs.capture.graph.nodes}
@@ -149,7 +148,7 @@ class Predictor:
                 transfer_us(self._kept(r), known, "device_to_host") for r in self._programs.outline.regions
             ),
             state_us_per_byte=transfer_us(1, known, "both_ways"),
-            update_us_per_element=UPDATE_NBYTES / known.memory_nbytes_per_s * 1e6,
+            update_us_per_element=self._spec.update_nbytes / known.memory_nbytes_per_s * 1e6,
             split_us=tuple(split_us),
         )
 

@@ -101,10 +101,10 @@ class Programs:
         return exchanged(self._planned[looks], variants)
 
     def _state_nbytes(self, slices: Sequence[Slice], policy: Policy) -> int:
-        if not policy.states.travels:
+        if not policy.states.is_kept:
             return 0
         named = [(self.parameters[s.name], s) for s in slices]
-        return sum(p.numel() // s.size * s.length * policy.states.nbytes(p.dtype) for p, s in named)
+        return sum(p.numel() // s.size * s.length * policy.states.element_nbytes(p.dtype, p.ndim) for p, s in named)
 
     def _spec(self, slices: tuple[Slice, ...], absent: frozenset[str], policy: Policy) -> ProgramSpec:
         inputs = frozenset(self.capture.primals[i] for i in self.inputs) if slices else frozenset()

@@ -21,6 +21,7 @@ from chunkft_fx.copies.tier import HostTier
 from chunkft_fx.graph import ops
 from chunkft_fx.machine.rates import Rates
 from chunkft_fx.module.module import CompiledModule
+from chunkft_fx.plan.state_spec import ASSUMED
 from chunkft_fx.predict.predictor import Predictor
 from chunkft_fx.program.programs import Programs
 from chunkft_fx.runtime import step as runtime
@@ -84,7 +85,7 @@ def test_training_with_paced_states_equals_training_in_place(
     plain, paced = (chunkft_fx.compile(copy.deepcopy(model), budget, chunks=CHUNKS, backend="eager") for _ in range(2))
     in_place, optimizer = chunkft_fx.AdamW(plain, lr=1e-2), chunkft_fx.AdamW(paced, lr=1e-2)
     paced(**batches[0])
-    optimizer._stage = stage = Recorded(optimizer._capacity())
+    optimizer._states.stage = stage = Recorded(optimizer._states.capacity())
     train(plain, in_place, batches)
     train(paced, optimizer, batches)
     for (name, p), q in zip(plain.named_parameters(), paced.parameters(), strict=True):
@@ -121,7 +122,7 @@ def test_steps_that_are_interrupted_while_states_come_in_can_be_made_again(
     plain, paced = (chunkft_fx.compile(copy.deepcopy(model), budget, chunks=CHUNKS, backend="eager") for _ in range(2))
     in_place, optimizer = chunkft_fx.AdamW(plain, lr=1e-2), chunkft_fx.AdamW(paced, lr=1e-2)
     paced(**batches[0])
-    optimizer._stage = stage = Interrupted(optimizer._capacity())
+    optimizer._states.stage = stage = Interrupted(optimizer._states.capacity())
     interrupted = 0
     for seed, given in enumerate(batches):
         for module, its in ((plain, in_place), (paced, optimizer)):
@@ -162,7 +163,7 @@ class Asked:
 
     def __init__(self) -> None:
         self.stage = Stage(CPU)
-        self.state_dtype, self.states = "float32", "keep"
+        self.spec = ASSUMED
         self.state: dict[Any, Any] = {}
         self.notes: list[str] = []
 

@@ -15,7 +15,7 @@ from chunkft_fx.copies.link import CudaLink, Link
 from chunkft_fx.copies.stage_batches import Batch, last_conflict
 from chunkft_fx.copies.state_stage import CopiedStage, Stage
 from chunkft_fx.copies.tier import HostTier
-from chunkft_fx.optim.adamw import AdamW
+from chunkft_fx.optim.rules.adamw import AdamW
 from tests.support.small_net import compiled, feed, net, train_step
 from tests.support.stream_machine import CPU, Machine, copied_stage, machine
 
@@ -218,8 +218,8 @@ def test_training_through_the_stage_equals_training_in_place(
     machine.chance = random.Random(interval)
     inplace, staged = compiled(net(dtype), 5, "random", interval), compiled(net(dtype), 5, "random", interval)
     a, b = (AdamW(m, max_grad_norm=0.1, state_dtype=state_dtype) for m in (inplace, staged))
-    assert type(a._stage) is Stage
-    b._stage = copied_stage(b._capacity())
+    assert type(a._states.stage) is Stage
+    b._states.stage = copied_stage(b._states.capacity())
     for step in range(17):
         train_step(inplace, a, step, dtype)
         train_step(staged, b, step, dtype)
@@ -244,7 +244,7 @@ def same_state(a: dict[str, Any], b: dict[str, Any]) -> None:
 def test_the_capacity_is_what_the_largest_chunk_takes(machine: Machine) -> None:
     module = compiled(net(), 5)
     optimizer = AdamW(module)
-    optimizer._stage = stage = copied_stage(optimizer._capacity())
+    optimizer._states.stage = stage = copied_stage(optimizer._states.capacity())
     feed(module, 0)
     optimizer.step()
     first = stage._arena

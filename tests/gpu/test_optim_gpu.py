@@ -12,8 +12,8 @@ import chunkft_fx
 from chunkft_fx.copies import stage_batches
 from chunkft_fx.copies.state_stage import make_stage
 from chunkft_fx.errors import ModelChanged
-from chunkft_fx.optim.adamw import AdamW
 from chunkft_fx.optim.host_states import HostStates
+from chunkft_fx.optim.rules.adamw import AdamW
 from chunkft_fx.torch_internals import release_idle_pinned
 from tests.support.small_net import compiled, feed, net
 
@@ -103,7 +103,7 @@ def test_device_memory_is_that_of_one_chunk(states: str, state_dtype: str) -> No
         feed(module, step)
         optimizer.step()
         optimizer.zero_grad()
-    capacity = optimizer._capacity()
+    capacity = optimizer._states.capacity()
     assert capacity <= torch.cuda.memory_allocated() - before < capacity + 512
 
 
@@ -160,7 +160,7 @@ def test_pinned_memory_of_a_dropped_optimizer_can_be_given_back() -> None:
     torch.cuda.synchronize()
     release_idle_pinned()
     before = pinned_nbytes()
-    needed = HostStates(list(module.parameters()), torch.float32).nbytes(pinned=True)
+    needed = HostStates(list(module.parameters()), optimizer.spec).nbytes(pinned=True)
     del optimizer
     gc.collect()
     release_idle_pinned()

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 import chunkft_fx
 from chunkft_fx.errors import CheckpointMismatch, ChunkFTWarning, NoTrainableParameters, OptimizerMismatch, OptionError
 from chunkft_fx.module.module import CompiledModule
-from chunkft_fx.optim.adamw import AdamW
+from chunkft_fx.optim.rules.adamw import AdamW
 from tests.support.small_net import Net, batch, compiled, dense_gradients, feed, net, train_step
 
 OPTIONS: dict[str, Any] = {"lr": 0.02, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}

@@ -20,13 +20,15 @@ from chunkft_fx.copies.tier import LARGEST_SLAB
 from chunkft_fx.errors import BudgetParseError, CheckpointMismatch, HostMemoryExceeded, OptionError
 from chunkft_fx.graph.layout import front
 from chunkft_fx.optim import host_states as optim_host
-from chunkft_fx.optim.adamw import AdamW
 from chunkft_fx.optim.host_states import HostStates, available_nbytes, pack, require_room
-from chunkft_fx.plan.state_spec import stage_capacity_nbytes, state_dtypes
+from chunkft_fx.optim.rules.adamw import AdamW
+from chunkft_fx.plan.state_spec import ASSUMED, StateSpec, StateTensor, stage_capacity_nbytes
 from tests.optim.test_adamw import OPTIONS, Reference, assert_equal, fed, masks, train
 from tests.support.small_net import batch, compiled, dense_gradients, net, train_step
 
 BF16 = torch.bfloat16
+NARROW = StateSpec("AdamW", (StateTensor("exp_avg", "bfloat16"), StateTensor("exp_avg_sq", "bfloat16")))
+SPECS = {"float32": ASSUMED, "bfloat16": NARROW}
 
 
 def test_the_second_moment_decays_in_bfloat16_too() -> None:
@@ -136,8 +138,8 @@ def test_reset_states_take_no_host_memory_and_one_chunk_of_the_stage(monkeypatch
     fed(model, optimizer, range(11))
     assert all(state.keys() == {"slice_steps"} for state in optimizer.state.values())
     assert len(optimizer.state) == len({s.name for s in model.active_slices()})
-    assert isinstance(optimizer._stage, FreshStage)
-    assert optimizer._stage._arena.numel() == optimizer._capacity()
+    assert isinstance(optimizer._states.stage, FreshStage)
+    assert optimizer._states.stage._arena.numel() == optimizer._states.capacity()
 
 
 def test_a_checkpoint_of_reset_states_is_the_schedule_alone() -> None:
@@ -242,13 +244,13 @@ def test_without_a_host_budget_available_memory_is_the_limit(monkeypatch: pytest
 def test_idle_pinned_memory_is_given_back_before_states_are_refused(
     monkeypatch: pytest.MonkeyPatch, missing: int, pinned: bool, is_enough: bool
 ) -> None:
-    states = HostStates([torch.zeros(300, 300)], torch.float32)
+    states = HostStates([torch.zeros(300, 300)], ASSUMED)
     available = [0]
     idle = states.nbytes(pinned) - missing
     monkeypatch.setattr(optim_host, "available_nbytes", lambda: sum(available))
     monkeypatch.setattr(optim_host, "release_idle_pinned", lambda: available.append(idle))
     with contextlib.nullcontext() if is_enough else pytest.raises(HostMemoryExceeded):
-        require_room(states, pinned, None, torch.float32)
+        require_room(states, pinned, None)
 
 
 @pytest.mark.parametrize(
@@ -311,14 +313,14 @@ def test_pinned_states_take_the_bytes_that_were_promised(monkeypatch: pytest.Mon
     monkeypatch.setattr(optim_host, "LARGEST_SLAB", 2048)
     monkeypatch.setattr(torch, "zeros", pinned_zeros)
     parameters: Sequence[Tensor] = list(net(BF16).parameters())
-    states = HostStates(parameters, BF16)
+    states = HostStates(parameters, NARROW)
     assert not taken
     made = [states.zeros(p, pinned=True) for p in parameters]
     assert len(taken) > 1
     assert sum(taken) == states.nbytes(pinned=True)
     for i, (p, tensors) in enumerate(zip(parameters, made, strict=True)):
-        assert {k: (t.dtype, t.shape) for k, t in tensors.items()} == {
-            k: (d, p.shape) for k, d in state_dtypes(p, BF16).items()
+        assert {k: (t.dtype, tuple(t.shape)) for k, t in tensors.items()} == {
+            k: (layout.dtype, layout.shape) for k, layout in NARROW.layouts(p).items()
         }
         for t in tensors.values():
             assert not t.any()
@@ -331,15 +333,17 @@ def test_pinned_states_take_the_bytes_that_were_promised(monkeypatch: pytest.Mon
 def test_the_stage_takes_what_the_planner_is_told(dtype: torch.dtype, state_dtype: str) -> None:
     model = compiled(net(dtype), 5)
     parameters = dict(model.named_parameters())
-    moments = {"float32": torch.float32, "bfloat16": BF16}[state_dtype]
+    spec = SPECS[state_dtype]
     for chunk in model.plan.chunks:
         stage = FreshStage(torch.device("cpu"), 0)
         states = [
-            torch.empty(front(parameters[s.name], s.dim).narrow(0, s.start, s.length).shape, dtype=d, device="meta")
+            torch.empty(
+                front(parameters[s.name], s.dim).narrow(0, s.start, s.length).shape, dtype=n.dtype, device="meta"
+            )
             for s in chunk.slices
-            for d in state_dtypes(parameters[s.name], moments).values()
+            for n in spec.layouts(parameters[s.name]).values()
         ]
         stage.announce(states)
-        assert stage._arena.numel() == stage_capacity_nbytes(chunk, parameters, state_dtype)
+        assert stage._arena.numel() == stage_capacity_nbytes(chunk, parameters, spec)
         assert [(t.shape, t.dtype) for t in stage.tensors()] == [(t.shape, t.dtype) for t in states]
         assert not any(bool(t.any()) for t in stage.tensors())

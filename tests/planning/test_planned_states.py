@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 import torch
 
 import chunkft_fx
-from chunkft_fx.plan.state_policy import ASSUMED, StatePolicy, policy_of
-from chunkft_fx.plan.state_spec import stage_capacity_nbytes
+from chunkft_fx.errors import OptionError
+from chunkft_fx.plan.state_spec import ASSUMED, StateSpec, StateTensor, spec_of, stage_capacity_nbytes
 from tests.support.changing_batches import Text, attempt, compiled, text
 
 STAGED = "optimizer state of the active chunk"
@@ -25,11 +26,11 @@ def test_what_is_planned_for_states_is_what_the_stage_takes(options: dict[str, A
     module.zero_grad()
     assert attempt(module, text(2, 8))
     parameters = dict(module.named_parameters())
-    dtype = options.get("state_dtype", "float32")
     assert dict(module.plan.terms)[STAGED] == max(
-        stage_capacity_nbytes(c, parameters, dtype) for c in module.plan.chunks
+        stage_capacity_nbytes(c, parameters, optimizer.spec) for c in module.plan.chunks
     )
-    assert module.plan.policy.states == StatePolicy(dtype, options.get("states", "keep"))
+    assert module.plan.policy.states == optimizer.spec != ASSUMED
+    assert json.loads(module.plan.to_json())["policy"]["states"]["optimizer"] == "AdamW"
     optimizer.step()
 
 
@@ -43,11 +44,43 @@ def test_states_that_a_sweep_has_begun_with_are_not_planned_for_again() -> None:
     assert module.plan is plan
 
 
-def test_bytes_of_a_policy() -> None:
-    assert policy_of(None) == ASSUMED
-    assert [ASSUMED.nbytes(d) for d in (torch.bfloat16, torch.float32, torch.float64)] == [12, 8, 16]
-    narrow = StatePolicy("bfloat16", "reset")
-    assert [narrow.nbytes(d) for d in (torch.bfloat16, torch.float32, torch.float64)] == [8, 4, 16]
+DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+
+
+def test_bytes_of_a_spec() -> None:
+    assert spec_of(None) == ASSUMED
+    assert [ASSUMED.element_nbytes(d, 2) for d in DTYPES] == [12, 8, 16]
+    narrow = StateSpec("AdamW", (StateTensor("exp_avg", "bfloat16"), StateTensor("exp_avg_sq", "bfloat16")), "reset")
+    assert [narrow.element_nbytes(d, 2) for d in DTYPES] == [8, 4, 16]
     assert ASSUMED.covers(narrow)
     assert not narrow.covers(ASSUMED)
-    assert not narrow.travels
+    assert not narrow.is_kept
+
+
+def test_states_of_the_whole_belong_to_some_parameters_and_not_to_elements() -> None:
+    rows = StateTensor("row", of="matrices", mean_over=-1)
+    columns = StateTensor("column", of="matrices", mean_over=-2)
+    spec = StateSpec("Factored", (rows, columns, StateTensor("each", of="vectors")), is_whole=True)
+    matrix = spec.layouts(torch.empty(3, 5, 7, dtype=torch.bfloat16, device="meta"))
+    assert {k: (n.shape, n.dtype, n.is_sliced) for k, n in matrix.items()} == {
+        "row": ((3, 5, 1), torch.float32, False),
+        "column": ((3, 1, 7), torch.float32, False),
+        "master": ((3, 5, 7), torch.float32, True),
+    }
+    vector = spec.layouts(torch.empty(5, dtype=torch.float64, device="meta"))
+    assert {k: (n.shape, n.dtype, n.is_sliced) for k, n in vector.items()} == {"each": ((5,), torch.float64, True)}
+    assert [spec.element_nbytes(d, n) for n in (1, 2) for d in DTYPES] == [8, 4, 8, 4, 0, 0]
+    assert not ASSUMED.covers(spec)  # it needs other chunks
+    assert spec.covers(spec)
+
+
+@pytest.mark.parametrize("nbytes", [("float32",), ("bfloat16", "bfloat16"), ("float32", "bfloat16", "bfloat16")])
+def test_a_spec_covers_no_more_tensors_and_no_wider_ones(nbytes: tuple[str, ...]) -> None:
+    """Each tensor of a slice is aligned on the stage, so that more tensors of as many bytes can take more."""
+    other = StateSpec("Other", tuple(StateTensor(f"s{i}", dtype) for i, dtype in enumerate(nbytes)))
+    assert ASSUMED.covers(other) == (len(nbytes) <= 2)
+
+
+def test_states_of_the_whole_are_refused_where_slices_are_cut() -> None:
+    with pytest.raises(OptionError, match="is_whole must be True"):
+        StateSpec("Factored", (StateTensor("row", of="matrices", mean_over=-1),))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from chunkft_fx.errors import CheckpointMismatch
 from chunkft_fx.module.module import CompiledModule
-from chunkft_fx.optim.adamw import AdamW
+from chunkft_fx.optim.rules.adamw import AdamW
 from chunkft_fx.tools.training import checkpoint_file
 from chunkft_fx.tools.training.data import Batches
 from chunkft_fx.tools.training.folder import CHECKPOINT, require_finite

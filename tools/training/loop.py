@@ -17,7 +17,7 @@ from torch import Tensor
 
 from chunkft_fx.errors import OptionError, TrainingDiverged
 from chunkft_fx.module.module import CompiledModule
-from chunkft_fx.optim.adamw import AdamW
+from chunkft_fx.optim.rules.adamw import AdamW
 from chunkft_fx.tools.training.checkpoint import Run
 from chunkft_fx.tools.training.data import Batches
 from chunkft_fx.tools.training.folder import CHECKPOINT

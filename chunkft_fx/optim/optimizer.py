@@ -1,0 +1,297 @@
+"""Runs the step of any optimizer of this library: checks, clipping, staged states, step counts, and the schedule.
+
+An optimizer is a `StateSpec`, the default options of its groups, and one update over slices (`optim.rules`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from chunkft_fx.bytes import parse_bytes
+from chunkft_fx.copies.state_stage import Stage
+from chunkft_fx.errors import NotPlanned, OptimizerMismatch, OptionError
+from chunkft_fx.following import ownership
+from chunkft_fx.gradients.slices import ActiveSlice
+from chunkft_fx.module.module import training_of
+from chunkft_fx.optim.checkpoint import ENTRY, describe, exported, read
+from chunkft_fx.optim.groups import (
+    check_clipping,
+    check_rate,
+    check_slices,
+    parameter_groups,
+    refuse_switches,
+    regrouped,
+)
+from chunkft_fx.optim.refusals import (
+    refuse_outside,
+    refuse_replaced,
+    refuse_scaling,
+    refuse_strangers,
+    warn_without_gradient,
+)
+from chunkft_fx.optim.staging import StagedStates
+from chunkft_fx.optim.update import Part, PartsUpdate, StagedSlice, Update, after_host_weights, clip_factor
+from chunkft_fx.plan.state_spec import StateSpec
+
+
+class ChunkedOptimizer(Optimizer):
+    """What every optimizer on the active slices of a compiled module shares.
+
+    ``no_decay`` holds glob patterns of parameter names (``"*.bias"``) that get no weight decay, in a second
+    parameter group. ``max_grad_norm`` clips the global norm over the active chunk's gradients, as the update
+    reads them: the gradients themselves stay as they are. ``last_grad_norm`` (a 0-d tensor on their device)
+    is the norm before. As with ``torch.nn.utils.clip_grad_norm_``, a norm that is not finite is not masked:
+    check it if your gradients can overflow.
+
+    The state of a parameter begins with the first activation of one of its slices: the tensors that ``spec`` names, and
+    for bfloat16 and float16 parameters a float32 ``master`` weight of which the parameter is the rounded copy. A
+    parameter that was changed from outside wins over its master.
+
+    ``states="keep"`` keeps the states of all chunks in host memory, pinned and copied asynchronously when the
+    model runs on CUDA. They may take ``host_budget`` (bytes or ``"64GB"``), by default what memory is available.
+    ``states="reset"`` keeps none there: a chunk starts with states of zeros, step count 0 and its weights as
+    masters whenever it becomes active, or when the model moves to another device.
+
+    Raises `OptimizerMismatch` for anything but a module returned by `chunkft_fx.compile`, `OptionError`
+    for an option out of range, `BudgetParseError` for a ``host_budget`` that is not bytes,
+    `HostMemoryExceeded` if it cannot hold the states (``smaller`` are options with which they take less),
+    `NoTrainableParameters`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: StateSpec,
+        defaults: dict[str, Any],
+        *,
+        max_grad_norm: float | None,
+        no_decay: Sequence[str],
+        host_budget: int | str | None,
+        smaller: Sequence[str] = (),
+    ) -> None:
+        training = training_of(model, spec.optimizer)
+        check_rate(defaults["lr"])
+        self.check_options(defaults)
+        check_clipping(max_grad_norm)
+        budget = None if host_budget is None else parse_bytes(host_budget)
+        self.spec = spec
+        self._model = training
+        self._no_decay = tuple(no_decay)
+        self._updates = 0  # seeds stochastic rounding
+        self._warned: set[tuple[str, ...]] = set()
+        self.max_grad_norm = max_grad_norm
+        self.last_grad_norm: Tensor | None = None
+        training.check()
+        super().__init__(parameter_groups(training, no_decay), defaults)
+        self._states = StagedStates(training, spec, self.state, self._parameters(), budget, smaller)
+        self.register_state_dict_pre_hook(_settle)
+        self.register_state_dict_post_hook(_export)
+        ownership.allow(self)
+        training.expect(self)
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raise `OptionError` for an option of a group, beside its rate, that is out of range."""
+        raise NotImplementedError
+
+    def update(self, parts: Sequence[Part], options: Mapping[str, Any]) -> None:
+        """One step on these parts, in place, with a group's options: the optimizer's arithmetic."""
+        raise NotImplementedError
+
+    def prepare(
+        self, entries: Sequence[StagedSlice], options: Mapping[str, Any], scale: Tensor | None, seed: int
+    ) -> Update:
+        """The update of one group's slices, whose gradients count times ``scale`` (0-d).
+
+        ``seed``, for stochastic rounding, differs from call to call.
+        """
+        return PartsUpdate(self.update, self.spec, entries, options, scale)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update the active slices that have a gradient, then count the step and move to the next chunk when due.
+
+        A chunk of which no slice got a gradient from a backward pass (its weights had no part in the batch) counts its
+        step too, with a warning that names the slices. Without any backward since the last step nothing happens and no
+        step is counted. ``closure`` re-evaluates the model and returns the loss, which is returned. Everything is
+        checked before the first weight changes. Raises `OptimizerConflict` if another optimizer was
+        made for the model, `OutsideGradient` if gradients came, but none through the compiled module,
+        `OptimizerMismatch`, `OptionError` for a hyperparameter out of range, and what `CompiledModule.check` raises.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with self._model.lock:
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        refuse_replaced(self._model, self, self.spec.optimizer)
+        self._model.check()
+        active = self._active_slices()
+        graded = [s for s in active if s.grad is not None]
+        arrivals = self._model.arrivals
+        refuse_outside(arrivals)
+        if not graded and not arrivals.through:
+            return
+        for group in self.param_groups:
+            check_rate(group["lr"])
+            self.check_options(group)
+            refuse_switches(group, f"chunkft_fx.{self.spec.optimizer}")
+            refuse_strangers(group, self._states)
+        check_clipping(self.max_grad_norm)
+        check_slices(active, self.param_groups, self._model.compute_device, self.spec)
+        if not graded:
+            warn_without_gradient(active, self._warned)
+        self._states.announce(active)
+        states = self._states.staged(active)
+        scale = None
+        if self.max_grad_norm is not None and graded:
+            self.last_grad_norm, scale = clip_factor(graded, self.max_grad_norm)
+        updates = []
+        for i, group in enumerate(self.param_groups):
+            names = set(group["param_names"])
+            entries = [StagedSlice(s, states[s.name], self._states.counts(s)) for s in graded if s.name in names]
+            updates.append(self.prepare(entries, group, scale, self._updates * len(self.param_groups) + i))
+        self._states.will_change()
+        for update in updates:
+            update.apply()
+        self._updates += 1
+        for s in graded:
+            self._states.count(s)
+        written = after_host_weights(graded, self.stage.device)
+        if self._model.advance():
+            self._states.announce(self._model.active_slices())
+        if written is not None:
+            written.synchronize()
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by `torch.amp.GradScaler.step`, which ends in a bare assertion where no parameter has a gradient.
+
+        Raises `NoGradientToScale` where that is because the batch has no part for the active chunk's slices.
+        """
+        refuse_scaling(self._model.arrivals, self._active_slices())
+        return False
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, or fill them with zeros in place."""
+        self._model.check()
+        super().zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused with `OptionError` once this optimizer is made: its parameters are those that the model trains."""
+        if hasattr(self, "_states"):
+            raise OptionError(
+                "a group cannot be added: this optimizer holds exactly the parameters that the compiled module trains; "
+                "give other parameters an optimizer of their own"
+            )
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refused with `OptimizerMismatch`: a copy would have no model."""
+        raise OptimizerMismatch(
+            "an optimizer of a compiled module cannot be copied or pickled, since it belongs to that module; save its "
+            f"state_dict(), and load it into a chunkft_fx.{self.spec.optimizer} made for the other module"
+        )
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there are states that a step or a checkpoint made."""
+        return self._updates > 0 or any(run.step for s in self.state.values() for run in s["slice_steps"])
+
+    def follow(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Hold these parameters of the model: states of those of a known name go on, the others have none yet.
+
+        Called by the model when it changed. Raises `HostMemoryExceeded`, before anything changes, if host memory cannot
+        hold the states.
+        """
+        grouped = regrouped(self.param_groups, parameters, self._no_decay)
+        before = {n: p for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)}
+        more = None
+        if self.has_begun:
+            new = [p for n, p in parameters.items() if n not in before and any(n in names for names in grouped)]
+            more = self._states.places(new) if new else None
+        self._states.drop_stage()
+        for group, names in zip(self.param_groups, grouped, strict=True):
+            group["params"], group["param_names"] = [parameters[n] for n in names], list(names)
+        if self.has_begun:
+            self._states.rename(before, parameters, more)
+        else:
+            self._states.begin_anew(self._parameters())
+
+    @property
+    def stage(self) -> Stage:
+        """Where the active slices' states are updated."""
+        return self._states.stage
+
+    def take_stage(self) -> None:
+        """Take memory for the states of the largest chunk where the model runs, unless it is taken."""
+        self._states.take_stage()
+
+    def drop_stage(self) -> None:
+        """Give the stage's memory back; it is taken anew, for the chunks that there are then."""
+        self._states.drop_stage()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this optimizer, cut into any number of chunks, or of torch's of the same name.
+
+        The given tensors are copied. The schedule continues where it was saved if the number of chunks is
+        the same, and begins a new sweep with a `ChunkFTWarning` if it is not. Without saved master weights the
+        parameters themselves are the masters. With ``states="reset"`` nothing but the schedule is saved, and only it
+        and the options are loaded: the active chunk starts anew. Raises `CheckpointMismatch`, before anything
+        changes, for a checkpoint of another model or optimizer, with states that this optimizer would round, or
+        with a position that means something else under this order, seed, interval or way of cutting.
+        """
+        state_dict = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
+        self._model.check()
+        checkpoint = read(state_dict, self.param_groups, self.spec, self.defaults)
+        if checkpoint.position is not None:
+            self._model.resume(checkpoint.position)
+        parameters = self._parameters()
+        self._states.replace({parameters[i]: saved for i, saved in checkpoint.states.items()}, parameters)
+        self._updates = checkpoint.updates
+        for group, options in zip(self.param_groups, checkpoint.options, strict=True):
+            group.update(options)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _active_slices(self) -> tuple[ActiveSlice, ...]:
+        try:
+            return self._model.active_slices()
+        except NotPlanned:
+            return ()  # no batch yet, so no gradient either
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+
+def _settle(optimizer: Optimizer) -> None:
+    """Bring host memory up to date, masters of slices that were never active included."""
+    assert isinstance(optimizer, ChunkedOptimizer)
+    optimizer._model.check()
+    optimizer._states.settle()
+
+
+def _export(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Complete torch's state dict with what is needed to load it.
+
+    States that are not kept are left out: they start anew at each activation.
+    """
+    assert isinstance(optimizer, ChunkedOptimizer)
+    entry = describe(optimizer.param_groups, optimizer._model.schedule_position(), optimizer._updates)
+    states = exported(state_dict["state"], optimizer.spec) if optimizer.spec.is_kept else {}
+    return state_dict | {"state": states, ENTRY: entry}

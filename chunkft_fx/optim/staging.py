@@ -1,0 +1,185 @@
+"""Copies an optimizer's states: host memory keeps those of all parameters, the stage has those of the active slices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from chunkft_fx.copies.state_stage import FreshStage, Stage, make_stage
+from chunkft_fx.gradients.slices import ActiveSlice
+from chunkft_fx.graph.layout import front, size_along
+from chunkft_fx.module.training import Training
+from chunkft_fx.optim.checkpoint import SavedState, fill_masters
+from chunkft_fx.optim.host_states import HostStates, require_room
+from chunkft_fx.optim.step_counts import Counts, counted, uniform
+from chunkft_fx.plan.chunk import Slice
+from chunkft_fx.plan.cuts import cut_dim
+from chunkft_fx.plan.state_spec import StateSpec, stage_capacity_nbytes
+
+
+class StagedStates:
+    """The states of one optimizer; ``known`` is its dictionary of them, by parameter, which is filled here.
+
+    ``host_budget`` bounds the bytes that host memory keeps (None: what is available), ``smaller`` are the options with
+    which states would take less. Raises `HostMemoryExceeded` if there is no room for the states of ``parameters``.
+    """
+
+    def __init__(
+        self,
+        model: Training,
+        spec: StateSpec,
+        known: MutableMapping[Any, Any],
+        parameters: Sequence[Tensor],
+        host_budget: int | None,
+        smaller: Sequence[str],
+    ) -> None:
+        self._model, self._spec, self._known = model, spec, known
+        self._host_budget, self._smaller = host_budget, smaller
+        self.stage = self._idle_stage()
+        self._staged: list[Slice] = []
+        self._modified = False  # the stage holds newer values than host memory
+        self._kept = [self.places(parameters)]
+
+    def places(self, parameters: Sequence[Tensor]) -> HostStates:
+        """Places in host memory for these parameters' states; `HostMemoryExceeded` if there is no room for them."""
+        states = HostStates(parameters, self._spec)
+        if self._spec.is_kept:
+            require_room(states, self._is_pinned(), self._host_budget, self._smaller)
+        return states
+
+    def holds(self, parameter: Tensor) -> bool:
+        """Whether this parameter's states have a place."""
+        return any(states.holds(parameter) for states in self._kept)
+
+    def counts(self, s: ActiveSlice) -> Counts:
+        """How often each part of a slice's parameter was updated."""
+        return cast(Counts, self._known[s.parameter]["slice_steps"])
+
+    def count(self, s: ActiveSlice) -> None:
+        """Count an update of a slice."""
+        self._known[s.parameter]["slice_steps"] = counted(self.counts(s), s.start, s.length)
+
+    def announce(self, active: Sequence[ActiveSlice]) -> None:
+        """Have the states of these slices brought to where the model runs, unless they are there.
+
+        They come as the programs of the next step let them, the rest when the update asks for them.
+        """
+        slices = [s.slice for s in active]
+        if slices == self._staged and self._model.compute_device == self.stage.device:
+            return
+        self.write_back()
+        self._staged = []
+        self.take_stage()
+        if not self._spec.is_kept:
+            self._known.clear()
+        self.stage.announce([host for s in active for host in self._host(s)])
+        self._staged = slices
+
+    def staged(self, active: Sequence[ActiveSlice]) -> dict[str, dict[str, Tensor]]:
+        """The staged tensors of the slices that were announced, by parameter name and state name."""
+        rest = iter(self.stage.tensors())
+        return {s.name: {key: next(rest) for key in self._spec.layouts(s.parameter)} for s in active}
+
+    def will_change(self) -> None:
+        """From now on the stage holds newer values than host memory."""
+        self._modified = True
+
+    def write_back(self) -> None:
+        """Begin to copy what has changed on the stage to host memory."""
+        if self._modified:
+            self.stage.write_back()
+            self._modified = False
+
+    def take_stage(self) -> None:
+        """Take memory for the states of the largest chunk where the model runs, unless it is taken."""
+        device = self._model.compute_device
+        if device == self.stage.device:
+            return
+        self.write_back()
+        self.stage.synchronize()
+        self.stage, self._staged = self._make_stage(device), []
+
+    def drop_stage(self) -> None:
+        """Give the stage's memory back; it is taken anew, for the chunks that there are then."""
+        self.write_back()
+        self.stage.synchronize()
+        self.stage, self._staged = self._idle_stage(), []
+
+    def settle(self) -> None:
+        """Bring host memory up to date, masters of slices that were never active included."""
+        self.write_back()
+        self.stage.synchronize()
+        fill_masters(self._known)
+
+    def begin_anew(self, parameters: Sequence[Tensor]) -> None:
+        """Forget all states and have places for those of these parameters, of which the stage must hold none."""
+        self._known.clear()
+        self._kept = []
+        self._kept = [self.places(parameters)]
+
+    def replace(self, saved: Mapping[Tensor, SavedState], parameters: Sequence[Tensor]) -> None:
+        """Take saved states in place of all that there are; those that are not kept begin anew."""
+        self.stage.synchronize()
+        self.stage = self._idle_stage()  # lets go of the old states, of which there must not be two
+        self._staged, self._modified = [], False
+        self.begin_anew(parameters)
+        for parameter, states in saved.items() if self._spec.is_kept else ():
+            state = self._state_of(parameter)
+            for key, value in states.tensors.items():
+                state[key].copy_(value)
+            state["slice_steps"] = states.counts
+
+    def rename(self, before: Mapping[str, Tensor], now: Mapping[str, nn.Parameter], more: HostStates | None) -> None:
+        """Let the states of each parameter go on as those of the one that has its name now; ``more`` are new places."""
+        if more is not None:
+            self._kept.append(more)
+        for name, old in before.items():
+            new = now.get(name)
+            if new is None:
+                continue
+            if new is not old and old in self._known:
+                self._known[new] = self._known.pop(old)
+            for states in self._kept:
+                states.rename(old, new)
+
+    def capacity(self) -> int:
+        """Bytes of the largest chunk's states on the stage."""
+        parameters = dict(self._model.named_parameters())
+        return max(stage_capacity_nbytes(c, parameters, self._spec) for c in self._model.plan.chunks)
+
+    def _is_pinned(self) -> bool:
+        return self._model.compute_device.type == "cuda"
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Any]:
+        """A parameter's state, made when it is first asked for; tensors only where host memory keeps them."""
+        if parameter not in self._known:
+            size = size_along(parameter, cut_dim(parameter.shape))
+            kept = next(states for states in self._kept if states.holds(parameter))
+            tensors = kept.zeros(parameter, self._is_pinned()) if self._spec.is_kept else {}
+            self._known[parameter] = {"slice_steps": uniform(size), **tensors}
+        return cast(dict[str, Any], self._known[parameter])
+
+    def _idle_stage(self) -> Stage:
+        """The stage before anything is announced: it takes no memory."""
+        cpu = torch.device("cpu")
+        return Stage(cpu) if self._spec.is_kept else FreshStage(cpu, 0)
+
+    def _make_stage(self, device: torch.device) -> Stage:
+        if not self._spec.is_kept:
+            return FreshStage(device, self.capacity())
+        return make_stage(device, self.capacity())
+
+    def _host(self, s: ActiveSlice) -> list[Tensor]:
+        """A slice's states in host memory; for states that are not kept, tensors without memory."""
+        state, layouts = self._state_of(s.parameter), self._spec.layouts(s.parameter)
+        if not self._spec.is_kept:
+            shape = front(s.weight(), s.dim).shape
+            shapes = [(shape if layout.is_sliced else layout.shape, layout.dtype) for layout in layouts.values()]
+            return [torch.empty(size, dtype=dtype, device="meta") for size, dtype in shapes]
+        return [
+            front(state[key], s.dim).narrow(0, s.start, s.length) if layout.is_sliced else state[key]
+            for key, layout in layouts.items()
+        ]
