@@ -20,6 +20,7 @@ from torch.multiprocessing.spawn import spawn
 
 import chunkft_fx
 from chunkft_fx import errors
+from chunkft_fx.optim import optimizer as steps
 from tests.support.tiny_lm import lm_batch, lm_compiled, tiny_lm
 
 
@@ -220,9 +221,14 @@ def test_a_step_that_finds_no_memory_changes_nothing(monkeypatch: pytest.MonkeyP
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    for place in ("_announce", "_by_slice", "_clip_factor"):
+    for where, place in (
+        (optimizer._states, "announce"),
+        (optimizer._states, "staged"),
+        (steps, "clip_factor"),
+        (optimizer, "prepare"),
+    ):
         with monkeypatch.context() as patch:
-            patch.setattr(optimizer, place, full)
+            patch.setattr(where, place, full)
             with pytest.raises(torch.OutOfMemoryError):
                 optimizer.step()
         assert unchanged(compiled, before)
