@@ -5,10 +5,11 @@ from chunkft_fx.api import compile
 from chunkft_fx.logs import enable_logs
 from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.optim.rules.adamw import AdamW
+from chunkft_fx.optim.rules.sgd import SGD
 from chunkft_fx.plan.chunk import Chunk, Slice
 from chunkft_fx.plan.plan import Plan
 
 __version__ = "0.1.0"
-__all__ = ["AdamW", "Chunk", "CompiledModule", "Plan", "Slice", "compile", "errors"]
+__all__ = ["SGD", "AdamW", "Chunk", "CompiledModule", "Plan", "Slice", "compile", "errors"]
 
 enable_logs()  # as $CHUNKFT_LOGS says
