@@ -17,6 +17,7 @@ pytestmark = pytest.mark.gpu
 
 OPTIONS: dict[type[ChunkedOptimizer], dict[str, Any]] = {
     chunkft_fx.SGD: {"lr": 0.02, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    chunkft_fx.Adafactor: {"lr": 0.02, "weight_decay": 0.1},
 }
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
