@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from chunkft_fx.errors import ChunkCountError
+from chunkft_fx.errors import ChunkCountError, OptimizerMismatch
 from chunkft_fx.plan.chunk import Chunk, Slice
-from chunkft_fx.plan.cuts import ParameterSpec, alignment, cut, cut_dim, max_chunks
+from chunkft_fx.plan.cuts import ParameterSpec, alignment, cut, cut_dim, max_chunks, require_whole
+from chunkft_fx.plan.state_spec import ASSUMED, StateSpec
 
 sizes = st.one_of(st.integers(1, 9), st.sampled_from([16, 63, 64, 100, 255, 256, 300, 512, 1000, 1024, 4096]))
 shapes = st.lists(sizes, max_size=4).map(tuple).filter(lambda shape: prod(shape) <= 10**7)
@@ -204,3 +206,28 @@ def test_parameters_without_elements_have_no_slice() -> None:
 def test_other_numbers_of_chunks_are_refused_with_the_limit(bad: Any) -> None:
     with pytest.raises(ChunkCountError, match=rf"chunks={bad!r}.*\b5\b"):
         cut([ParameterSpec("w", (4, 3), 14, 0), ParameterSpec("b", (), 14, 0)], bad)
+
+
+@given(models(), st.data())
+def test_parameters_that_are_whole_are_never_cut(specs: list[ParameterSpec], data: st.DataObject) -> None:
+    whole = [replace(s, is_whole=data.draw(st.booleans())) for s in specs]
+    chunks = cut(whole, data.draw(st.integers(1, min(40, max_chunks(whole)))))
+    slices = [s for c in chunks for s in c.slices]
+    for spec in whole:
+        mine = [s for s in slices if s.name == spec.name]
+        assert sum(s.length for s in mine) == sum(s.size for s in mine[:1])
+        if spec.is_whole and mine:
+            (one,) = mine
+            assert (one.start, one.length, one.size) == (0, one.size, spec.shape[one.dim] if spec.shape else 1)
+    assert sum(c.numel for c in chunks) == sum(prod(s.shape) for s in whole)
+    assert sum(c.nbytes for c in chunks) == sum(prod(s.shape) * s.nbytes_per_element for s in whole)
+
+
+def test_a_slice_of_a_parameter_that_must_be_whole_is_refused() -> None:
+    spec = StateSpec("Factored", (), is_whole=True)
+    (first, _) = cut([ParameterSpec("w", (64, 3), 14, 0)], 2)
+    with pytest.raises(OptimizerMismatch, match="holds 32 of the 64 indices of 'w'"):
+        require_whole(first.slices, spec)
+    require_whole(first.slices, ASSUMED)
+    (whole,) = cut([ParameterSpec("w", (64, 3), 14, 0)], 1)
+    require_whole(whole.slices, spec)
