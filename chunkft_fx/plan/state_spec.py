@@ -6,6 +6,7 @@ in plans, and says nothing of how an update is computed.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -102,12 +103,9 @@ class StateSpec:
         """Whether host memory keeps states, so that those of a chunk are copied between host and device."""
         return self.states == "keep"
 
-    def layouts(self, parameter: Tensor) -> dict[str, StateLayout]:
+    def layouts(self, parameter: Tensor) -> Mapping[str, StateLayout]:
         """A parameter's state tensors by name; a float32 or float64 parameter is its own master."""
-        shape, dtype = tuple(parameter.shape), parameter.dtype
-        found = {t.name: t.layout(shape, dtype) for t in self.tensors if t.belongs_to(len(shape))}
-        wide = wide_dtype(dtype)
-        return found if wide == dtype else found | {MASTER: StateLayout(shape, wide, True)}
+        return _layouts(self.tensors, parameter.shape, parameter.dtype)
 
     def element_nbytes(self, dtype: torch.dtype, dimensions: int) -> int:
         """Optimizer-state bytes per element of a parameter, without states of the whole parameter."""
@@ -124,6 +122,13 @@ class StateSpec:
         kinds = [(d, n) for d in (torch.bfloat16, torch.float32, torch.float64) for n in (1, 2)]
         has_room = all(self.element_nbytes(*kind) >= other.element_nbytes(*kind) for kind in kinds)
         return has_room and len(self.tensors) >= len(other.tensors)
+
+
+@functools.lru_cache(maxsize=4096)  # asked in every step for every slice
+def _layouts(tensors: tuple[StateTensor, ...], shape: tuple[int, ...], dtype: torch.dtype) -> Mapping[str, StateLayout]:
+    found = {t.name: t.layout(shape, dtype) for t in tensors if t.belongs_to(len(shape))}
+    wide = wide_dtype(dtype)
+    return found if wide == dtype else found | {MASTER: StateLayout(tuple(shape), wide, True)}
 
 
 class HasSpec(Protocol):
