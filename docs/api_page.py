@@ -21,6 +21,7 @@ from chunkft_fx.gradients.slice_gradient import SliceGradient
 from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.head.missing_logits import MissingLogits
 from chunkft_fx.module.module import CompiledModule
+from chunkft_fx.optim.optimizer import ChunkedOptimizer
 from chunkft_fx.plan.policy import Policy
 from chunkft_fx.plan.table import Considered
 
@@ -28,6 +29,7 @@ PAGE = Path(__file__).with_name("api.md")
 # What users get without making it. Of classes that also serve the library, the members that are for users.
 GIVEN: dict[type, tuple[str, ...] | None] = {
     CompiledModule: None,
+    ChunkedOptimizer: (),
     Policy: (),
     Considered: (),
     ActiveSlice: ("grad", "weight"),
