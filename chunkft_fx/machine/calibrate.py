@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from chunkft_fx.machine.rates import Rates
+from chunkft_fx.torch_internals import release_workspaces
 
 log = logging.getLogger("chunkft_fx.machine.calibrate")
 
@@ -59,6 +60,8 @@ def calibrate(device: torch.device | str) -> Rates:
             return measured
         finally:
             if device.type == "cuda":
+                torch.cuda.synchronize(device)
+                release_workspaces()  # one lies within a segment of this measurement, and would keep all of it
                 torch.cuda.empty_cache()
     raise AssertionError("the last size either measures or raises")
 

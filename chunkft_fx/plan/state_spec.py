@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from chunkft_fx.errors import OptionError
-from chunkft_fx.graph.layout import stage_nbytes
+from chunkft_fx.graph.layout import stage_nbytes, wide_dtype
 from chunkft_fx.plan.chunk import Chunk, Slice
 
 # What the user calls the dtypes in which states can be kept.
@@ -145,11 +145,6 @@ ASSUMED = StateSpec("AdamW", (StateTensor("exp_avg"), StateTensor("exp_avg_sq"))
 def spec_of(optimizer: HasSpec | None) -> StateSpec:
     """The spec of an optimizer, or that to assume without one."""
     return ASSUMED if optimizer is None else optimizer.spec
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the master weight and the gradients of a parameter: its own, but float32 at least."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def master_dtype(parameter: Tensor) -> torch.dtype:
