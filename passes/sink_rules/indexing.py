@@ -1,6 +1,6 @@
-"""Rules of operators that add rows at given places: embedding backward, index_put, scatter_add.
+"""Rules of operators that add rows at given places, or take them: embedding backward, index_put, scatter_add, index.
 
-Along the indexed dimension, indices outside the slice must be dropped. They are sent to one extra row
+Where rows are added along the cut dimension, indices outside the slice must be dropped. They are sent to one extra row
 behind the slice, which is then cut off, so that nothing has to be known about them at compile time.
 """
 
@@ -118,6 +118,20 @@ def index_add(cut: Cut, node: fx.Node) -> fx.Node:
     grown = _with_extra_row(cut, cut.take(base, dim), dim, node)
     result = cut.emit(aten.index_add.default, grown, dim, moved, values, like=node, **node.kwargs)
     return without_last(cut, result, dim)
+
+
+@rule(aten.index.Tensor, aten._unsafe_index.Tensor)
+def index(cut: Cut, node: fx.Node) -> fx.Node:
+    """``x[:, ..., indices]`` with one index tensor: sinks along every dimension but those that come from it."""
+    assert callable(node.target)
+    x: Any = node.args[0]
+    indices: Any = node.args[1]
+    where = max(d for d, i in enumerate(indices) if i is not None)
+    place = only_place(node, indices[: where + 1])
+    if where <= cut.dim < where + len(shape(place)):
+        raise Refused("the cut dimension is one of the index tensor, which may name any indices", node)
+    source = cut.dim if cut.dim < where else cut.dim - len(shape(place)) + 1
+    return cut.emit(node.target, cut.take(x, source), _at(where, place), like=node)
 
 
 def only_place(node: fx.Node, indices: Any) -> fx.Node:

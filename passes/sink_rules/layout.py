@@ -179,6 +179,18 @@ def flip(cut: Cut, node: fx.Node) -> fx.Node:
     return cut.emit(node.target, cut.take(x, cut.dim), dims, like=node)
 
 
+@rule(aten.roll.default)
+def roll(cut: Cut, node: fx.Node) -> fx.Node:
+    """Sinks along every dimension that is not rolled; without ``dims`` all elements move on as one vector."""
+    x, shifts, *rest = node.args
+    dims: Any = rest[0] if rest else []
+    if not dims:
+        raise Refused("the operator rolls the elements of all dimensions as one vector", node)
+    if cut.dim in [d % len(shape(node)) for d in dims]:
+        raise Refused("the operator rolls the elements along the cut dimension", node)
+    return cut.emit(aten.roll.default, cut.take(x, cut.dim), shifts, dims, like=node)
+
+
 @rule(aten.cat.default)
 def cat(cut: Cut, node: fx.Node) -> fx.Node:
     """Sinks into every part of a join along another dimension than the cut one."""

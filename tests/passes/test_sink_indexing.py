@@ -1,4 +1,4 @@
-"""Slices sink through operators that add rows at given places."""
+"""Slices sink through operators that add rows at given places, or take them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional
 
+from chunkft_fx.passes.sink_rules import RULES, Cut, Refused, Rule
+from chunkft_fx.passes.sink_rules.indexing import index
 from tests.passes.joint import Refusal, assert_sunk, check, joint, refused
 
 aten = torch.ops.aten
@@ -124,6 +126,45 @@ def test_index_select_sinks(dim: int, select_dim: int, inductor: bool) -> None:
     assert_sunk(check(case, (dim, 1, 3)), weight.numel())
 
 
+@settings(max_examples=60)
+@given(st.data())
+def test_random_places_of_a_gradient(data: st.DataObject) -> None:
+    """The gradient of rows put at places is read at these places, of any rank and sign, once or repeatedly."""
+    draw = data.draw
+    sizes = draw(st.lists(st.integers(2, 4), min_size=2, max_size=3))
+    where = draw(st.integers(0, len(sizes) - 1))
+    shape = draw(st.sampled_from([(), (3,), (2, 2)]))
+    places = torch.randint(-sizes[where], sizes[where], shape)
+    weight = _randn(*sizes[:where], *shape, *sizes[where + 1 :])
+
+    def function(w: Tensor, base: Tensor, p: Tensor, x: Tensor) -> Tensor:
+        return aten.index_put(base, [*[None] * where, p], w, True) * x
+
+    inputs = [_randn(*sizes), places, _randn(13, *sizes)]
+    case = joint(function, [weight], inputs, inductor=draw(st.booleans()))
+    dim = draw(st.integers(0, weight.ndim - 1))
+    length = draw(st.integers(1, weight.shape[dim]))
+    region = check(case, (dim, draw(st.integers(0, weight.shape[dim] - length)), length))
+    if where <= dim < where + len(shape):
+        assert [d.op for d in region.dense] == ["aten.index.Tensor"]
+    else:
+        assert region.dense == []
+
+
+@FORMS
+@pytest.mark.parametrize("dim", [0, 3])
+def test_gradient_at_places_sinks(dim: int, inductor: bool) -> None:
+    """Along dimensions in front of the places and behind them."""
+    weight, places = _randn(7, 2, 3, 5), torch.tensor([[0, -1, 3], [3, -4, 2]])
+    case = joint(
+        lambda w, b, p, x: aten.index_put(b, [None, p], w, True) * x,
+        [weight],
+        [_randn(7, 4, 5), places, _randn(13, 7, 4, 5)],
+        inductor=inductor,
+    )
+    assert_sunk(check(case, (dim, 1, 2)), weight.numel())
+
+
 _PLACE, _MASK, _ROWS = torch.tensor([0, 3, 3, 8]), torch.tensor([True, False, True, True]), _randn(4, 5)
 _MASKED = aten._unsafe_masked_index_put_accumulate.default
 _SEVERAL = "several dimensions are indexed at once"
@@ -152,6 +193,13 @@ REFUSALS: dict[str, Refusal] = {
     "masked_values_broadcast_along_the_cut": (
         1, _MASKED, (_randn(9, 5), _MASK.unsqueeze(1), [_PLACE], _randn(4, 1)), None, _BROADCAST,
     ),
+    "taken_with_two_index_tensors": (
+        1, aten.index.Tensor, (_randn(9, 5, 3), [_PLACE, _PLACE % 5]), None, _SEVERAL,
+    ),
+    "taken_along_the_cut": (
+        1, aten.index.Tensor, (_randn(5, 9), [None, _PLACE]), None,
+        "the cut dimension is one of the index tensor, which may name any indices",
+    ),
     "scatter_to_a_part_of_the_cut": (
         0, aten.scatter_add.default, (_randn(7, 5), 1, torch.zeros(3, 5, dtype=torch.int64), _randn(3, 5)), None,
         "values are added to a part of the cut dimension only",
@@ -168,6 +216,24 @@ def test_two_index_tensors_stay_exact() -> None:
     weight, a, b = _randn(7, 5), torch.tensor([0, 3, 6]), torch.tensor([1, 1, 4])
     region = check(joint(lambda w, a, b: w[a, b].tanh(), [weight], [a, b]), (0, 1, 3))
     assert [d.op for d in region.dense] == ["aten.index_put.default"]
+
+
+def test_refuses_a_gradient_at_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many rows a mask takes is known at run time only. They are summed here, so that nothing is reported dense."""
+    weight, mask = _randn(5), torch.tensor([True, False, True, True])
+    inputs = [_randn(4, 5), mask, _randn(13, 4, 5)]
+    case = joint(lambda w, b, m, x: aten.index_put(b, [m], w, True) * x, [weight], inputs)
+    reasons = []
+
+    def recorded(cut: Cut, node: fx.Node) -> fx.Node:
+        with pytest.raises(Refused) as refusal:
+            index(cut, node)
+        reasons.append(refusal.value.reason)
+        raise refusal.value
+
+    monkeypatch.setitem(RULES, aten.index.Tensor, Rule(recorded, contracts=False))
+    check(case, (0, 1, 3))
+    assert reasons == ["the index is a mask"]
 
 
 def test_stays_exact_in_gather_of_a_part_along_the_cut() -> None:

@@ -37,6 +37,8 @@ SINKS: dict[str, tuple[Function, tuple[int, ...]]] = {
     "select": (lambda w: w[:, 2], (0, 2)),
     "pad_other_dim": (lambda w: functional.pad(w, (1, 2)), (0, 1)),
     "flip": (lambda w: w.flip(1), (0, 2)),
+    "roll": (lambda w: w.roll(2, 1), (0, 2)),
+    "roll_two_dims": (lambda w: w.roll((2, -1), (0, -1)), (1,)),
     "repeat": (lambda w: w.repeat(1, 2, 1), (0, 2)),
 }
 SUNK = [pytest.param(f, dim, id=f"{name}-{dim}") for name, (f, dims) in SINKS.items() for dim in dims]
@@ -60,6 +62,8 @@ STAYS_EXACT: dict[str, tuple[Function, int, str]] = {
     "view_of_an_inner_part": (lambda w: w.reshape(6, 21).exp(), 2, "view"),
     "view_of_merged_dimensions": (lambda w: w.view(2, 3, 7, 3).exp(), 0, "view"),
     "flip_along_the_cut": (lambda w: w.flip(0), 0, "flip"),
+    "roll_along_the_cut": (lambda w: w.roll(2, 0), 0, "roll"),
+    "roll_without_dimensions": (lambda w: w.roll(2), 0, "roll"),
     "pad_along_the_cut": (lambda w: functional.pad(w, (0, 0, 1, 2)).exp()[:, 1:], 1, "constant_pad_nd"),
     "joined_along_the_cut": (lambda w: w[1:] + w[:-1], 0, "slice_backward"),
     "selected_along_the_cut": (lambda w: w[2], 0, "select_backward"),
@@ -123,6 +127,14 @@ REFUSALS: dict[str, Refusal] = {
     "joined_with_an_empty_vector": (
         0, aten.cat.default, ([_randn(5, 7), _randn(0)], 1), None,
         "a joined part has fewer dimensions than the result",
+    ),
+    "roll_along_the_cut": (
+        1, aten.roll.default, (_randn(5, 7), [2], [-1]), None,
+        "the operator rolls the elements along the cut dimension",
+    ),
+    "roll_without_dimensions": (
+        0, aten.roll.default, (_randn(5, 7), [2]), None,
+        "the operator rolls the elements of all dimensions as one vector",
     ),
     "pad_along_the_cut": (1, aten.constant_pad_nd.default, (_randn(5, 7), [1, 0]), None, "the cut dimension is padded"),
 }  # fmt: skip
