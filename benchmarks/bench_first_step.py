@@ -31,17 +31,18 @@ import chunkft_fx
 from benchmarks.shapes import SHAPES, batches, build
 from chunkft_fx.machine.rates import Rates
 from chunkft_fx.predict.predictor import Predictor
+from chunkft_fx.runtime.session import Session
 
 # What one H200 was calibrated to.
 H200 = Rates({"bfloat16": 6.79e14, "float32": 5.0e13}, 3.92e12, 5.49e10, 5.49e10, 4.56e10, 7.3)
 
 # The functions that a part is made of, where they are called; what is left of a call is Dynamo's.
 PARTS = {
-    "chunkft_fx.module.module:chunk_head": "rewrite of the head",
-    "chunkft_fx.module.module:capture": "description of the joint graph",
+    "chunkft_fx.module.sessions:chunk_head": "rewrite of the head",
+    "chunkft_fx.module.sessions:captured": "equal blocks found and copied",
+    "chunkft_fx.capture.repeats:capture": "description of the joint graph",
     "chunkft_fx.capture.capture:aot_export_joint_with_descriptors": "joint graph by torch",
-    "chunkft_fx.module.module:locate": "outline",
-    "chunkft_fx.module.module:outline": "outline",
+    "chunkft_fx.module.sessions:outline": "outline",
     "chunkft_fx.planning.batch_plan:BatchPlans.__init__": "reader of sizes",
     "chunkft_fx.planning.batch_plan:BatchPlans.prepare": "search",
     "chunkft_fx.planning.batch_plan:settle": "settling",
@@ -134,8 +135,8 @@ def paced(rates: Rates | None) -> Iterator[None]:
         yield
         return
 
-    def predictor(*args: Any, **kwargs: Any) -> Predictor:
-        return Predictor(*args, known=rates, **kwargs)
+    def predictor(session: Session, **of_a_batch: Any) -> Predictor:
+        return Predictor(session, rates, **of_a_batch)
 
     with mock.patch("chunkft_fx.planning.batch_plan.Predictor", predictor):
         yield
