@@ -31,7 +31,7 @@ import chunkft_fx
 from benchmarks.shapes import SHAPES, batches, build
 from chunkft_fx.machine.rates import Rates
 from chunkft_fx.predict.predictor import Predictor
-from chunkft_fx.runtime.session import Session
+from chunkft_fx.program.programs import Programs
 
 # What one H200 was calibrated to.
 H200 = Rates({"bfloat16": 6.79e14, "float32": 5.0e13}, 3.92e12, 5.49e10, 5.49e10, 4.56e10, 7.3)
@@ -47,12 +47,13 @@ PARTS = {
     "chunkft_fx.planning.batch_plan:BatchPlans.prepare": "search",
     "chunkft_fx.planning.batch_plan:settle": "settling",
     "chunkft_fx.program.programs:build": "programs written",
+    "chunkft_fx.program.run_passes:over_program": "program passes",
     "chunkft_fx.program.programs:assemble": "programs assembled",
     "chunkft_fx.program.programs:choose_variants": "demands",
     "chunkft_fx.predict.predictor:step_timeline": "steps replayed",
     "chunkft_fx.predict.step_memory:workspace": "region peaks",
     "chunkft_fx.predict.region_time:graph_cost": "region times",
-    "chunkft_fx.program.run_passes:run": "region passes",
+    "chunkft_fx.program.run_passes:over_region": "region passes",
     "chunkft_fx.program.variants:Specializer.variant": "variants",
     "chunkft_fx.program.variants:partition": "partition",
     "chunkft_fx.program.lower:compile_graph": "compile",
@@ -135,8 +136,8 @@ def paced(rates: Rates | None) -> Iterator[None]:
         yield
         return
 
-    def predictor(session: Session, **of_a_batch: Any) -> Predictor:
-        return Predictor(session, rates, **of_a_batch)
+    def predictor(programs: Programs, absent: frozenset[str], **of_a_batch: Any) -> Predictor:
+        return Predictor(programs, absent, known=rates, **of_a_batch)
 
     with mock.patch("chunkft_fx.planning.batch_plan.Predictor", predictor):
         yield

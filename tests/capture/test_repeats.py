@@ -87,7 +87,7 @@ def called(
 
 def wiring(session: Session) -> list[Any]:
     """What a capture and its outline say without the names of values: each is called by its region and place."""
-    capture, regions = session.capture, session.outline.regions
+    capture, regions = session.capture, session.programs.outline.regions
     known: dict[str, Any] = {p: capture.parameters.get(p, p) for p in capture.primals} | capture.tangents
     known |= dict.fromkeys(capture.constants, "constant")
     for region in regions:
