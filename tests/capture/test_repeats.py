@@ -105,7 +105,7 @@ def wiring(session: Session) -> list[Any]:
 def test_a_filled_capture_is_that_of_the_whole_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     filled, whole = (called(FILLED[name], monkeypatch, is_whole) for is_whole in (False, True))
     assert filled[2] == [True]
-    (a,), (b,) = filled[0]._sessions, whole[0]._sessions
+    (a,), (b,) = filled[0]._training.sessions, whole[0]._training.sessions
     assert wiring(a) == wiring(b)
     a.capture.graph.lint()
     assert len(operations(a)) == len(operations(b))
@@ -202,7 +202,7 @@ def results(chain: Callable[[], Chain], monkeypatch: pytest.MonkeyPatch, is_whol
     total.backward()
     buffers = [b.clone() for b in compiled.buffers()]
     gradients = [s.grad for s in compiled.active_slices() if s.grad is not None]
-    return [wiring(compiled._sessions[0]), [*outputs, *gradients, *buffers]], filled
+    return [wiring(compiled._training.sessions[0]), [*outputs, *gradients, *buffers]], filled
 
 
 @pytest.mark.parametrize("name", [*ALIKE, *UNLIKE])

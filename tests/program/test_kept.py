@@ -21,7 +21,7 @@ def test_programs_of_a_sweep_keep_no_graphs() -> None:
     model, batch = tiny("llama")
     compiled = chunkft_fx.compile(model, "8GB", chunks=8, backend="eager")
     compiled(**batch(2, 16, 0))
-    session = compiled._sessions[-1]
+    session = compiled._training.sessions[-1]
     programs, absent = session.programs, frozenset(session.capture.tangents) - session._expected
     for _ in range(2):  # the second time all variants are there
         programs._executables.clear()
@@ -56,7 +56,7 @@ def test_regions_that_were_dropped_are_rewritten_again(monkeypatch: pytest.Monke
         model, batch = tiny("llama")
         compiled = chunkft_fx.compile(model, "8GB", chunks=3, backend="eager")
         compiled(**batch(2, 16, 0)).loss.backward()
-        specializer = compiled._sessions[-1].programs.specializer
+        specializer = compiled._training.sessions[-1].programs.specializer
         assert len(specializer._specialized) <= kept
         assert len(specializer._reads) > 1
         gradients.append([s.grad for s in compiled.active_slices()])
