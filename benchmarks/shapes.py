@@ -51,6 +51,9 @@ SHAPES: dict[str, Maker] = {
     ),
     "gpt2-xl": _gpt2_xl,
     "qwen3-4b": _qwen3_4b,
+    "narrow": _llama(
+        32, hidden_size=64, intermediate_size=176, num_attention_heads=4, num_key_value_heads=4, vocab_size=1000,
+    ),
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import torch._functorch.partitioners as partitioners
 import torch._inductor.config as inductor_config
 import torch.utils._python_dispatch as python_dispatch
 from torch import Tensor, fx, nn
+from torch._dynamo.utils import counters
 from torch._functorch._aot_autograd.descriptors import PlainAOTOutput
 from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx_inner
@@ -253,6 +254,11 @@ def compile_graph(module: fx.GraphModule, fake_mode: FakeTensorMode, is_backward
     with inductor_config.patch(fallback_random=True), tracing(TracingContext(fake_mode)), fake_mode:
         compiled: Compiled = compile_fx_inner(module, fakes, is_backward=is_backward)
     return compiled
+
+
+def cache_hits() -> int:
+    """How many graphs Inductor found in its cache, so far in this process, instead of compiling them."""
+    return int(counters["inductor"]["fxgraph_cache_hit"])
 
 
 def graph_module(root: nn.Module | dict[str, Any], graph: fx.Graph) -> fx.GraphModule:

@@ -20,10 +20,11 @@ def locate(graph: fx.Graph, modules: Iterable[tuple[str, torch.nn.Module]]) -> N
     """
     paths = {str(id(module)): name for name, module in modules}
     for node in graph.nodes:
-        node.meta["module_path"] = _innermost(node, paths)
+        node.meta["module_path"] = innermost(node, paths)
 
 
-def _innermost(node: fx.Node, paths: Mapping[str, str]) -> str | None:
+def innermost(node: fx.Node, paths: Mapping[str, str]) -> str | None:
+    """The path of the innermost module that a node was called in, of modules known by ``str(id(module))``."""
     # torch calls an entry of its stack by the module's id, with "@" and a number from the second call on
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     known = (paths.get(str(key).split("@")[0]) for key in reversed(stack))

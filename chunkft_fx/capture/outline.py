@@ -75,21 +75,21 @@ class Outline:
 
 def outline(capture: Capture, blocks: Sequence[str]) -> Outline:
     """Cut a capture into regions at the borders of ``blocks`` (see `capture.blocks.block_paths`)."""
-    forward, labels = _forward_regions(capture, blocks)
-    assignment = _backward_regions(capture, forward)
+    forward, labels = forward_regions(capture, blocks)
+    assignment = backward_regions(capture, forward)
     contributions = _contributions(capture, assignment)
     return _build(capture, labels, assignment, contributions)
 
 
-def _is_call_of_forward(node: fx.Node) -> bool:
+def is_call_of_forward(node: fx.Node) -> bool:
     return node.op == "call_function" and node.meta["partitioner_tag"] != "is_backward"
 
 
-def _forward_regions(capture: Capture, blocks: Sequence[str]) -> tuple[dict[fx.Node, int], list[str]]:
+def forward_regions(capture: Capture, blocks: Sequence[str]) -> tuple[dict[fx.Node, int], list[str]]:
     """Assign each forward node to a contiguous segment; segments without a parameter join their neighbour."""
     segments: list[tuple[str, list[fx.Node]]] = []
     for node in capture.graph.nodes:
-        if not _is_call_of_forward(node):
+        if not is_call_of_forward(node):
             continue
         path = module_path(node)
         source = node.args[0] if node.target is operator.getitem else None
@@ -119,7 +119,7 @@ def _forward_regions(capture: Capture, blocks: Sequence[str]) -> tuple[dict[fx.N
     ]
 
 
-def _backward_regions(capture: Capture, forward: dict[fx.Node, int]) -> dict[fx.Node, int]:
+def backward_regions(capture: Capture, forward: dict[fx.Node, int]) -> dict[fx.Node, int]:
     """Extend the assignment to backward nodes: the region of the forward operator a node belongs to.
 
     Gradient accumulations belong to no operator; they run in the lowest region that feeds them, as
@@ -216,8 +216,8 @@ def _build(
         ]
         primals = [n for n in inputs if not _comes_late(n, index, assignment, capture)]
         tangents = [n for n in inputs if _comes_late(n, index, assignment, capture)]
-        forward = [n for n in nodes if _is_call_of_forward(n) and (n in split or n.name in outside)]
-        values = [n for n in nodes if not _is_call_of_forward(n) and n in split]
+        forward = [n for n in nodes if is_call_of_forward(n) and (n in split or n.name in outside)]
+        values = [n for n in nodes if not is_call_of_forward(n) and n in split]
         graph = _extract(capture, nodes, primals, tangents, forward, [n for n, _ in gradients] + values)
         key = structural_key(graph)
         template = templates.setdefault(key, Template(len(templates), key, graph))
@@ -253,7 +253,7 @@ def _comes_late(node: fx.Node, region: int, assignment: dict[fx.Node, int], capt
         return True
     if node.op == "placeholder":
         return False
-    return not _is_call_of_forward(node) or assignment[node] > region
+    return not is_call_of_forward(node) or assignment[node] > region
 
 
 def _extract(
@@ -291,12 +291,12 @@ def structural_key(region: RegionGraph) -> str:
         args = fx.map_arg((node.args, node.kwargs), _numbering(numbers))
         kind = (node.meta.get("kind"), node.meta.get("partitioner_tag"), node.meta.get("is_parameter"))
         called = str(node.target) if node.op == "call_function" else ""
-        text = f"{(node.op, called, args, kind)!r}{value_text(node.meta.get('val'))}{_bounds(node.meta.get('val'))}"
+        text = f"{(node.op, called, args, kind)!r}{value_text(node.meta.get('val'))}{bounds(node.meta.get('val'))}"
         digest.update(renamed(text, sizes).encode())
     return digest.hexdigest()[:16]
 
 
-def _bounds(value: Any) -> list[int]:
+def bounds(value: Any) -> list[int]:
     """The numbers that the symbolic sizes of a value stand for where memory is predicted."""
     sizes = value.shape if isinstance(value, Tensor) else (value,)
     return [hint(s) for s in sizes if isinstance(s, torch.SymInt)]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx
 
 from chunkft_fx.capture.aliases import separate_outputs
-from chunkft_fx.capture.blocks import block_paths, locate, warn_if_unseen
-from chunkft_fx.capture.capture import capture
+from chunkft_fx.capture.blocks import block_paths, warn_if_unseen
 from chunkft_fx.capture.outline import outline
+from chunkft_fx.capture.repeats import captured
 from chunkft_fx.head.rewrite import chunk_head
 from chunkft_fx.machine.kernel_choice import chooser
 from chunkft_fx.program.programs import Programs
@@ -38,17 +38,16 @@ def new_session(owner: SessionOwner, gm: fx.GraphModule, inputs: Sequence[Any], 
         chunk_head(gm)
     separate_outputs(gm)
     names = {id(p): name for name, p in residency.parameters.items()}
-    captured = capture(gm, inputs, names, owner.backend)
+    joint = captured(gm, inputs, names, owner.backend, model)
     modules = list(model.named_modules())
-    locate(captured.graph, modules)
-    regions = outline(captured, block_paths(modules))
-    if captured.tangents and not any(s.capture.tangents for s in owner.sessions):  # once a model
-        warn_if_unseen(modules, captured.parameters.values(), [r.label for r in regions.regions])
+    regions = outline(joint, block_paths(modules))
+    if joint.tangents and not any(s.capture.tangents for s in owner.sessions):  # once a model
+        warn_if_unseen(modules, joint.parameters.values(), [r.label for r in regions.regions])
     held = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     batch = [i for i, t in enumerate(inputs) if isinstance(t, Tensor) and id(t) not in names and _is_apart(t, held)]
     looks = {n: torch.empty_like(p, device="meta") for n, p in residency.parameters.items()}
     choose, own = chooser(residency.device), (options.passes, options.program_passes)
-    programs = Programs(captured, regions, looks, owner.backend, residency.device, choose, *own)
+    programs = Programs(joint, regions, looks, owner.backend, residency.device, choose, *own)
     return Session(owner, programs, batch, is_training)
 
 

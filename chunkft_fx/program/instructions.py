@@ -15,7 +15,7 @@ from torch import fx
 
 from chunkft_fx.graph import ops
 from chunkft_fx.graph.ops import STREAM_NODES
-from chunkft_fx.program.program import Program, RegionCall
+from chunkft_fx.program.program import Program, RegionCall, region_call
 from chunkft_fx.program.variants import Variant
 
 Slots = dict[int, Any]
@@ -125,7 +125,7 @@ def exchanged(executable: Executable, variants: Sequence[Variant]) -> Executable
         call = instruction.call
         if not isinstance(call, RegionCall) or call.variant is variants[call.region.index]:
             return instruction
-        return replace(instruction, call=RegionCall(call.region, variants[call.region.index], call.is_backward))
+        return replace(instruction, call=region_call(call.region, variants[call.region.index], call.is_backward))
 
     return replace(
         executable,

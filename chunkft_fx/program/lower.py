@@ -13,7 +13,7 @@ from torch import fx
 from chunkft_fx.graph.effects import with_bare_assertions
 from chunkft_fx.graph.sub_graphs import opened
 from chunkft_fx.program.variants import Variant
-from chunkft_fx.torch_internals import compile_graph, graph_module
+from chunkft_fx.torch_internals import cache_hits, compile_graph, graph_module
 
 log = logging.getLogger("chunkft_fx.program.lower")
 aten = torch.ops.aten
@@ -31,13 +31,14 @@ def lower(variant: Variant, backend: str, fake_mode: Any, is_backward: bool) -> 
         return made
     module = variant.backward if is_backward else variant.forward
     assert module is not None
-    start = time.perf_counter()
+    start, hits = time.perf_counter(), cache_hits()
     if backend == "eager":
         run = _eager(module)
     else:
         run = compile_graph(with_bare_assertions(opened(module)), fake_mode, is_backward)
     seconds = time.perf_counter() - start
-    log.debug("variant %d %s: lowered in %.2f s", variant.index, "backward" if is_backward else "forward", seconds)
+    direction, how = "backward" if is_backward else "forward", " from Inductor's cache" if cache_hits() > hits else ""
+    log.debug("variant %d %s: lowered in %.2f s%s", variant.index, direction, seconds, how)
     if is_backward:
         variant.run_backward = run
     else:

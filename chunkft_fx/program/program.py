@@ -8,10 +8,11 @@ gradients named by ``Program.gradients``.
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from chunkft_fx.capture.capture import Capture, OutputName
 from chunkft_fx.capture.outline import Outline, Region
 from chunkft_fx.graph.region import OutputDemand, ProgramPass, SliceDemand
 from chunkft_fx.plan.chunk import Slice
-from chunkft_fx.plan.policy import Policy, RegionPolicy
+from chunkft_fx.plan.policy import Policy
 from chunkft_fx.program import run_passes
 from chunkft_fx.program.variants import Demand, Source, Specializer, Variant
 from chunkft_fx.program.verify_streams import verify_streams
@@ -42,6 +43,15 @@ class RegionCall(nn.Module):
         return f"template={self.region.template.index}, variant={self.variant.index}"
 
 
+def region_call(region: Region, variant: Variant, is_backward: bool) -> RegionCall:
+    """The call of one direction of a region in this variant, which the programs of a sweep share."""
+    key = region.index, is_backward
+    known = variant.calls.get(key)
+    if not isinstance(known, RegionCall) or known.region is not region:
+        known = variant.calls[key] = RegionCall(region, variant, is_backward)
+    return known
+
+
 @dataclass(frozen=True)
 class Program:
     """A step's graph and what its gradient outputs mean.
@@ -49,14 +59,24 @@ class Program:
     ``gradients`` gives for each gradient output the primal it belongs to (several outputs may name the
     same one: contributions to add up). ``variants`` lists the variant of every region, in order;
     ``lowest`` is the first region with a backward (the number of regions when there is none); ``counts`` says how many
-    rewrites each pass made.
+    rewrites each pass made. ``write`` makes the graph, which takes a megabyte for 32 blocks and is only needed to
+    `assemble` the program, and to show it.
     """
 
-    module: fx.GraphModule
     gradients: tuple[str, ...]
     variants: tuple[Variant, ...]
     lowest: int
-    counts: dict[str, int] = field(default_factory=dict, compare=False)
+    counts: dict[str, int] = field(compare=False)
+    write: Callable[[], fx.GraphModule] = field(repr=False, compare=False)
+
+    @functools.cached_property
+    def module(self) -> fx.GraphModule:
+        """The graph as a module; written when it is asked for."""
+        return self.write()
+
+    def forget(self) -> None:
+        """Drop the graph; it is written again when it is asked for again."""
+        vars(self).pop("module", None)
 
     @property
     def graph(self) -> fx.Graph:
@@ -100,16 +120,33 @@ def build(
     variants: list[Variant],
     hook: run_passes.Hook[fx.GraphModule] | None = None,
 ) -> Program:
-    """Write the calls of these variants, as `choose_variants` gives them, down as one graph, and run the passes.
+    """The program that calls these variants, as `choose_variants` gives them, its passes run.
 
     Every program that passes changed is verified before it runs; ``hook`` is `run_passes.over_program`'s.
     """
-    program = _write(capture, outline, spec, variants)
-    steps = (*passes.program_pipeline(spec.policy, spec.device, spec.state_nbytes), *spec.passes)
-    counts = run_passes.over_program(program.module, steps, spec.policy.depth, hook)
-    if any(counts.values()):
-        verify_streams(program.module, spec.policy.streamed, spec.policy.depth)
-    return replace(program, counts=counts)
+    counts: dict[str, int] = {}
+
+    def write() -> fx.GraphModule:
+        module = _write(capture, outline, spec, variants)
+        steps = (*passes.program_pipeline(spec.policy, spec.device, spec.state_nbytes), *spec.passes)
+        counts.update(run_passes.over_program(module, steps, spec.policy.depth, hook))
+        if any(counts.values()):
+            verify_streams(module, spec.policy.streamed, spec.policy.depth)
+        return module
+
+    calls = reversed(list(zip(outline.regions, variants, strict=True)))
+    gradients = tuple(r.gradients[i][1] for r, v in calls for i in _asked(v) if i < len(r.gradients))
+    lowest = next((i for i, v in enumerate(variants) if v.backward is not None), len(variants))
+    program = Program(gradients, tuple(variants), lowest, counts, write)
+    assert program.module is not None, "written here, so that a program that is wrong is not given away"
+    return program
+
+
+def _asked(variant: Variant) -> list[int]:
+    """The backward outputs that a variant makes."""
+    if variant.backward is None:
+        return []
+    return [i for i, d in enumerate(variant.demand.backward) if d is not None]
 
 
 def region_demands(capture: Capture, outline: Outline, specializer: Specializer, spec: ProgramSpec) -> list[Demand]:
@@ -133,7 +170,7 @@ def region_demands(capture: Capture, outline: Outline, specializer: Specializer,
         if demand.forward_only:
             demand = Demand(backward, (False,) * len(region.tangents))
         else:
-            reads = specializer.specialize(region.template, backward, demand.absent, RegionPolicy()).tangents
+            reads = specializer.reads(region.template, backward, demand.absent)
             wanted |= {name for name, is_read in zip(region.tangents, reads, strict=True) if is_read}
         demands.append(demand)
     return demands
@@ -149,7 +186,7 @@ def _gradient_demand(capture: Capture, primal: str, spec: ProgramSpec) -> Output
     return "whole" if part.is_whole else SliceDemand(part.dim, part.length)
 
 
-def _write(capture: Capture, outline: Outline, spec: ProgramSpec, variants: list[Variant]) -> Program:
+def _write(capture: Capture, outline: Outline, spec: ProgramSpec, variants: list[Variant]) -> fx.GraphModule:
     graph = fx.Graph()
     modules: dict[str, nn.Module] = {}
     env: dict[str, fx.Node] = {}
@@ -169,7 +206,7 @@ def _write(capture: Capture, outline: Outline, spec: ProgramSpec, variants: list
             env[name] = _item(graph, call, i, variant)
     outputs = tuple(env[str(o)] if isinstance(o, OutputName) else o for o in capture.outputs)
     mutations = tuple(env[new] for _, new in capture.mutations)
-    gradients: list[tuple[str, fx.Node]] = []
+    gradients: list[fx.Node] = []
     for region, variant in reversed(list(zip(outline.regions, variants, strict=True))):
         if variant.backward is None:
             continue
@@ -178,29 +215,27 @@ def _write(capture: Capture, outline: Outline, spec: ProgramSpec, variants: list
             for source in variant.sources
         ]
         call = _call(graph, modules, region, variant, arguments, is_backward=True)
-        asked = [i for i, d in enumerate(variant.demand.backward) if d is not None]
-        for position, i in enumerate(asked):
+        for position, i in enumerate(_asked(variant)):
             item = _item(graph, call, position)
             if i < len(region.gradients):
-                gradients.append((region.gradients[i][1], item))
+                gradients.append(item)
             else:
                 env[region.values[i - len(region.gradients)]] = item
-    graph.output((outputs, mutations, tuple(node for _, node in gradients)))
+    graph.output((outputs, mutations, tuple(gradients)))
     for node in list(graph.nodes):
         if node.target is operator.getitem and not node.users:
             graph.erase_node(node)
-    lowest = next((i for i, v in enumerate(variants) if v.backward is not None), len(variants))
     root = nn.Module()
     for name, module in modules.items():
         root.add_module(name, module)
-    return Program(graph_module(root, graph), tuple(p for p, _ in gradients), tuple(variants), lowest)
+    return graph_module(root, graph)
 
 
 def _call(
     graph: fx.Graph, modules: dict[str, nn.Module], region: Region, variant: Variant, args: list[Any], is_backward: bool
 ) -> fx.Node:
     name = f"{_readable(region.label)}_{region.index}_{'backward' if is_backward else 'forward'}"
-    modules[name] = RegionCall(region, variant, is_backward)
+    modules[name] = region_call(region, variant, is_backward)
     call = graph.call_module(name, tuple(args))
     call.meta["region"] = region.index
     return call

@@ -113,4 +113,6 @@ class Programs:
 
     def _written(self, spec: ProgramSpec, variants: list[Variant]) -> Executable:
         program = build(self.capture, self.outline, spec, variants)
-        return assemble(program, len(self.capture.primals) + len(self.capture.constants))
+        executable = assemble(program, len(self.capture.primals) + len(self.capture.constants))
+        program.forget()
+        return executable

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from chunkft_fx import passes
 from chunkft_fx.capture.outline import Template
@@ -79,6 +80,7 @@ class Variant:
     saved_nbytes: int = 0
     run_forward: Callable[[list[Any]], Any] | None = None
     run_backward: Callable[[list[Any]], Any] | None = None
+    calls: dict[tuple[int, bool], nn.Module] = field(default_factory=dict, repr=False)  # see `program.region_call`
 
     @functools.cached_property
     def interface(self) -> Hashable:
@@ -91,6 +93,13 @@ class Variant:
             (str(v.shape), str(v.stride()), v.dtype, v.device) if isinstance(v, torch.Tensor) else None for v in values
         )
         return self.template.index, self.backward is None, asked, self.sources, self.forward_starts, looks
+
+
+# What a specialised region depends on: template, backward outputs, absent tangents, and the policy.
+_Asked = tuple[int, tuple[OutputDemand, ...], tuple[bool, ...], RegionPolicy]
+
+# Rewritten regions that are kept, the newest: each takes some 350 kB, and is made again in 30 ms where it is asked for.
+KEPT_REGIONS = 64
 
 
 @dataclass(frozen=True)
@@ -111,7 +120,8 @@ class Specializer:
 
     def __init__(self, choose: Choose | None = None, passes: Sequence[Pass] = ()) -> None:
         self._choose, self._passes = choose, tuple(passes)
-        self._specialized: dict[tuple[int, tuple[OutputDemand, ...], tuple[bool, ...], RegionPolicy], Specialized] = {}
+        self._specialized: OrderedDict[_Asked, Specialized] = OrderedDict()
+        self._reads: dict[_Asked, tuple[bool, ...]] = {}
         self._zeros: dict[tuple[int, tuple[bool, ...]], tuple[bool, ...]] = {}
         self._variants: dict[tuple[int, Demand], Variant] = {}
 
@@ -150,7 +160,18 @@ class Specializer:
             counts |= run_passes.over_region(region, passes.lowering_pipeline(choices))
             used = tuple(bool(n.users) or n in region.backward_outputs for n in region.placeholders("tangent"))
             self._specialized[key] = Specialized(region, counts, used)
+            self._reads[key] = used
+            if len(self._specialized) > KEPT_REGIONS:
+                self._specialized.popitem(last=False)
+        self._specialized.move_to_end(key)
         return self._specialized[key]
+
+    def reads(
+        self, template: Template, backward: tuple[OutputDemand, ...], absent: tuple[bool, ...]
+    ) -> tuple[bool, ...]:
+        """For each tangent of a region whether its rewritten graph reads it."""
+        known = self._reads.get((template.index, backward, absent, RegionPolicy().of_joint_graph))
+        return self.specialize(template, backward, absent, RegionPolicy()).tangents if known is None else known
 
     def variant(self, template: Template, demand: Demand) -> Variant:
         """The variant for a demand; made, partitioned and cached on its first use."""
