@@ -189,7 +189,7 @@ def test_refuses(name: str, caplog: pytest.LogCaptureFixture) -> None:
     """The graph stays as it is, and the log says why."""
     loss, reason = REFUSED[name]
     model = Model(loss, torch.float32, True)
-    with caplog.at_level(logging.DEBUG, logger="chunkft_fx.head.operators"):
+    with caplog.at_level(logging.DEBUG, logger="chunkft_fx.head.rewrite"):
         count, gm, found = rewritten(model, *batch(torch.float32))
     assert count == 0
     assert not gm.graph.find_nodes(op="call_function", target=head.forward)
