@@ -167,7 +167,8 @@ class Following(ABC):
 
         Gradients that were gathered for a step are of the model as it was: they are dropped, with a `ChunkFTWarning`.
         """
-        if any(s.grad is not None for s in self._slices or ()):
+        is_waiting = self.arrivals.through or self.arrivals.outside  # no step has used them
+        if is_waiting and any(s.grad is not None for s in self._slices or ()):
             warn_of_dropped_gradients()
         parameters, optimizer = dict(self.model.named_parameters()), self.optimizer
         plan = first_plan(self.model, self.options, spec_of(optimizer))

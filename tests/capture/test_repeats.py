@@ -246,7 +246,7 @@ def test_a_frozen_block_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_blocks_are_copied_in_evaluation_and_for_lengths_that_vary(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled, _, _ = called(Chain, monkeypatch, False)
-    plain = compiled.plain
+    plain = compiled._training.plain
     with watched(monkeypatch) as filled:
         for length in (5, 6, 9):
             x = torch.randn(2, length, 8)

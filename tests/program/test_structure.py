@@ -99,6 +99,6 @@ def test_every_order_visits_every_chunk_in_a_sweep(order: str) -> None:
     seen = []
     for _ in range(10):
         seen.append(compiled.chunk)
-        compiled.advance()
+        compiled._training.advance()
     assert sorted(seen) == sorted([0, 1, 2, 3, 4] * 2)
     assert seen[::2] == seen[1::2]
