@@ -18,7 +18,7 @@ hypothesis.settings.register_profile("default", deadline=None, derandomize=True,
 hypothesis.settings.load_profile("default")
 
 
-# Tests of more than a few seconds, as they were measured: `tests.durations` writes this list.
+# Tests of more than 1.5 seconds, as they were measured: `tests.durations` writes this list.
 SLOW = frozenset(Path(__file__).with_name("slow.txt").read_text().splitlines())
 
 

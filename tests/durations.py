@@ -16,7 +16,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-LIMIT_S, QUICK_S = 3.0, 8.0
+LIMIT_S, QUICK_S = 1.5, 8.0
 LIST = Path(__file__).with_name("slow.txt")
 # What `make test` has to run whatever it takes: the promise that any order of a user's actions is right.
 KEPT = ("tests/module/test_user_actions.py::test_any_order_of_actions",)
