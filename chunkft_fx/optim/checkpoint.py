@@ -25,6 +25,8 @@ from chunkft_fx.plan.cuts import cut_dim
 from chunkft_fx.plan.state_spec import MASTER, StateSpec, master_dtype
 
 ENTRY = "chunkft"
+# Of what stands in that entry; it changes when that does.
+VERSION = 1
 # Switches of torch's optimizers that choose an implementation; ours is chosen by the device.
 _IGNORED_OPTIONS = {"params", "param_names", "foreach", "capturable", "differentiable", "fused"} | {
     "decoupled_weight_decay",
@@ -55,6 +57,7 @@ def describe(groups: Sequence[Mapping[str, Any]], position: dict[str, Any] | Non
     """The entry that this library adds to a checkpoint: plain data only."""
     named = [(n, p) for g in groups for n, p in zip(g["param_names"], g["params"], strict=True)]
     return {
+        "version": VERSION,
         "parameters": [[n, list(p.shape), cut_dim(p.shape)] for n, p in named],
         "position": position,
         "updates": updates,
@@ -146,6 +149,12 @@ def _options(
 
 def _check_entry(entry: Any, named: Sequence[tuple[str, Tensor]]) -> list[int]:
     """The saved cut dimensions, once names and shapes are known to be this model's."""
+    found = entry.get("version") if isinstance(entry, Mapping) else None
+    if isinstance(entry, Mapping) and found != VERSION:
+        raise CheckpointMismatch(
+            f"the checkpoint's entry {ENTRY!r} has version {found!r}, and this library reads version {VERSION}: load "
+            "it with the release that wrote it, or begin with a new optimizer"
+        )
     try:
         saved = [(str(name), tuple(shape), int(dim)) for name, shape, dim in entry["parameters"]]
         entry["position"], int(entry.get("updates", 0))
