@@ -1,7 +1,7 @@
 """Engines: holds what copies for all programs of one model, the weight ring and the saved values.
 
 The ring has a link of its own; saved values share one link for both directions. The third engine, the optimizer's stage
-(`copies.state_stage`), has two, and belongs to the optimizer.
+(`copies.states.stage`), has two, and belongs to the optimizer.
 """
 
 from __future__ import annotations

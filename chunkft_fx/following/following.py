@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from chunkft_fx.copies.residency import Residency, compute_device
-from chunkft_fx.copies.state_stage import StageOwner
+from chunkft_fx.copies.states.stage import StageOwner
 from chunkft_fx.errors import AlreadyCompiled, ChunkFTWarning, ModelChanged
 from chunkft_fx.following import ownership
 from chunkft_fx.following.distribution import refuse_ranks

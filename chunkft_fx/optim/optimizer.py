@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from chunkft_fx.bytes import parse_bytes
-from chunkft_fx.copies.state_stage import Stage
+from chunkft_fx.copies.states.stage import Stage
 from chunkft_fx.errors import NotPlanned, OptimizerMismatch, OptionError
 from chunkft_fx.following import ownership
 from chunkft_fx.gradients.slices import ActiveSlice
@@ -34,7 +34,7 @@ from chunkft_fx.optim.refusals import (
     refuse_strangers,
     warn_without_gradient,
 )
-from chunkft_fx.optim.staging import StagedStates
+from chunkft_fx.optim.states.staging import StagedStates
 from chunkft_fx.optim.update import Part, PartsUpdate, StagedSlice, Update, after_host_weights, clip_factor
 from chunkft_fx.plan.state_spec import StateSpec
 

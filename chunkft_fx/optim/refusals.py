@@ -10,7 +10,7 @@ from chunkft_fx.errors import ChunkFTWarning, NoGradientToScale, OptimizerConfli
 from chunkft_fx.gradients.gate import Arrivals
 from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.module.training import Training
-from chunkft_fx.optim.staging import StagedStates
+from chunkft_fx.optim.states.staging import StagedStates
 
 
 def refuse_replaced(model: Training, optimizer: object, name: str) -> None:

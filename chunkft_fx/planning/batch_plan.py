@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from chunkft_fx.bytes import format_bytes
 from chunkft_fx.copies.residency import Residency
-from chunkft_fx.copies.state_stage import StageOwner
+from chunkft_fx.copies.states.stage import StageOwner
 from chunkft_fx.errors import BudgetInfeasible
 from chunkft_fx.graph.sizes import Sizes, size_reader
 from chunkft_fx.machine.memory_limit import LIMITS, take_workspaces

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from chunkft_fx import torch_internals
 from chunkft_fx.copies.saved_values import SavedValues
-from chunkft_fx.copies.state_stage import Stage
+from chunkft_fx.copies.states.stage import Stage
 from chunkft_fx.copies.weight_ring import Ring
 from chunkft_fx.errors import StaleBackward
 from chunkft_fx.gradients.slices import ActiveSlice

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 import chunkft_fx
-from chunkft_fx.copies import stage_batches
 from chunkft_fx.copies.link import CudaLink, Link
-from chunkft_fx.copies.state_stage import CopiedStage, Stage
+from chunkft_fx.copies.states import batches as stage_batches
+from chunkft_fx.copies.states.stage import CopiedStage, Stage
 from chunkft_fx.copies.tier import HostTier
 from chunkft_fx.graph import ops
 from chunkft_fx.machine.rates import Rates

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from chunkft_fx.copies.stage_batches import batches_of, stage_places
+from chunkft_fx.copies.states.batches import batches_of, stage_places
 from chunkft_fx.graph.layout import stage_nbytes
 from tests.support.stream_machine import Machine, copied_stage, machine
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from chunkft_fx.copies import stage_batches, state_stage
 from chunkft_fx.copies.link import CudaLink, Link
-from chunkft_fx.copies.stage_batches import Batch, last_conflict
-from chunkft_fx.copies.state_stage import CopiedStage, Stage
+from chunkft_fx.copies.states import batches as stage_batches
+from chunkft_fx.copies.states import stage as state_stage
+from chunkft_fx.copies.states.batches import Batch, last_conflict
+from chunkft_fx.copies.states.stage import CopiedStage, Stage
 from chunkft_fx.copies.tier import HostTier
 from chunkft_fx.optim.rules.adamw import AdamW
 from tests.support.small_net import compiled, feed, net, train_step

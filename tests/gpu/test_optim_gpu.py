@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 import chunkft_fx
-from chunkft_fx.copies import stage_batches
-from chunkft_fx.copies.state_stage import make_stage
+from chunkft_fx.copies.states import batches as stage_batches
+from chunkft_fx.copies.states.stage import make_stage
 from chunkft_fx.errors import ModelChanged
-from chunkft_fx.optim.host_states import HostStates
 from chunkft_fx.optim.rules.adamw import AdamW
+from chunkft_fx.optim.states.host_states import HostStates
 from chunkft_fx.torch_internals import release_idle_pinned
 from tests.support.small_net import compiled, feed, net
 

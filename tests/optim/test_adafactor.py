@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR
 
 import chunkft_fx
-from chunkft_fx.copies.state_stage import FreshStage
+from chunkft_fx.copies.states.stage import FreshStage
 from chunkft_fx.errors import (
     CheckpointMismatch,
     ChunkCountError,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 import chunkft_fx
-from chunkft_fx.copies.state_stage import FreshStage
+from chunkft_fx.copies.states.stage import FreshStage
 from chunkft_fx.errors import CheckpointMismatch, ChunkFTWarning, HostMemoryExceeded, OptimizerConflict, OptionError
 from chunkft_fx.gradients.slice_gradient import cut_from
 from chunkft_fx.module.module import CompiledModule

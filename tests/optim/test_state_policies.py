@@ -15,13 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from chunkft_fx.copies.state_stage import FreshStage
+from chunkft_fx.copies.states.stage import FreshStage
 from chunkft_fx.copies.tier import LARGEST_SLAB
 from chunkft_fx.errors import BudgetParseError, CheckpointMismatch, HostMemoryExceeded, OptionError
 from chunkft_fx.graph.layout import front
-from chunkft_fx.optim import host_states as optim_host
-from chunkft_fx.optim.host_states import HostStates, available_nbytes, pack, require_room
 from chunkft_fx.optim.rules.adamw import AdamW
+from chunkft_fx.optim.states import host_states as optim_host
+from chunkft_fx.optim.states.host_states import HostStates, available_nbytes, pack, require_room
 from chunkft_fx.plan.state_spec import ASSUMED, StateSpec, StateTensor, stage_capacity_nbytes
 from tests.optim.test_adamw import OPTIONS, Reference, assert_equal, fed, masks, train
 from tests.support.small_net import batch, compiled, dense_gradients, net, train_step

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chunkft_fx.optim.step_counts import Run, counted, is_partition, uniform, within
+from chunkft_fx.optim.states.step_counts import Run, counted, is_partition, uniform, within
 
 
 def listed(counts: tuple[Run, ...]) -> list[int]:

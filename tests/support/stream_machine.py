@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from chunkft_fx.copies.link import CudaLink
-from chunkft_fx.copies.state_stage import CopiedStage
+from chunkft_fx.copies.states.stage import CopiedStage
 from chunkft_fx.copies.tier import HostTier
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from chunkft_fx.graph.layout import front
 from chunkft_fx.kernels.adamw import SliceUpdate, adamw
 from chunkft_fx.kernels.adamw_reference import adamw_reference
 from chunkft_fx.kernels.launch import join_dims
-from chunkft_fx.optim.step_counts import within
+from chunkft_fx.optim.states.step_counts import within
 from chunkft_fx.optim.update import StagedSlice
 
 # Dimensions in which the kernel walks weight and gradient together.

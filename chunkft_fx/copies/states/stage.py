@@ -4,7 +4,7 @@ Host tensors keep the cut dimension in front, so that every slice of them is one
 the states of the active slices where the model runs. On the CPU host memory is that place: nothing is copied and
 updates happen in place. On CUDA the states of one chunk go out over one link while those of the next come in
 over another (`copies.link`; a copy stream each), both hidden behind the next forward and backward. There is device
-memory for one chunk only: what comes in follows what goes out, 64 MiB behind it (`copies.stage_batches`), and begins
+memory for one chunk only: what comes in follows what goes out, 64 MiB behind it (`copies.states.batches`), and begins
 as the ``admit`` nodes of programs let it (`passes.schedule_states`). A stage of its own memory serves states that no
 host memory keeps.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from chunkft_fx.copies.link import Link, Mark, open_link
-from chunkft_fx.copies.stage_batches import Batch, batches_of, carved, last_conflict, stage_places
+from chunkft_fx.copies.states.batches import Batch, batches_of, carved, last_conflict, stage_places
 from chunkft_fx.copies.tier import HostTier, Tier
 from chunkft_fx.plan.state_spec import StateSpec
 

@@ -8,13 +8,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from chunkft_fx.copies.state_stage import FreshStage, Stage, make_stage
+from chunkft_fx.copies.states.stage import FreshStage, Stage, make_stage
 from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.graph.layout import front, size_along
 from chunkft_fx.module.training import Training
 from chunkft_fx.optim.checkpoint import SavedState, fill_masters
-from chunkft_fx.optim.host_states import HostStates, require_room
-from chunkft_fx.optim.step_counts import Counts, counted, uniform
+from chunkft_fx.optim.states.host_states import HostStates, require_room
+from chunkft_fx.optim.states.step_counts import Counts, counted, uniform
 from chunkft_fx.plan.chunk import Slice
 from chunkft_fx.plan.cuts import cut_dim
 from chunkft_fx.plan.state_spec import StateSpec, stage_capacity_nbytes

@@ -1,0 +1,1 @@
+"""Optimizer states: where host memory keeps them, how they are staged, and their counts of updates. Internal."""
