@@ -16,7 +16,7 @@ from chunkft_fx.graph.region import Pass, ProgramPass
 from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.plan.schedule import ChunkSchedule
 from chunkft_fx.planning.example_batch import arguments_of
-from chunkft_fx.planning.planner import BACKENDS, Options, first_plan
+from chunkft_fx.planning.planner import BACKENDS, COVERAGES, Options, first_plan
 from chunkft_fx.torch_internals import is_torch_compiled
 
 
@@ -24,6 +24,7 @@ def compile(
     model: nn.Module,
     budget: str | int,
     *,
+    coverage: str = "one",
     chunks: int | str = "auto",
     order: str = "ascending",
     interval: int = 1,
@@ -35,9 +36,11 @@ def compile(
     region_passes: Sequence[Pass] = (),
     program_passes: Sequence[ProgramPass] = (),
 ) -> CompiledModule:
-    """Compile a model for full-parameter training in which one chunk of the parameters is active a step.
+    """Compile a model for full-parameter training within a byte budget.
 
-    ``budget`` is the device memory to stay within (``"24GB"``, ``"24GiB"`` or bytes). ``chunks`` is a
+    ``budget`` is the device memory to stay within (``"24GB"``, ``"24GiB"`` or bytes). ``coverage`` is what a
+    step trains: ``"one"`` chunk of the parameters, ``"all"`` of them (then optimizer states pass through the device in
+    pieces), or ``"auto"``: all if the budget and host memory have room for that, else one. ``chunks`` is a
     number or ``"auto"``: on a GPU as many as make the predicted step fast, in a sweep that is not too long,
     on the CPU the fewest that fit the budget. ``order`` is how a sweep visits them (``"ascending"``, ``"descending"``,
     ``"random"`` with ``seed``), ``interval`` the optimizer steps spent on each. ``backend="eager"`` runs
@@ -67,12 +70,19 @@ def compile(
         raise OptionError(f"backend={backend!r} is not known; choose one of {', '.join(BACKENDS)}")
     if chunks != "auto" and (isinstance(chunks, bool) or not isinstance(chunks, int)):
         raise OptionError(f'chunks={chunks!r} is not known; give a number or "auto"')
+    if coverage not in COVERAGES:
+        raise OptionError(f"coverage={coverage!r} is not known; choose one of {', '.join(COVERAGES)}")
+    if coverage == "all" and chunks not in ("auto", 1):
+        raise OptionError(
+            f'chunks={chunks!r} cuts the parameters into chunks that are trained in turn, but coverage="all" trains '
+            'all of them in every step; leave chunks out, or use coverage="one"'
+        )
     ChunkSchedule(1, order, interval, seed)
     if batch is not None:
         arguments_of(batch)
     refuse_ranks()
     own, outer = _passes("region_passes", region_passes), _passes("program_passes", program_passes)
-    options = Options(parse_bytes(budget), chunks, order, interval, seed, return_logits, batch, own, outer)
+    options = Options(parse_bytes(budget), chunks, order, interval, seed, return_logits, coverage, batch, own, outer)
     target = compute_device(model, device)
     return CompiledModule(model, options, backend, first_plan(model, options), target)
 

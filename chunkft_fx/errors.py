@@ -78,6 +78,10 @@ class HostMemoryExceeded(ChunkFTError, MemoryError):
         self.limit_bytes = limit_bytes
 
 
+class PartialStep(ChunkFTError):
+    """A step that updates piece by piece failed halfway: some parameters are a step ahead of the others."""
+
+
 class StaleBackward(ChunkFTError, RuntimeError):
     """Backward was called for a forward whose chunk, weights or buffers are gone."""
 

@@ -10,6 +10,7 @@ import torch
 
 from chunkft_fx.graph.region import OutputDemand, Pass, ProgramPass
 from chunkft_fx.passes.program.insert_streams import InsertStreams
+from chunkft_fx.passes.program.insert_updates import InsertUpdates
 from chunkft_fx.passes.program.offload_saved import OffloadSaved
 from chunkft_fx.passes.program.schedule_prefetch import SchedulePrefetch
 from chunkft_fx.passes.program.schedule_states import ScheduleStates
@@ -28,6 +29,7 @@ __all__ = [
     "ChunkLogits",
     "Eliminate",
     "InsertStreams",
+    "InsertUpdates",
     "LowerTriton",
     "OffloadSaved",
     "PruneTangents",
@@ -61,7 +63,9 @@ def program_pipeline(policy: Policy, device: torch.device, state_nbytes: int = 0
 
     ``state_nbytes`` are the bytes of optimizer states that come in during the step.
     """
+    updates = (InsertUpdates(policy.pieces),) if policy.in_backward else ()
     streams = (
+        *updates,
         OffloadSaved(policy.offload_below, device),
         InsertStreams(policy.streamed, device, policy.depth),
         SchedulePrefetch(),

@@ -30,6 +30,7 @@ class Arrivals:
 
     through: bool = False  # a backward of the compiled module ran
     outside: bool = False  # autograd gave a parameter a gradient, wherever it came from
+    updated: bool = False  # a backward of the compiled module updated weights itself
 
 
 class GateOwner(Protocol):

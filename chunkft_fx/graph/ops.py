@@ -11,6 +11,9 @@ can be filled again. With ``buffer = FRESH`` the copies are tensors of their own
 are not released. ``offload(device_values) -> host`` begins to copy values to host memory; ``release(device_values)``
 ends that, and their own memory can be used again. ``admit(share)`` lets this share of the active chunk's optimizer
 states begin to come in, for the update behind the program.
+In a program that covers all parameters states move piece by piece: ``fetch_states(piece)`` begins to bring those of one
+piece into the ring of states, ``update(gradients, piece)`` waits for them and changes its weights and states, and
+``write_states(piece)`` begins to take the states back, and frees their buffer once they are there.
 As operators they are plain synchronous copies, so that a program means the same wherever it runs; the run time
 lowers them to copy streams, a ring of buffers (`copies.weight_ring`) and reused host memory (`copies.saved_values`).
 """
@@ -60,7 +63,7 @@ def _offload_meta(device_values: list[Tensor]) -> list[Tensor]:
     return [torch.empty_like(t, device="cpu") for t in device_values]
 
 
-def _nothing(_: list[Tensor] | float) -> None:
+def _nothing(_: list[Tensor] | float, __: int = 0) -> None:
     """Does nothing: a stream node stands for an order. Its schema says that it writes the copies, which keeps uses of
     them on their side of it.
     """
@@ -76,6 +79,12 @@ _LIBRARY.impl("release", _nothing, "CompositeExplicitAutograd")
 _LIBRARY.define("admit(float share) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.impl("admit", _nothing, "CompositeExplicitAutograd")
 _LIBRARY.impl("offload", _offload, "CompositeExplicitAutograd")
+_LIBRARY.define("fetch_states(int piece) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.define("update(Tensor(a!)[] gradients, int piece) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.define("write_states(int piece) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+for _name in ("fetch_states", "update", "write_states"):
+    _LIBRARY.impl(_name, _nothing, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"chunkft_fx::{_name}", _nothing, lib=_LIBRARY)
 torch.library.register_fake("chunkft_fx::fetch", _fetch_meta, lib=_LIBRARY)
 torch.library.register_fake("chunkft_fx::wait", _nothing, lib=_LIBRARY)
 torch.library.register_fake("chunkft_fx::release", _nothing, lib=_LIBRARY)
@@ -87,8 +96,13 @@ wait = torch.ops.chunkft_fx.wait.default
 release = torch.ops.chunkft_fx.release.default
 offload = torch.ops.chunkft_fx.offload.default
 admit = torch.ops.chunkft_fx.admit.default
+fetch_states = torch.ops.chunkft_fx.fetch_states.default
+update = torch.ops.chunkft_fx.update.default
+write_states = torch.ops.chunkft_fx.write_states.default
 
 # Stands for the number of a ring buffer in a fetch whose copies get memory of their own.
 FRESH = -1
 # All stream nodes: the first three in the order in which one buffer of the ring sees them.
-STREAM_NODES = (fetch, wait, release, offload, admit)
+STREAM_NODES = (fetch, wait, release, offload, admit, fetch_states, update, write_states)
+# Those of pieces, in the order in which one piece sees them.
+PIECE_NODES = (fetch_states, update, write_states)

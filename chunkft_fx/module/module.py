@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ class CompiledModule(StandIn):
 
     It can be used in the model's place (`module.stand_in`), follows changes of the model where it can and refuses the
     others by name (`following.following`). Calls from several threads come one after another. What it shows beside the
-    model's own attributes: ``plan``, ``chunk``, ``activate``, ``active_slices`` and ``schedule`` for training,
-    ``program``, ``templates``, ``variants``, ``timeline`` and ``residency`` for looking inside.
+    model's own attributes: ``plan``, ``chunk``, ``activate``, ``active_slices``, ``schedule`` and ``no_sync`` for
+    training, ``program``, ``templates``, ``variants``, ``timeline`` and ``residency`` for looking inside.
     """
 
     _training: Training
@@ -97,6 +98,14 @@ class CompiledModule(StandIn):
     def active_slices(self) -> tuple[ActiveSlice, ...]:
         """The active slices with their gradients: the same objects until the active chunk changes."""
         return self._training.active_slices()
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """A context in which backward passes only add to gradients, whatever the optimizer's ``update`` is.
+
+        The forward belongs into it, too, as in `torch.nn.parallel.DistributedDataParallel.no_sync`. With
+        ``update="backward"`` the next backward of a forward outside uses what was added up.
+        """
+        return self._training.no_sync()
 
     @property
     def residency(self) -> Residency:

@@ -53,7 +53,7 @@ class Training(Following):
         self.model, self.options, self.backend = model, options, backend
         self.lock, self.arrivals = threading.RLock(), Arrivals()
         self._plan, self._slices, self._optimizer, self._position = None, None, None, None
-        self._advanced = self._is_due = self._is_planning = self._gave_up = False
+        self._advanced = self._is_due = self._is_planning = self._gave_up = self._is_accumulating = False
         self._sweep = 0
         self._watch, self._gate = ModelWatch(model), GradientGate(self)
         self._take_up(plan, device)
@@ -215,9 +215,24 @@ class Training(Following):
         """The active slice of a parameter, None where it has none or no chunk is known yet."""
         return None if self._plan is None else next((s for s in self.active_slices() if s.name == name), None)
 
-    def came_through(self) -> None:
-        """A backward of this module ran."""
+    def came_through(self, updated: bool = False) -> None:
+        """A backward of this module ran, and updated weights itself or not."""
         self.arrivals.through = True
+        self.arrivals.updated |= updated
+
+    @property
+    def is_accumulating(self) -> bool:
+        """Whether backward passes only add to gradients now."""
+        return self._is_accumulating
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """While inside, backward passes add to gradients, and update no weights themselves."""
+        before, self._is_accumulating = self._is_accumulating, True
+        try:
+            yield
+        finally:
+            self._is_accumulating = before
 
     def came_to_parameter(self) -> None:
         """Autograd gave one of the parameters a gradient."""

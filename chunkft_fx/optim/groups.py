@@ -45,6 +45,32 @@ def check_clipping(max_grad_norm: float | None) -> None:
         raise OptionError(f"max_grad_norm={max_grad_norm!r} must be above 0, or None for no clipping")
 
 
+def require_coverage(model: Training, spec: StateSpec, max_grad_norm: float | None) -> None:
+    """Raise `OptionError` for an optimizer that does not go with what a step of the model trains."""
+    covers = model.options.coverage
+    if spec.in_backward and covers == "one":
+        raise OptionError(
+            'update="backward" updates every parameter in every backward, but the model was compiled with '
+            'coverage="one"; compile it with coverage="all", or leave update at "step"'
+        )
+    if spec.in_backward and max_grad_norm is not None:
+        raise OptionError(
+            f'max_grad_norm={max_grad_norm!r} needs all gradients before the first update, which update="backward" '
+            'does not keep; use update="step" to clip'
+        )
+    if not spec.is_kept and covers == "all":
+        raise OptionError(
+            'states="reset" begins a chunk anew, but with coverage="all" there is one chunk that is always active; '
+            'use states="keep", or compile with coverage="one"'
+        )
+    half = next((n for n, p in model.named_parameters() if p.dtype == torch.float16 and p.requires_grad), None)
+    if spec.in_backward and half is not None:
+        raise OptionError(
+            f'{half} is float16, which is trained with a scaled loss, and update="backward" cannot take the scale out '
+            'of gradients again; use update="step", or convert the model to bfloat16'
+        )
+
+
 def is_at_least_0(value: Any) -> bool:
     """Whether this is a finite number, or a tensor of one element with such a value, that is 0 or more; NaN is not."""
     is_number = isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)

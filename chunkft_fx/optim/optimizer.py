@@ -6,6 +6,7 @@ An optimizer is a `StateSpec`, the default options of its groups, and one update
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, overload
 
 import torch
@@ -26,14 +27,17 @@ from chunkft_fx.optim.groups import (
     parameter_groups,
     refuse_switches,
     regrouped,
+    require_coverage,
 )
 from chunkft_fx.optim.refusals import (
     refuse_outside,
     refuse_replaced,
+    refuse_scaled_backward,
     refuse_scaling,
     refuse_strangers,
     warn_without_gradient,
 )
+from chunkft_fx.optim.states.pieces import PieceUpdates
 from chunkft_fx.optim.states.staging import StagedStates
 from chunkft_fx.optim.update import Part, PartsUpdate, StagedSlice, Update, after_host_weights, clip_factor
 from chunkft_fx.plan.state_spec import StateSpec
@@ -57,6 +61,11 @@ class ChunkedOptimizer(Optimizer):
     ``states="reset"`` keeps none there: a chunk starts with states of zeros, step count 0 and its weights as
     masters whenever it becomes active, or when the model moves to another device.
 
+    ``update`` says when a model that was compiled with ``coverage="all"`` changes: at the ``"step"``, as with torch's
+    optimizers, or in the ``"backward"``, where each part is updated as soon as its gradients are complete. No
+    gradients are then left, so they cannot be clipped or scaled; ``step()`` only counts. Backward passes inside
+    ``model.no_sync()`` add to gradients which the next one outside uses.
+
     Raises `OptimizerMismatch` for anything but a module returned by `chunkft_fx.compile`, `OptionError`
     for an option out of range, `BudgetParseError` for a ``host_budget`` that is not bytes,
     `HostMemoryExceeded` if it cannot hold the states (``smaller`` are options with which they take less),
@@ -72,9 +81,12 @@ class ChunkedOptimizer(Optimizer):
         max_grad_norm: float | None,
         no_decay: Sequence[str],
         host_budget: int | str | None,
+        update: str = "step",
         smaller: Sequence[str] = (),
     ) -> None:
         training = training_of(model, spec.optimizer)
+        spec = replace(spec, updates=update)
+        require_coverage(training, spec, max_grad_norm)
         check_rate(defaults["lr"])
         self.check_options(defaults)
         check_clipping(max_grad_norm)
@@ -84,11 +96,13 @@ class ChunkedOptimizer(Optimizer):
         self._no_decay = tuple(no_decay)
         self._updates = 0  # seeds stochastic rounding
         self._warned: set[tuple[str, ...]] = set()
+        self._scale: Tensor | None = None  # of the gradients, in the step under way
         self.max_grad_norm = max_grad_norm
         self.last_grad_norm: Tensor | None = None
         training.check()
         super().__init__(parameter_groups(training, no_decay), defaults)
         self._states = StagedStates(training, spec, self.state, self._parameters(), budget, smaller)
+        self._pieces: PieceUpdates | None = None
         self.register_state_dict_pre_hook(_settle)
         self.register_state_dict_post_hook(_export)
         ownership.allow(self)
@@ -136,15 +150,7 @@ class ChunkedOptimizer(Optimizer):
             self._step()
         return loss
 
-    def _step(self) -> None:
-        refuse_replaced(self._model, self, self.spec.optimizer)
-        self._model.check()
-        active = self._active_slices()
-        graded = [s for s in active if s.grad is not None]
-        arrivals = self._model.arrivals
-        refuse_outside(arrivals)
-        if not graded and not arrivals.through:
-            return
+    def _check_groups(self, active: Sequence[ActiveSlice]) -> None:
         for group in self.param_groups:
             check_rate(group["lr"])
             self.check_options(group)
@@ -152,18 +158,36 @@ class ChunkedOptimizer(Optimizer):
             refuse_strangers(group, self._states)
         check_clipping(self.max_grad_norm)
         check_slices(active, self.param_groups, self._model.compute_device, self.spec)
+
+    def _step(self) -> None:
+        refuse_replaced(self._model, self, self.spec.optimizer)
+        self._refuse_broken()
+        self._model.check()
+        active = self._active_slices()
+        graded = [s for s in active if s.grad is not None]
+        arrivals = self._model.arrivals
+        refuse_outside(arrivals)
+        if not graded and not arrivals.through:
+            return
+        self._check_groups(active)
+        require_coverage(self._model, self.spec, self.max_grad_norm)
+        self._scale = None
+        if self.max_grad_norm is not None and graded:
+            self.last_grad_norm, self._scale = clip_factor(graded, self.max_grad_norm)
+        pieces = self.updates
+        if pieces is not None:
+            self._step_pieces(pieces, active, graded)
+            return
         if not graded:
             warn_without_gradient(active, self._warned)
         self._states.announce(active)
         states = self._states.staged(active)
-        scale = None
-        if self.max_grad_norm is not None and graded:
-            self.last_grad_norm, scale = clip_factor(graded, self.max_grad_norm)
-        updates = []
-        for i, group in enumerate(self.param_groups):
-            names = set(group["param_names"])
-            entries = [StagedSlice(s, states[s.name], self._states.counts(s)) for s in graded if s.name in names]
-            updates.append(self.prepare(entries, group, scale, self._updates * len(self.param_groups) + i))
+        entries = []
+        for s in graded:
+            assert s.grad is not None
+            counts = self._states.counts(s)
+            entries.append(StagedSlice(s.slice, s.parameter, s.weight(), s.grad, states[s.name], counts))
+        updates = self._prepared(entries)
         self._states.will_change()
         for update in updates:
             update.apply()
@@ -176,12 +200,69 @@ class ChunkedOptimizer(Optimizer):
         if written is not None:
             written.synchronize()
 
+    def _step_pieces(self, pieces: PieceUpdates, active: Sequence[ActiveSlice], graded: Sequence[ActiveSlice]) -> None:
+        """The step where every one covers all parameters: updates those that the backward has not updated itself."""
+        if not graded and not self._model.arrivals.updated:
+            warn_without_gradient(active, self._warned)
+        if graded:
+            pieces.at_step()
+            self._updates += 1
+        pieces.settle()
+        written = after_host_weights(active, self._model.compute_device)
+        self._model.advance()
+        if written is not None:
+            written.synchronize()
+
+    def _prepared(self, entries: Sequence[StagedSlice], part: int = 0) -> list[Update]:
+        """The updates of these slices, by parameter group; ``part`` tells several calls of one step apart."""
+        updates = []
+        for i, group in enumerate(self.param_groups):
+            names = set(group["param_names"])
+            own = [e for e in entries if e.slice.name in names]
+            seed = (self._updates + (part << 40)) * len(self.param_groups) + i
+            updates.append(self.prepare(own, group, self._scale, seed))
+        return updates
+
+    def _apply(self, entries: Sequence[StagedSlice], piece: int) -> None:
+        for update in self._prepared(entries, piece):
+            update.apply()
+
+    @property
+    def updates(self) -> PieceUpdates | None:
+        """The updates of the pieces of the model's plan; None where a step trains one chunk."""
+        known = self._model.known_plan
+        if known is None or not known.policy.pieces:
+            return None
+        ring = self._states.ring()
+        if self._pieces is None or not self._pieces.is_of(known.policy.pieces, ring):
+            self._pieces = PieceUpdates(self._model, self._states, ring, known.policy.pieces, self._apply)
+        return self._pieces
+
+    def _refuse_broken(self) -> None:
+        if self._pieces is not None:
+            self._pieces.refuse_broken()
+
+    def begin_backward(self) -> None:
+        """Check, before a backward updates weights, all that a step checks."""
+        refuse_replaced(self._model, self, self.spec.optimizer)
+        self._check_groups(self._active_slices())
+
+    def end_backward(self) -> None:
+        """Count a backward that has updated weights."""
+        self._updates += 1
+
+    def accept_partial_step(self) -> None:
+        """Go on from a step that failed after it had updated some of the parameters, which `PartialStep` told of."""
+        if self._pieces is not None:
+            self._pieces.accept()
+
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Asked by `torch.amp.GradScaler.step`, which ends in a bare assertion where no parameter has a gradient.
 
         Raises `NoGradientToScale` where that is because the batch has no part for the active chunk's slices.
         """
+        refuse_scaled_backward(self.spec)
         refuse_scaling(self._model.arrivals, self._active_slices())
         return False
 
@@ -223,7 +304,7 @@ class ChunkedOptimizer(Optimizer):
         if self.has_begun:
             new = [p for n, p in parameters.items() if n not in before and any(n in names for names in grouped)]
             more = self._states.places(new) if new else None
-        self._states.drop_stage()
+        self.drop_stage()
         for group, names in zip(self.param_groups, grouped, strict=True):
             group["params"], group["param_names"] = [parameters[n] for n in names], list(names)
         if self.has_begun:
@@ -242,7 +323,9 @@ class ChunkedOptimizer(Optimizer):
 
     def drop_stage(self) -> None:
         """Give the stage's memory back; it is taken anew, for the chunks that there are then."""
+        self._refuse_broken()
         self._states.drop_stage()
+        self._pieces = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this optimizer, cut into any number of chunks, or of torch's of the same name.
@@ -262,6 +345,7 @@ class ChunkedOptimizer(Optimizer):
         if checkpoint.position is not None:
             self._model.resume(checkpoint.position)
         parameters = self._parameters()
+        self.accept_partial_step()
         self._states.replace({parameters[i]: saved for i, saved in checkpoint.states.items()}, parameters)
         self._updates = checkpoint.updates
         for group, options in zip(self.param_groups, checkpoint.options, strict=True):
@@ -282,6 +366,7 @@ class ChunkedOptimizer(Optimizer):
 def _settle(optimizer: Optimizer) -> None:
     """Bring host memory up to date, masters of slices that were never active included."""
     assert isinstance(optimizer, ChunkedOptimizer)
+    optimizer._refuse_broken()
     optimizer._model.check()
     optimizer._states.settle()
 

@@ -11,6 +11,7 @@ from chunkft_fx.gradients.gate import Arrivals
 from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.module.training import Training
 from chunkft_fx.optim.states.staging import StagedStates
+from chunkft_fx.plan.state_spec import StateSpec
 
 
 def refuse_replaced(model: Training, optimizer: object, name: str) -> None:
@@ -50,6 +51,15 @@ def refuse_scaling(arrivals: Arrivals, active: Sequence[ActiveSlice]) -> None:
             "part in the loss of this batch, and a gradient scaler cannot step without one; for such a batch call "
             "optimizer.step() itself, and neither scaler.step nor scaler.update: the sweep then moves on "
             "(any(s.grad is not None for s in model.active_slices()) tells); or train in bfloat16, without a scaler"
+        )
+
+
+def refuse_scaled_backward(spec: StateSpec) -> None:
+    """Raise `NoGradientToScale` where the backward has used its gradients, scaled as they were."""
+    if spec.in_backward:
+        raise NoGradientToScale(
+            'a gradient scaler was given an optimizer with update="backward": the weights were updated by gradients of '
+            'the scaled loss; make the optimizer with update="step", or train in bfloat16, without a scaler'
         )
 
 

@@ -19,6 +19,7 @@ from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.graph.layout import front
 from chunkft_fx.kernels.adamw_reference import reconcile
 from chunkft_fx.optim.states.step_counts import Counts, within
+from chunkft_fx.plan.chunk import Slice
 from chunkft_fx.plan.state_spec import MASTER, StateSpec
 
 # Elements updated at once where slices may be taken apart: bounds the temporary memory, 64 MiB of float32 a tensor.
@@ -27,9 +28,15 @@ PART_NUMEL = 2**24
 
 @dataclass(frozen=True)
 class StagedSlice:
-    """An active slice that has a gradient, its staged states by name, and its parameter's step counts so far."""
+    """A slice that is to be updated: its weight, by its gradient, with its staged states by name.
 
-    slice: ActiveSlice
+    ``counts`` are the step counts of its whole ``parameter`` so far.
+    """
+
+    slice: Slice
+    parameter: Tensor
+    weight: Tensor
+    gradient: Tensor
     states: Mapping[str, Tensor]
     counts: Counts
 
@@ -124,23 +131,21 @@ class PartsUpdate:
 
     def _whole(self, entry: StagedSlice) -> Iterator[_Piece]:
         """A parameter as it is."""
-        s, layouts = entry.slice, self._spec.layouts(entry.slice.parameter)
-        assert s.grad is not None
+        s, layouts = entry.slice, self._spec.layouts(entry.parameter)
 
         def uncut(t: Tensor) -> Tensor:
-            return t.movedim(0, s.dim) if s.parameter.ndim else t.view(())
+            return t.movedim(0, s.dim) if entry.weight.ndim else t.view(())
 
         states = {key: uncut(t) if layouts[key].is_sliced else t for key, t in entry.states.items()}
         (run,) = entry.counts
-        yield _Piece(s.weight(), states.pop(MASTER, None), s.grad.detach(), states, run.step + 1)
+        yield _Piece(entry.weight, states.pop(MASTER, None), entry.gradient.detach(), states, run.step + 1)
 
     def _runs(self, entry: StagedSlice) -> Iterator[_Piece]:
         """A slice with the cut dimension in front, cut where step counts differ."""
         s = entry.slice
-        assert s.grad is not None
-        home = front(s.weight(), s.dim)
+        home = front(entry.weight, s.dim)
         states = {key: t.view(home.shape) for key, t in entry.states.items()}
-        whole = _Piece(home, states.pop(MASTER, None), front(s.grad, s.dim), states, 0)
+        whole = _Piece(home, states.pop(MASTER, None), front(entry.gradient, s.dim), states, 0)
         for run in within(entry.counts, s.start, s.length):
             yield replace(whole.cut(run.start - s.start, run.length), step=run.step + 1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 
@@ -31,3 +32,11 @@ class Chunk:
     slices: tuple[Slice, ...]
     numel: int
     nbytes: int
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.slices, self.nbytes))
+
+    def __hash__(self) -> int:
+        """Found once: chunks stand in keys that are looked up thousands of times."""
+        return self._hash

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from chunkft_fx.plan.chunk import Chunk
 from chunkft_fx.plan.state_spec import ASSUMED, StateSpec
 
 # Copies of states are planned to take at most this share of a step, so that jitter of the link stays hidden too.
@@ -65,7 +66,9 @@ class Policy:
     memory. A chunked head holds ``1 / head_split`` of the logits that it would by itself. ``streamed`` names the
     parameters whose weights stay in host memory, ``depth`` is the number of ring buffers that they pass through.
     ``pacing`` are the times by which optimizer states are let in during a step; without them states come all at once.
-    ``states`` describes the optimizer that is planned for.
+    ``states`` describes the optimizer that is planned for. ``pieces`` are the parts in which a step that covers all
+    parameters updates them, empty where a step trains one chunk; with ``in_backward`` each is updated by the program,
+    as soon as its gradients are complete.
     """
 
     save_from: int = 0
@@ -75,6 +78,8 @@ class Policy:
     depth: int = DEPTH
     pacing: StepTimes | None = None
     states: StateSpec = ASSUMED
+    pieces: tuple[Chunk, ...] = ()
+    in_backward: bool = False
 
     def of_region(self, index: int, has_head: bool) -> RegionPolicy:
         """What is decided for the region of that index, which holds the model's chunked head or not."""
@@ -83,7 +88,8 @@ class Policy:
     @property
     def of_steps(self) -> Policy:
         """What the moments of a step depend on if all weights are resident and states come all at once."""
-        return Policy(self.save_from, self.offload_below, self.head_split)
+        pieces = self.pieces if self.in_backward else ()
+        return Policy(self.save_from, self.offload_below, self.head_split, pieces=pieces, in_backward=self.in_backward)
 
     @property
     def complexity(self) -> tuple[int, ...]:
@@ -101,12 +107,14 @@ class Policy:
 
     def sentences(self) -> list[str]:
         """The decisions in words, those that change nothing left out."""
+        when = "each behind the backward call that completes its gradients" if self.in_backward else "at the step"
         away = f"{len(self.streamed)} weights stay in host memory and pass through {self.depth} buffers"
         told = {
             f"regions from {self.save_from} on keep their activations, those before recompute them": self.save_from > 0,
             f"regions before {self.offload_below} offload what they keep": self.offload_below > 0,
             away: bool(self.streamed),
             f"the head holds 1/{self.head_split} of its usual block of logits": self.head_split > 1,
+            f"every step updates all parameters in {len(self.pieces)} pieces, {when}": bool(self.pieces),
         }
         return [sentence for sentence, is_told in told.items() if is_told]
 

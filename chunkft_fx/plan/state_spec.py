@@ -22,6 +22,8 @@ from chunkft_fx.plan.chunk import Chunk, Slice
 # What the user calls the dtypes in which states can be kept.
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STATES = ("keep", "reset")
+# When weights change: in the optimizer's step, or in the backward.
+UPDATES = ("step", "backward")
 MASTER = "master"
 
 
@@ -80,7 +82,8 @@ class StateSpec:
     (host memory keeps those of all chunks) or "reset" (they begin anew with every activation). ``update_nbytes`` is
     what the update of one element of a low-precision weight moves in device memory. An optimizer that ``is_whole``
     updates a parameter by numbers of its whole: no chunk may then hold a part of one. ``saves_steps`` says whether
-    torch's optimizer of this name has a step count in its checkpoints.
+    torch's optimizer of this name has a step count in its checkpoints. ``updates`` says when weights change: at the
+    optimizer's "step" or in the "backward".
 
     Raises `OptionError` for a word that is not known.
     """
@@ -91,12 +94,20 @@ class StateSpec:
     update_nbytes: int = 32
     is_whole: bool = False
     saves_steps: bool = True
+    updates: str = "step"
 
     def __post_init__(self) -> None:
         if self.states not in STATES:
             raise OptionError(f"states={self.states!r} is not known; choose one of {', '.join(STATES)}")
+        if self.updates not in UPDATES:
+            raise OptionError(f"update={self.updates!r} is not known; choose one of {', '.join(UPDATES)}")
         if not self.is_whole and any(t.mean_over is not None for t in self.tensors):
             raise OptionError(f"states of {self.optimizer} belong to whole parameters, so is_whole must be True")
+
+    @property
+    def in_backward(self) -> bool:
+        """Whether weights are updated within the backward that makes their gradients."""
+        return self.updates == "backward"
 
     @property
     def is_kept(self) -> bool:
@@ -115,7 +126,7 @@ class StateSpec:
 
     def covers(self, other: StateSpec) -> bool:
         """Whether memory planned for this is enough for the other, whatever the parameters are."""
-        if other.is_whole and not self.is_whole:
+        if (other.is_whole and not self.is_whole) or other.updates != self.updates:
             return False
         if any(t.mean_over is not None for t in other.tensors):
             return self == other

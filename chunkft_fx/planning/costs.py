@@ -16,14 +16,27 @@ from chunkft_fx.plan.policy import DEPTH, Policy, StepTimes
 from chunkft_fx.plan.state_spec import ASSUMED, StateSpec, stage_capacity_nbytes
 from chunkft_fx.planning.choice import Choice, Cost, Predicts
 from chunkft_fx.planning.chunk_path import cheapest_chunks
-from chunkft_fx.predict.fixed_memory import Terms, chunk_terms, resident_nbytes, weight_terms
-from chunkft_fx.predict.step_time import BareSteps, SweepWork, Work, bare_steps, step_us, streamed_regions, sweep_cost
+from chunkft_fx.predict.fixed_memory import Terms, chunk_terms, piece_terms, resident_nbytes, weight_terms
+from chunkft_fx.predict.step_time import (
+    BareSteps,
+    SweepWork,
+    Work,
+    bare_steps,
+    covering_step_us,
+    step_us,
+    streamed_regions,
+    sweep_cost,
+)
+
+# The policy of a model that trains a chunk a step, before anything else is decided.
+BASE = Policy()
 
 
 class ChoiceCosts:
     """Costs (microseconds, where ``times`` are known) and fixed terms (bytes) of one model's choices.
 
-    ``states`` is the bytes of all optimizer states that travel between host memory and the stage.
+    ``states`` is the bytes of all optimizer states that travel between host memory and the stage. ``base`` has what is
+    decided for all choices: whether a step covers all parameters, in which pieces and when.
     """
 
     def __init__(
@@ -33,6 +46,7 @@ class ChoiceCosts:
         predictor: Predicts,
         times: StepTimes | None,
         spec: StateSpec = ASSUMED,
+        base: Policy = BASE,
     ) -> None:
         self.uses = predictor.uses()
         self.regions = len(self.uses)
@@ -40,11 +54,12 @@ class ChoiceCosts:
         self._given: frozenset[str] | None = None  # weights to stream, by default those of `placed` regions
         (whole,) = cut(parameters, 1)
         self.states = stage_capacity_nbytes(whole, self.named, spec) if spec.is_kept else 0
-        self._spec = spec
+        self._spec, self._base = spec, base
         self._parameters, self._predictor, self._times, self._nbytes = parameters, predictor, times, whole.nbytes
         self._chunks: dict[int, tuple[Chunk, ...]] = {}
         self._weights: dict[tuple[int, int], Terms] = {}
         self._chunk_terms: dict[int, Terms] = {}
+        self._pieces: dict[tuple[int, int], Terms] = {}
         self._placed: dict[int, tuple[int, ...]] = {}
         self._bare: dict[tuple[int, Policy], BareSteps] = {}
         self._works: dict[int, SweepWork] = {}
@@ -88,6 +103,9 @@ class ChoiceCosts:
         key = choice.streamed, policy
         if key not in self._bare:
             self._bare[key] = bare_steps(times, policy, frozenset(self.placed(choice.streamed)), policy.depth)
+        if policy.pieces:
+            step = self._covering_us(choice, times)
+            return (step, choice.streamed, 1, *policy.complexity), step
         count = len(choice.chunks)
         if count not in self._works:
             self._works[count] = SweepWork.of([self.work(c, times) for c in choice.chunks])
@@ -95,12 +113,25 @@ class ChoiceCosts:
         # equal costs are told apart by what is simpler
         return (sweep_cost(steps), choice.streamed, len(choice.chunks), *policy.complexity), float(steps.mean())
 
+    def _covering_us(self, choice: Choice, times: StepTimes) -> float:
+        """Microseconds of a step that covers all parameters."""
+        policy, placed = choice.policy, frozenset(self.placed(choice.streamed))
+        (whole,) = choice.chunks
+        streamed = sum(self.named[n].numel() * self.named[n].itemsize for n in self.streamed_names(choice.streamed))
+        work = self._predictor.work(whole, times, self.states + streamed)
+        return covering_step_us(times, policy, placed, work)
+
     def fixed_terms(self, chunks: tuple[Chunk, ...], streamed: int, depth: int) -> Terms:
         """Bytes of weights and their ring, of gradients and staged states."""
         where = streamed, depth
         if where not in self._weights:
             names = self.streamed_names(streamed)
             self._weights[where] = weight_terms(self.named, self.resident, self.uses, names, depth)
+        if self._base.pieces:
+            if where not in self._pieces:
+                names = self.streamed_names(streamed)
+                self._pieces[where] = piece_terms(self.named, chunks[0], self._base, self._spec, names)
+            return self._weights[where] | self._pieces[where]
         if len(chunks) not in self._chunk_terms:
             self._chunk_terms[len(chunks)] = chunk_terms(self.named, chunks, self._spec)
         return self._weights[where] | self._chunk_terms[len(chunks)]

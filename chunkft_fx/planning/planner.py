@@ -17,14 +17,20 @@ from chunkft_fx.capture.blocks import block_paths, region_of_parameters
 from chunkft_fx.errors import BudgetInfeasible, NoTrainableParameters, UninitializedParameters, UnsupportedParameter
 from chunkft_fx.graph.region import Pass, ProgramPass
 from chunkft_fx.plan.cuts import ParameterSpec, cut
+from chunkft_fx.plan.pieces import cut_pieces
 from chunkft_fx.plan.plan import Plan
+from chunkft_fx.plan.policy import Policy
 from chunkft_fx.plan.state_spec import ASSUMED, StateSpec
 from chunkft_fx.plan.table import Considered
 from chunkft_fx.planning.choice import Fit, Predicts
+from chunkft_fx.planning.costs import BASE
 from chunkft_fx.planning.search import Search
 
 # Of the choices that were not taken, a plan keeps so many, those that came closest.
 KEPT_CHOICES = 40
+
+# What a step trains: one chunk, all parameters, or all where there is room for it.
+COVERAGES = ("one", "all", "auto")
 
 # How regions are lowered: compiled by Inductor, or run as rewritten FX graphs.
 BACKENDS = ("inductor", "eager")
@@ -48,6 +54,7 @@ class Options:
     interval: int
     seed: int
     return_logits: bool = False
+    coverage: str = "one"
     batch: Any = field(default=None, compare=False)
     passes: tuple[Pass, ...] = ()
     program_passes: tuple[ProgramPass, ...] = ()
@@ -91,9 +98,9 @@ def parameter_specs(model: nn.Module, spec: StateSpec = ASSUMED) -> tuple[Parame
 def first_plan(model: nn.Module, options: Options, spec: StateSpec = ASSUMED) -> Plan | None:
     """The plan as far as it can be made before a batch is seen; None when ``chunks="auto"`` needs one."""
     parameters = parameter_specs(model, spec)
-    if options.chunks == "auto":
+    if options.chunks == "auto" and options.coverage != "all":
         return None
-    chunks = cut(parameters, int(options.chunks))
+    chunks = cut(parameters, 1 if options.coverage == "all" else int(options.chunks))
     return Plan(options.budget_bytes, chunks, options.order, options.interval, options.seed)
 
 
@@ -110,7 +117,8 @@ def plan_for_batch(
     Raises `BudgetInfeasible`, with the smallest budget that is enough, when nothing fits.
     """
     chunks = None if known is None else known.chunks
-    search = Search(model, parameter_specs(model, spec), predictor, options.budget_bytes, chunks, spec)
+    parameters = parameter_specs(model, spec)
+    search = Search(model, parameters, predictor, options.budget_bytes, chunks, spec, _base(options, parameters, spec))
     best = search.run()
     if best is None:
         assert search.smallest is not None
@@ -131,11 +139,19 @@ def plan_again(
 
     Raises `BudgetInfeasible` when that cannot be enough.
     """
-    search = Search(model, parameter_specs(model, spec), predictor, options.budget_bytes, known.chunks, spec)
+    base = replace(BASE, pieces=known.policy.pieces, in_backward=known.policy.in_backward)
+    search = Search(model, parameter_specs(model, spec), predictor, options.budget_bytes, known.chunks, spec, base)
     best = search.with_streamed(known.policy)
     if best.nbytes > options.budget_bytes:
         raise _infeasible(options.budget_bytes, best, batch, BEGUN)
     return _completed(known, search, best, batch, (), spec)
+
+
+def _base(options: Options, parameters: Sequence[ParameterSpec], spec: StateSpec) -> Policy:
+    """What is decided before the search."""
+    if options.coverage != "all":
+        return BASE
+    return replace(BASE, pieces=cut_pieces(parameters), in_backward=spec.in_backward)
 
 
 def _completed(
@@ -144,7 +160,7 @@ def _completed(
     policy = replace(
         best.choice.policy,
         streamed=search.costs.streamed_names(best.choice.streamed),
-        pacing=search.times if states.is_kept else None,
+        pacing=search.times if states.is_kept and not search.base.pieces else None,
         states=states,
     )
     return replace(

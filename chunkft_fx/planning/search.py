@@ -3,7 +3,8 @@
 A choice is a number of chunks, how many regions stream their weights and through how many buffers, and a `Policy`, of
 which the borders and the split of the head are tried. What a choice needs is the fixed terms of its chunks and the
 largest moment of its steps; `planning.costs` says what it costs. Choices do not depend on the budget, only which of
-them fit does: so a larger budget never costs more.
+them fit does: so a larger budget never costs more. Where a step covers all parameters they are one chunk, which is
+given, in the pieces of the policy that every choice is based on.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from chunkft_fx.plan.policy import DEPTH, Policy
 from chunkft_fx.plan.state_spec import ASSUMED, StateSpec
 from chunkft_fx.plan.table import Considered
 from chunkft_fx.planning.choice import Choice, Cost, Fit, Predicts, key_of
-from chunkft_fx.planning.costs import ChoiceCosts
+from chunkft_fx.planning.costs import BASE, ChoiceCosts
 from chunkft_fx.predict.step_memory import Moment
 from chunkft_fx.predict.step_time import least_cost
 
@@ -47,7 +48,9 @@ class Search:
         budget: int,
         chunks: tuple[Chunk, ...] | None = None,
         spec: StateSpec = ASSUMED,
+        base: Policy = BASE,
     ) -> None:
+        self.base = base
         self.parameters, self.predictor, self.budget = parameters, predictor, budget
         self.given = chunks
         self.head = predictor.head()
@@ -57,7 +60,7 @@ class Search:
         self._sweeps: dict[tuple[int, Policy], Moment] = {}
         self.finest = chunks or cut(parameters, min(max_chunks(parameters), MOST_CHUNKS))
         self.times = predictor.times(self.finest[0])
-        self.costs = ChoiceCosts(model, parameters, predictor, self.times, spec)
+        self.costs = ChoiceCosts(model, parameters, predictor, self.times, spec, base)
         self.regions = self.costs.regions
         # where cuts of many counts are compared, what every first chunk holds at least
         self._least_chunk = None if chunks or self.times is None else Stream(parameters).chunk(0, 1)
@@ -92,7 +95,10 @@ class Search:
                 continue
             chunks = make()
             # streaming costs by itself; it only makes room to recompute less
-            bare = [self.costs.cost(Choice(chunks, m, Policy(depth=DEPTHS[-1])))[0] for m in range(self.regions + 1)]
+            bare = [
+                self.costs.cost(Choice(chunks, m, replace(self.base, depth=DEPTHS[-1])))[0]
+                for m in range(self.regions + 1)
+            ]
             for streamed in range(self.regions + 1):
                 if best is not None and bare[streamed] >= best.cost:
                     continue
@@ -183,7 +189,7 @@ class Search:
         """
 
         def choice(save_from: int) -> Choice:
-            return Choice(chunks, streamed, Policy(save_from, save_from if offloads else 0, split, depth=depth))
+            return Choice(chunks, streamed, self._policy(save_from, offloads, split, depth))
 
         if best is not None and self.costs.cost(choice(0))[0] >= best.cost:  # costs rise with what is recomputed
             return None, None
@@ -214,6 +220,10 @@ class Search:
                 low, too_large = middle + 1, tried
             middle = (low + high) // 2
         return found, too_large
+
+    def _policy(self, save_from: int, offloads: bool, split: int, depth: int) -> Policy:
+        below = save_from if offloads else 0
+        return replace(self.base, save_from=save_from, offload_below=below, head_split=split, depth=depth)
 
     def _least(self, choice: Choice) -> Fit:
         """A choice as if its first chunk were the smallest there is, which demands no more than its own.

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from chunkft_fx.copies.weight_ring import ring_buffer_nbytes
 from chunkft_fx.plan.chunk import Chunk
-from chunkft_fx.plan.policy import DEPTH
+from chunkft_fx.plan.pieces import DEPTH as DEPTH_OF_PIECES
+from chunkft_fx.plan.pieces import piece_nbytes
+from chunkft_fx.plan.policy import DEPTH, Policy
 from chunkft_fx.plan.state_spec import ASSUMED, StateSpec, stage_capacity_nbytes
 
 # The parts of a predicted peak by name, in bytes.
@@ -42,6 +44,26 @@ def weight_terms(
     away = sum(parameters[n].numel() * parameters[n].itemsize for n in streamed)
     ring = {"ring of streamed weights": ring_nbytes(parameters, uses, streamed, depth)} if streamed else {}
     return {"weights and buffers": resident - away, **ring}
+
+
+def piece_terms(
+    parameters: Mapping[str, Tensor],
+    whole: Chunk,
+    policy: Policy,
+    spec: StateSpec = ASSUMED,
+    streamed: frozenset[str] = frozenset(),
+) -> Terms:
+    """Gradients of all parameters, where they wait for the step, and the ring that states pass through in pieces.
+
+    ``streamed`` are the weights that pass through it with their states. An update holds the gradients of its piece in
+    a wider dtype.
+    """
+    gradients = chunk_terms(parameters, [whole], spec)["gradients of the active chunk"]
+    widest = max(piece.numel for piece in policy.pieces) * 4
+    return {
+        "ring of optimizer states": DEPTH_OF_PIECES * piece_nbytes(policy.pieces, parameters, spec, streamed),
+        "gradients": widest if policy.in_backward else gradients,
+    }
 
 
 def chunk_terms(parameters: Mapping[str, Tensor], chunks: Sequence[Chunk], spec: StateSpec = ASSUMED) -> Terms:

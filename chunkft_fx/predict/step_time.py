@@ -74,6 +74,22 @@ def step_us(bare: BareSteps, work: Work) -> float:
     return float(max(compute, bare.link_us[work.lowest] + work.states_us / HIDDEN_SHARE))
 
 
+def covering_step_us(times: StepTimes, policy: Policy, streamed: frozenset[int], work: Work) -> float:
+    """Microseconds of a step that covers all parameters, of which ``work`` is that of them all.
+
+    Within the backward states move under its compute, beside its share of the weights that are fetched; at the step
+    they move when it is over, under nothing but the update itself.
+    """
+    bare = bare_steps(times, policy, streamed, policy.depth)
+    compute, link = float(bare.compute_us[0]) + work.gradients_us, float(bare.link_us[0])
+    if not policy.in_backward:
+        return max(compute, link) + work.states_us
+    forward = sum(times.forward_us)
+    fetched = sum(times.fetch_us[i] for i in streamed)
+    forward = max(forward, fetched)
+    return max(forward + max(compute - forward, link - fetched + work.states_us), compute)
+
+
 @dataclass(frozen=True)
 class SweepWork:
     """The work of all chunks of a sweep, column by column."""

@@ -25,7 +25,8 @@ Slots = dict[int, Any]
 class StreamNode:
     """A stream node; ``number`` is a buffer of the ring, or for saved values tells their copies apart.
 
-    ``share`` is that of ``admit``, whose ``number`` means nothing.
+    ``share`` is that of ``admit``, whose ``number`` means nothing. Nodes of pieces have the piece for a number; for an
+    update ``names`` has the parameter of each gradient that it takes.
     """
 
     target: Any
@@ -33,6 +34,7 @@ class StreamNode:
     is_backward: bool
     is_saved: bool = False
     share: float = 0.0
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,11 @@ class Executable:
     mutations: tuple[int, ...]
     gradients: dict[int, list[str]]
     unused: frozenset[int] = field(default_factory=frozenset)
+
+    @property
+    def has_updates(self) -> bool:
+        """Whether its backward updates weights."""
+        return any(isinstance(i.call, StreamNode) and i.call.target is ops.update for i in self.backward)
 
 
 class Slot(int):
@@ -87,7 +94,7 @@ def assemble(program: Program, num_inputs: int) -> Executable:
             continue
         taken: list[Any] = [(u.args[1], slot(u)) for u in node.users if u.target is operator.getitem]
         arguments: Any = node.args if node.op == "call_module" else node.args[0]
-        if node.target is ops.admit:
+        if node.target in (ops.admit, ops.fetch_states, ops.write_states):
             arguments = ()
         callee = _region_call(program, node) if node.op == "call_module" else _stream_node(node, numbers)
         raw.append((callee, tuple(slot(a) for a in arguments), tuple(taken)))
@@ -146,6 +153,9 @@ def _stream_node(node: fx.Node, numbers: dict[fx.Node, int]) -> StreamNode:
     if node.target is ops.admit:
         share: Any = node.args[0]
         return StreamNode(node.target, 0, node.meta["part"] == "backward", share=share)
+    if node.target in ops.PIECE_NODES:
+        piece: Any = node.args[-1]
+        return StreamNode(node.target, piece, node.meta["part"] == "backward", names=node.meta.get("names", ()))
     begins: fx.Node = node
     if node.target in (ops.wait, ops.release):
         value = node.all_input_nodes[0]

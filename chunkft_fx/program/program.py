@@ -136,6 +136,8 @@ def build(
 
     calls = reversed(list(zip(outline.regions, variants, strict=True)))
     gradients = tuple(r.gradients[i][1] for r, v in calls for i in _asked(v) if i < len(r.gradients))
+    if spec.policy.in_backward:  # the program itself takes those of parameters
+        gradients = tuple(primal for primal in gradients if primal not in capture.parameters)
     lowest = next((i for i, v in enumerate(variants) if v.backward is not None), len(variants))
     program = Program(gradients, tuple(variants), lowest, counts, write)
     assert program.module is not None, "written here, so that a program that is wrong is not given away"
@@ -219,6 +221,7 @@ def _write(capture: Capture, outline: Outline, spec: ProgramSpec, variants: list
             item = _item(graph, call, position)
             if i < len(region.gradients):
                 gradients.append(item)
+                item.meta["gradient_of"] = capture.parameters.get(region.gradients[i][1])
             else:
                 env[region.values[i - len(region.gradients)]] = item
     graph.output((outputs, mutations, tuple(gradients)))

@@ -18,6 +18,7 @@ from torch import fx
 from chunkft_fx.errors import VerificationError
 from chunkft_fx.graph import ops
 from chunkft_fx.graph.ops import PARTS
+from chunkft_fx.plan.pieces import DEPTH
 
 
 @dataclass
@@ -35,6 +36,9 @@ class _State:
     gone: set[fx.Node] = field(default_factory=set)  # offloaded values that were released
     fetched: set[fx.Node] = field(default_factory=set)  # host copies
     admitted: float = 0.0  # the share of the optimizer states that may have come in
+    staged: set[int] = field(default_factory=set)  # pieces that hold a buffer of the ring of states
+    updated: set[int] = field(default_factory=set)  # pieces
+    changed: set[str] = field(default_factory=set)  # parameters that were updated
 
 
 def verify_streams(module: fx.GraphModule, streamed: frozenset[str], depth: int) -> None:
@@ -48,6 +52,9 @@ def verify_streams(module: fx.GraphModule, streamed: frozenset[str], depth: int)
     and not used after that; a fetch of them belongs to backward, comes after that release, which is where the host copy
     is complete, and brings each value at most once. Nothing else reads a host copy.
     States: shares that are admitted rise, to 1 at most.
+    Pieces: an update belongs to backward; the states of its piece were fetched before it and are written behind it, and
+    at most `plan.pieces.DEPTH` pieces are between the two. Behind it no call reads one of its weights, and no other
+    gradient of them is made.
     """
     state = _State(depth)
     for node in module.graph.nodes:
@@ -65,6 +72,8 @@ def verify_streams(module: fx.GraphModule, streamed: frozenset[str], depth: int)
             _let_go(node, state)
         elif node.target is ops.admit:
             _admit(node, state)
+        elif node.target in ops.PIECE_NODES:
+            _piece(node, state)
         elif node.target is operator.getitem:
             _item(node, state)
         elif node.op != "placeholder":
@@ -72,6 +81,8 @@ def verify_streams(module: fx.GraphModule, streamed: frozenset[str], depth: int)
     _enter_backward(state)
     for fetch in state.occupied.values():
         raise _broken(fetch, "is never released")
+    for piece in state.staged:
+        raise VerificationError(f"stream node check: the states of piece {piece} are fetched, and never written back")
     for fetch in state.begun - state.ready:
         raise _broken(fetch, "is never waited for")
 
@@ -165,13 +176,40 @@ def _admit(node: fx.Node, state: _State) -> None:
     state.admitted = share
 
 
+def _piece(node: fx.Node, state: _State) -> None:
+    piece: Any = node.args[-1]
+    if node.meta.get("part") != PARTS[1]:
+        raise _broken(node, "does not belong to the backward part")
+    if node.target is ops.fetch_states:
+        if piece in state.staged or piece in state.updated:
+            raise _broken(node, f"fetches the states of piece {piece} a second time")
+        if len(state.staged) == DEPTH:
+            raise _broken(node, f"needs a buffer while {DEPTH} pieces hold all of them")
+        state.staged.add(piece)
+    elif piece not in state.staged:
+        raise _broken(node, f"needs the states of piece {piece}, which are not there")
+    elif node.target is ops.update:
+        if piece in state.updated:
+            raise _broken(node, f"updates piece {piece} a second time")
+        state.updated.add(piece)
+        state.changed |= set(node.meta["names"])
+    else:
+        if piece not in state.updated:
+            raise _broken(node, f"writes the states of piece {piece} before its update")
+        state.staged.remove(piece)
+
+
 def _item(node: fx.Node, state: _State) -> None:
+    if node.meta.get("gradient_of") in state.changed:
+        raise _broken(node, f"is a gradient of {node.meta['gradient_of']} behind its update")
     if node.all_input_nodes[0].op == "call_module":
         state.made.add(node)
 
 
 def _use(node: fx.Node, state: _State, streamed: frozenset[str]) -> None:
     for source in node.all_input_nodes:
+        if node.op == "call_module" and _weight_of(source) in state.changed:
+            raise _broken(node, f"reads {_weight_of(source)} behind its update")
         if node.op == "call_module" and source.meta.get("parameter") in streamed:
             raise _broken(node, f"reads {source.name} from host memory")
         if _offloaded(source) is not None:
@@ -183,6 +221,16 @@ def _use(node: fx.Node, state: _State, streamed: frozenset[str]) -> None:
             raise _broken(node, f"uses {fetch.name} before it was waited for")
         if fetch in state.released:
             raise _broken(node, f"uses {fetch.name} after its release")
+
+
+def _weight_of(node: fx.Node) -> str | None:
+    """The parameter that a node is, or is a copy of."""
+    if node.target is operator.getitem and node.all_input_nodes[0].target is ops.fetch:
+        index: Any = node.args[1]
+        host: Any = node.all_input_nodes[0].args[0]
+        node = host[index]
+    name: str | None = node.meta.get("parameter")
+    return name
 
 
 def _is_of_fetch(release: fx.Node) -> bool:

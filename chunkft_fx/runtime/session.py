@@ -18,7 +18,8 @@ from torch import Tensor
 
 from chunkft_fx.capture.capture import Capture, OutputName
 from chunkft_fx.copies.engines import Engines
-from chunkft_fx.errors import DoubleBackward, UnsupportedGraph
+from chunkft_fx.copies.states.stage import Updates
+from chunkft_fx.errors import DoubleBackward, StaleBackward, UnsupportedGraph
 from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.head.missing_logits import MissingLogits
 from chunkft_fx.machine.memory_limit import explained
@@ -50,7 +51,10 @@ class Owner(PlanOwner, Protocol):
 
     def active_slices(self) -> tuple[ActiveSlice, ...]: ...
 
-    def came_through(self) -> None: ...
+    @property
+    def is_accumulating(self) -> bool: ...
+
+    def came_through(self, updated: bool = False) -> None: ...
 
 
 class Session:
@@ -116,11 +120,11 @@ class Session:
     def _forward(self, executable: Executable, values: Sequence[Any]) -> tuple[list[Any], list[Tensor], Any]:
         return run_forward(executable, [*values, *self._constants], self._machine())
 
-    def _machine(self) -> Machine:
+    def _machine(self, updates: Updates | None = None) -> Machine:
         owner, optimizer = self.owner, self.owner.optimizer
         ring = owner.engines.ring(owner.residency, self.programs.uses)
         stage = None if optimizer is None else optimizer.stage
-        return Machine(self.programs.backend, self.capture.fake_mode, ring, owner.engines.saved, stage)
+        return Machine(self.programs.backend, self.capture.fake_mode, ring, owner.engines.saved, stage, updates)
 
     def _private(self, arguments: Sequence[Any]) -> list[Any]:
         """The arguments, with a copy of each buffer that forward writes: backward must see its old value.
@@ -152,6 +156,7 @@ class Session:
         Raises `BudgetInfeasible`, before anything ran, for a batch that no plan fits.
         """
         policy = self._placed(self.plans.prepare(arguments, expected))
+        policy = replace(policy, in_backward=self._will_update(policy))
         owner = self.owner.active_slices()
         absent = frozenset(self.capture.tangents) - expected
         executable = self.programs.executable(tuple(s.slice for s in owner), absent, policy)
@@ -180,7 +185,12 @@ class Session:
 
     def _asked(self) -> tuple[ActiveSlice, ...]:
         """The slices that autograd is to ask for: those that are active, none before there is a plan."""
-        return () if self.owner.known_plan is None else self.owner.active_slices()
+        known = self.owner.known_plan
+        return () if known is None or self._will_update(known.policy) else self.owner.active_slices()
+
+    def _will_update(self, policy: Policy) -> bool:
+        """Whether the backward of a forward that runs now updates weights itself."""
+        return policy.in_backward and not self.owner.is_accumulating
 
     def start(self, arguments: Sequence[Any]) -> tuple[list[Any], list[Tensor], Step]:
         """Run forward with gradients enabled; returns the outputs, new values of buffers, and what backward needs."""
@@ -251,8 +261,7 @@ class Session:
             tangents[slot] = (
                 _restride(gradients[name], like) if name in gradients else step.zeros(self.capture.tangents[name])
             )
-        totals = run_backward(step, tangents, self._machine())
-        self.owner.came_through()
+        totals = self._backward(step, tangents)
         active = {s.name: s for s in step.owner}
         handed: dict[str, Tensor] = {}
         for p in [p for p in totals if p in self.capture.parameters]:
@@ -265,6 +274,28 @@ class Session:
                 for name, gradient in handed.items():
                     active[name].add(gradient)
         return given
+
+    def _backward(self, step: Step, tangents: dict[int, Tensor]) -> dict[str, Tensor]:
+        """Run a step's backward, with its updates if it has any; gradients that are left, by primal."""
+        if not step.executable.has_updates:
+            totals = run_backward(step, tangents, self._machine())
+            self.owner.came_through()
+            return totals
+        optimizer = self.owner.optimizer
+        updates = None if optimizer is None else optimizer.updates
+        if optimizer is None or updates is None or self.owner.is_accumulating:
+            why = "its backward is inside" if self.owner.is_accumulating else "its optimizer is gone"
+            raise StaleBackward(
+                'this forward ran for a backward that updates weights (update="backward"), outside of no_sync(), but '
+                f"{why}; put forward and backward into the same no_sync() context, and keep the optimizer"
+            )
+        optimizer.begin_backward()
+        updates.begin()
+        totals = run_backward(step, tangents, self._machine(updates))
+        updates.complete()
+        optimizer.end_backward()
+        self.owner.came_through(updated=True)
+        return totals
 
 
 class _StepFunction(torch.autograd.Function):

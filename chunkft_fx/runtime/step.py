@@ -15,7 +15,7 @@ from torch import Tensor
 
 from chunkft_fx import torch_internals
 from chunkft_fx.copies.saved_values import SavedValues
-from chunkft_fx.copies.states.stage import Stage
+from chunkft_fx.copies.states.stage import Stage, Updates
 from chunkft_fx.copies.weight_ring import Ring
 from chunkft_fx.errors import StaleBackward
 from chunkft_fx.gradients.slices import ActiveSlice
@@ -27,13 +27,15 @@ from chunkft_fx.program.program import RegionCall
 
 @dataclass(frozen=True)
 class Machine:
-    """What instructions run on: how regions are lowered, and what carries streamed weights, saved values and states."""
+    """What instructions run on: how regions are lowered, what carries streamed weights, saved values and states, and
+    what updates weights within the backward."""
 
     backend: str
     fake_mode: Any
     ring: Ring | None = None
     saved: SavedValues | None = None
     stage: Stage | None = None
+    updates: Updates | None = None
 
     def run(self, instruction: Instruction, arguments: list[Any]) -> Sequence[Any]:
         """Run one instruction; a region call may empty its arguments."""
@@ -46,6 +48,9 @@ class Machine:
             if self.stage is not None:
                 self.stage.admit(call.share, () if self.ring is None else (self.ring.link,))
             return ()
+        if call.target in ops.PIECE_NODES:
+            self._update(call, arguments)
+            return ()
         assert self.ring is not None
         if call.target is ops.fetch:
             return self.ring.fetch(arguments, call.number)
@@ -55,9 +60,18 @@ class Machine:
 
     def abandon(self) -> None:
         """Put what follows behind all copies under way; called when instructions failed, before values are dropped."""
-        for engine in (self.ring, self.saved, self.stage):
+        for engine in (self.ring, self.saved, self.stage, self.updates):
             if engine is not None:
                 engine.abandon()
+
+    def _update(self, call: StreamNode, arguments: list[Any]) -> None:
+        assert self.updates is not None
+        if call.target is ops.fetch_states:
+            self.updates.fetch_states(call.number)
+        elif call.target is ops.update:
+            self.updates.update(call.number, call.names, arguments)
+        else:
+            self.updates.write_states(call.number)
 
     def _carry(self, call: StreamNode, arguments: list[Any]) -> Sequence[Any]:
         assert self.saved is not None
@@ -162,7 +176,8 @@ def run_forward(
 def run_backward(step: Step, tangents: dict[int, Tensor], machine: Machine) -> dict[str, Tensor]:
     """Run the backward part; returns the sum of the contributions to each primal's gradient.
 
-    Nothing outside is touched before all of it has run, so an exception leaves gradients as they were.
+    Without update nodes nothing outside is touched before all of it has run, so an exception leaves gradients as they
+    were.
     """
     assert step.slots is not None
     slots = dict(step.slots)

@@ -166,6 +166,13 @@ class Asked:
         self.spec = ASSUMED
         self.state: dict[Any, Any] = {}
         self.notes: list[str] = []
+        self.updates = None
+
+    def begin_backward(self) -> None:
+        raise AssertionError("no backward updates weights")
+
+    def end_backward(self) -> None:
+        raise AssertionError("no backward updates weights")
 
     def take_stage(self) -> None:
         self.notes.append("stage")

@@ -63,6 +63,24 @@ class Stage:
         """
 
 
+class Updates(Protocol):
+    """An optimizer, as far as a program that updates weights asks for it."""
+
+    def begin(self) -> None:
+        """Begin a step, checked before anything runs of it."""
+
+    def fetch_states(self, piece: int) -> None: ...
+
+    def update(self, piece: int, names: Sequence[str], gradients: Sequence[Tensor]) -> None:
+        """Update a piece by these contributions to the gradients of its parameters, by their names."""
+
+    def write_states(self, piece: int) -> None: ...
+
+    def complete(self) -> None: ...
+
+    def abandon(self) -> None: ...
+
+
 class StageOwner(Protocol):
     """An optimizer with a stage: what describes it, and its states by parameter, none before the first step."""
 
@@ -80,6 +98,16 @@ class StageOwner(Protocol):
 
     def drop_stage(self) -> None:
         """Give the stage's memory back, before a plan with other chunks is settled."""
+
+    @property
+    def updates(self) -> Updates | None:
+        """What updates weights within the backward; None where the plan has no pieces."""
+
+    def begin_backward(self) -> None:
+        """Check, before a backward that updates weights, all that a step checks."""
+
+    def end_backward(self) -> None:
+        """Count a backward that has updated weights."""
 
 
 class FreshStage(Stage):

@@ -54,6 +54,7 @@ class Adafactor(ChunkedOptimizer):
         no_decay: Sequence[str] = (),
         states: str = "keep",
         host_budget: int | str | None = None,
+        update: str = "step",
     ) -> None:
         defaults = {"lr": lr, "beta2_decay": beta2_decay, "eps": eps, "d": d, "weight_decay": weight_decay}
         super().__init__(
@@ -63,6 +64,7 @@ class Adafactor(ChunkedOptimizer):
             max_grad_norm=max_grad_norm,
             no_decay=no_decay,
             host_budget=host_budget,
+            update=update,
         )
 
     def check_options(self, options: Mapping[str, Any]) -> None:

@@ -42,6 +42,7 @@ class AdamW(ChunkedOptimizer):
         state_dtype: str = "float32",
         states: str = "keep",
         host_budget: int | str | None = None,
+        update: str = "step",
     ) -> None:
         moments = (StateTensor("exp_avg", state_dtype), StateTensor("exp_avg_sq", state_dtype))
         super().__init__(
@@ -51,6 +52,7 @@ class AdamW(ChunkedOptimizer):
             max_grad_norm=max_grad_norm,
             no_decay=no_decay,
             host_budget=host_budget,
+            update=update,
             smaller=('state_dtype="bfloat16"',) if state_dtype == "float32" else (),
         )
 

@@ -38,15 +38,14 @@ class AdamWUpdate:
     ) -> None:
         self._updates: list[SliceUpdate] = []
         self._copied: list[tuple[Tensor, Tensor]] = []  # where a weight belongs, and its copy, which is updated
-        self._parameters = [entry.slice.parameter for entry in entries]
+        self._parameters = [entry.parameter for entry in entries]
         self._options, self._scale, self._seed = options, scale, seed
         for entry in entries:
             self._add(entry)
 
     def _add(self, entry: StagedSlice) -> None:
         s = entry.slice
-        assert s.grad is not None
-        home, gradient = front(s.weight(), s.dim), front(s.grad, s.dim)
+        home, gradient = front(entry.weight, s.dim), front(entry.gradient, s.dim)
         weight = home
         if not _is_in_reach(home, gradient):
             gradient = gradient.contiguous()

@@ -40,6 +40,7 @@ class SGD(ChunkedOptimizer):
         no_decay: Sequence[str] = (),
         states: str = "keep",
         host_budget: int | str | None = None,
+        update: str = "step",
     ) -> None:
         has_momentum = self._has_momentum = is_at_least_0(momentum) and momentum > 0
         # Of a low-precision element: decay reads gradient and master and writes a sum (12), the momentum is scaled (8)
@@ -58,7 +59,15 @@ class SGD(ChunkedOptimizer):
             "weight_decay": weight_decay,
             "nesterov": nesterov,
         }
-        super().__init__(model, spec, defaults, max_grad_norm=max_grad_norm, no_decay=no_decay, host_budget=host_budget)
+        super().__init__(
+            model,
+            spec,
+            defaults,
+            max_grad_norm=max_grad_norm,
+            no_decay=no_decay,
+            host_budget=host_budget,
+            update=update,
+        )
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         require_at_least_0(options, "momentum", "weight_decay")

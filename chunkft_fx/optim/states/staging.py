@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from chunkft_fx.copies.states.ring import PieceRing, make_ring
 from chunkft_fx.copies.states.stage import FreshStage, Stage, make_stage
 from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.graph.layout import front, size_along
@@ -17,7 +18,8 @@ from chunkft_fx.optim.states.host_states import HostStates, require_room
 from chunkft_fx.optim.states.step_counts import Counts, counted, uniform
 from chunkft_fx.plan.chunk import Slice
 from chunkft_fx.plan.cuts import cut_dim
-from chunkft_fx.plan.state_spec import StateSpec, stage_capacity_nbytes
+from chunkft_fx.plan.pieces import DEPTH, piece_nbytes
+from chunkft_fx.plan.state_spec import StateLayout, StateSpec, stage_capacity_nbytes
 
 
 class StagedStates:
@@ -42,6 +44,17 @@ class StagedStates:
         self._staged: list[Slice] = []
         self._modified = False  # the stage holds newer values than host memory
         self._kept = [self.places(parameters)]
+        self._ring: PieceRing | None = None
+
+    def ring(self) -> PieceRing:
+        """The ring that the pieces of the model's plan pass through, on the device where it runs."""
+        device = self._model.compute_device
+        if self._ring is None or self._ring.device != device:
+            policy, parameters = self._model.plan.policy, dict(self._model.named_parameters())
+            away = policy.streamed | {n for n, p in parameters.items() if p.device != device}
+            self._ring = None  # free before taking another
+            self._ring = make_ring(device, DEPTH, piece_nbytes(policy.pieces, parameters, self._spec, away))
+        return self._ring
 
     def places(self, parameters: Sequence[Tensor]) -> HostStates:
         """Places in host memory for these parameters' states; `HostMemoryExceeded` if there is no room for them."""
@@ -57,6 +70,10 @@ class StagedStates:
     def counts(self, s: ActiveSlice) -> Counts:
         """How often each part of a slice's parameter was updated."""
         return cast(Counts, self._known[s.parameter]["slice_steps"])
+
+    def layouts(self, parameter: Tensor) -> Mapping[str, StateLayout]:
+        """A parameter's state tensors by name."""
+        return self._spec.layouts(parameter)
 
     def count(self, s: ActiveSlice) -> None:
         """Count an update of a slice."""
@@ -75,7 +92,7 @@ class StagedStates:
         self.take_stage()
         if not self._spec.is_kept:
             self._known.clear()
-        self.stage.announce([host for s in active for host in self._host(s)])
+        self.stage.announce([host for s in active for host in self.host(s)])
         self._staged = slices
 
     def staged(self, active: Sequence[ActiveSlice]) -> dict[str, dict[str, Tensor]]:
@@ -96,6 +113,9 @@ class StagedStates:
     def take_stage(self) -> None:
         """Take memory for the states of the largest chunk where the model runs, unless it is taken."""
         device = self._model.compute_device
+        if self._model.plan.policy.pieces:
+            self.ring()
+            return
         if device == self.stage.device:
             return
         self.write_back()
@@ -105,13 +125,19 @@ class StagedStates:
     def drop_stage(self) -> None:
         """Give the stage's memory back; it is taken anew, for the chunks that there are then."""
         self.write_back()
+        self.synchronize()
+        self.stage, self._staged, self._ring = self._idle_stage(), [], None
+
+    def synchronize(self) -> None:
+        """Wait until host memory is up to date with every copy begun."""
         self.stage.synchronize()
-        self.stage, self._staged = self._idle_stage(), []
+        if self._ring is not None:
+            self._ring.synchronize()
 
     def settle(self) -> None:
         """Bring host memory up to date, masters of slices that were never active included."""
         self.write_back()
-        self.stage.synchronize()
+        self.synchronize()
         fill_masters(self._known)
 
     def begin_anew(self, parameters: Sequence[Tensor]) -> None:
@@ -122,7 +148,7 @@ class StagedStates:
 
     def replace(self, saved: Mapping[Tensor, SavedState], parameters: Sequence[Tensor]) -> None:
         """Take saved states in place of all that there are; those that are not kept begin anew."""
-        self.stage.synchronize()
+        self.synchronize()
         self.stage = self._idle_stage()  # lets go of the old states, of which there must not be two
         self._staged, self._modified = [], False
         self.begin_anew(parameters)
@@ -172,7 +198,7 @@ class StagedStates:
             return FreshStage(device, self.capacity())
         return make_stage(device, self.capacity())
 
-    def _host(self, s: ActiveSlice) -> list[Tensor]:
+    def host(self, s: ActiveSlice) -> list[Tensor]:
         """A slice's states in host memory; for states that are not kept, tensors without memory."""
         state, layouts = self._state_of(s.parameter), self._spec.layouts(s.parameter)
         if not self._spec.is_kept:

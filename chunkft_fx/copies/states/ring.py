@@ -1,0 +1,120 @@
+"""Ring of states: copies optimizer states piece by piece through a few buffers on the device, and back.
+
+A step that covers all parameters fetches the states of one piece while those of another are updated and those of a
+third go out. They come in over one link and go out over another (`copies.link`), so that both ways of the bus are
+busy. A buffer is filled again behind the copies that empty it. Beside a CPU host memory is where states are updated:
+nothing is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from chunkft_fx.copies.link import Link, Mark, open_link
+from chunkft_fx.copies.states.batches import Batch, batches_of, carved, stage_places
+from chunkft_fx.copies.tier import HostTier, Tier
+
+
+class PieceRing:
+    """The ring of a CPU: pieces are updated where host memory keeps them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._there: dict[int, list[Tensor]] = {}
+
+    def fetch(self, piece: int, host: Sequence[Tensor]) -> None:
+        """Begin to bring the tensors of a piece, each contiguous, into a free buffer."""
+        self._there[piece] = list(host)
+
+    def is_fetched(self, piece: int) -> bool:
+        """Whether a piece has a buffer."""
+        return piece in self._there
+
+    def tensors(self, piece: int) -> list[Tensor]:
+        """The tensors of a fetched piece, in order, ready for work on the current stream."""
+        return self._there[piece]
+
+    def write_back(self, piece: int) -> None:
+        """Begin to take a piece back to where it came from, behind the work on the current stream."""
+        del self._there[piece]
+
+    def settle(self) -> None:
+        """Put work that follows on the current stream behind all copies out."""
+
+    def synchronize(self) -> None:
+        """Wait until host memory is up to date with every copy begun."""
+
+    def abandon(self) -> None:
+        """Put work that follows on the current stream behind all copies under way, and free all buffers."""
+        self._there.clear()
+
+
+class CopyingRing(PieceRing):
+    """``depth`` buffers of ``nbytes`` each on the device of two links; their memory is taken once."""
+
+    def __init__(self, incoming: Link, outgoing: Link, tier: Tier, depth: int, nbytes: int) -> None:
+        super().__init__(incoming.device)
+        self._incoming, self._outgoing, self._tier = incoming, outgoing, tier
+        self._buffers = torch.empty((depth, nbytes), dtype=torch.uint8, device=self.device)
+        for link in (incoming, outgoing):
+            link.follow()
+            link.reserve(self._buffers)
+        self._free = list(range(depth))
+        self._held: dict[int, int] = {}  # by piece, its buffer
+        self._batches: dict[int, list[Batch]] = {}  # by piece
+        self._came: dict[int, Mark] = {}  # by piece, behind its way in
+        self._left: dict[int, Mark] = {}  # by buffer, behind its latest way out
+
+    def fetch(self, piece: int, host: Sequence[Tensor]) -> None:
+        at = self._free.pop(0)
+        self._held[piece] = at
+        buffer = self._buffers[at]
+        places, _ = stage_places(host)
+        self._there[piece] = carved(buffer, host, places)
+        self._batches[piece] = batches_of(buffer, host, places)
+        # All ways out are in turn. What the buffer held last went out behind the way out that the piece itself took in
+        # the step before, so this waits for that, too.
+        if at in self._left:
+            self._incoming.follow_mark(self._left[at])
+        for batch in self._batches[piece]:
+            self._tier.copy_in(self._incoming, batch.host, batch.staged)
+        self._came[piece] = self._incoming.mark()
+
+    def tensors(self, piece: int) -> list[Tensor]:
+        self._incoming.wait(self._came[piece])
+        return self._there[piece]
+
+    def write_back(self, piece: int) -> None:
+        self._outgoing.follow()
+        for batch in self._batches.pop(piece):
+            self._tier.copy_out(self._outgoing, batch.staged, batch.host)
+        at = self._held.pop(piece)
+        self._left[at] = self._outgoing.mark()
+        self._free.append(at)
+        del self._there[piece], self._came[piece]
+
+    def settle(self) -> None:
+        self._outgoing.wait(self._outgoing.mark())
+
+    def synchronize(self) -> None:
+        self._incoming.synchronize()
+        self._outgoing.synchronize()
+
+    def abandon(self) -> None:
+        self._incoming.abandon()
+        self._outgoing.abandon()
+        self._free += self._held.values()
+        self._held.clear()
+        self._batches.clear()
+        self._came.clear()
+        super().abandon()
+
+
+def make_ring(device: torch.device, depth: int, nbytes: int) -> PieceRing:
+    """The ring for states that host memory keeps, with memory on the device where it needs any."""
+    if device.type != "cuda":
+        return PieceRing(device)
+    return CopyingRing(open_link(device), open_link(device), HostTier(device), depth, nbytes)

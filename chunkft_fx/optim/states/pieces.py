@@ -1,0 +1,168 @@
+"""Runs the updates of a step that covers all parameters, piece by piece: at the step, or as a program's nodes ask for.
+
+States of a piece come to the device, its weights and states are changed, the states go back (`copies.states.ring`). A
+weight that stays in host memory travels with its states. What a step has updated is remembered until it is complete:
+should it fail halfway, some parameters are a step ahead of the others, and nothing may go on as if they were not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from chunkft_fx.copies.states.ring import PieceRing
+from chunkft_fx.errors import PartialStep
+from chunkft_fx.gradients.slice_gradient import cut_from
+from chunkft_fx.gradients.slices import ActiveSlice
+from chunkft_fx.graph.layout import front, wide_dtype
+from chunkft_fx.module.training import Training
+from chunkft_fx.optim.states.staging import StagedStates
+from chunkft_fx.optim.update import StagedSlice
+from chunkft_fx.plan.chunk import Chunk
+from chunkft_fx.plan.pieces import DEPTH
+
+# Updates these slices of one piece; the number of the piece is for stochastic rounding.
+Apply = Callable[[Sequence[StagedSlice], int], None]
+
+
+class PieceUpdates:
+    """The updates of ``pieces``, whose states pass through ``ring``; ``apply`` is the optimizer's update."""
+
+    def __init__(
+        self, model: Training, states: StagedStates, ring: PieceRing, pieces: Sequence[Chunk], apply: Apply
+    ) -> None:
+        self._states, self._ring, self._apply, self._given = states, ring, apply, pieces
+        parameters = dict(model.named_parameters())
+        self._slices = [[ActiveSlice(s, parameters[s.name]) for s in piece.slices] for piece in pieces]
+        self._has_travelling = any(_travels(s, ring) for slices in self._slices for s in slices)
+        self._pieces_of: dict[str, int] = {}
+        for slices in self._slices:
+            for s in slices:
+                self._pieces_of[s.name] = self._pieces_of.get(s.name, 0) + 1
+        self._done: dict[int, tuple[str, ...]] = {}  # of the step under way: by piece, what was updated of it
+        self._left: dict[str, int] = {}  # of the step under way: the pieces of a parameter that are still to come
+        self.is_broken = False
+
+    def is_of(self, pieces: Sequence[Chunk], ring: PieceRing) -> bool:
+        """Whether these are the updates of just these pieces, through this ring."""
+        return self._given is pieces and self._ring is ring
+
+    def at_step(self) -> None:
+        """Update everything that has a gradient, one piece behind the other."""
+        order = [i for i, slices in enumerate(self._slices) if any(s.grad is not None for s in slices)]
+        self.begin()
+        try:
+            for i in order[:DEPTH]:
+                self.fetch_states(i)
+            for at, i in enumerate(order):
+                self._update(i, [(s, s.grad) for s in self._slices[i] if s.grad is not None])
+                self.write_states(i)
+                if at + DEPTH < len(order):
+                    self.fetch_states(order[at + DEPTH])
+        except BaseException:
+            self.abandon()
+            raise
+        self.complete()
+
+    def begin(self) -> None:
+        """Begin a step; `PartialStep` if the step before was left halfway."""
+        self.refuse_broken()
+        self._done, self._left = {}, {}
+
+    def complete(self) -> None:
+        """End a step: everything that had a gradient was updated, and weights in host memory can be fetched again."""
+        self._done, self._left = {}, {}
+        if self._has_travelling:
+            self._ring.settle()
+
+    def refuse_broken(self) -> None:
+        """Raise `PartialStep` if a step was left halfway."""
+        if self.is_broken:
+            names = list(dict.fromkeys(n for done in self._done.values() for n in done))
+            raise PartialStep(
+                f"a step failed after it had updated {len(names)} of {len(self._pieces_of)} parameters "
+                f"({', '.join(names[:5])}{' and others' * (len(names) > 5)}), which are a step ahead of the others; "
+                "load a checkpoint of model and optimizer, or call optimizer.accept_partial_step() to go on from here"
+            )
+
+    def accept(self) -> None:
+        """Go on from a step that was left halfway."""
+        self.is_broken = False
+        self._done, self._left = {}, {}
+
+    def fetch_states(self, piece: int) -> None:
+        """Begin to bring a piece's states in."""
+        self._ring.fetch(piece, [t for s in self._slices[piece] for t in self._travelling(s)])
+
+    def update(self, piece: int, names: Sequence[str], gradients: Sequence[Tensor]) -> None:
+        """Update a piece by the contributions to its parameters' gradients, beside what ``parameter.grad`` holds."""
+        by_name: dict[str, list[Tensor]] = {}
+        for name, gradient in zip(names, gradients, strict=True):
+            by_name.setdefault(name, []).append(gradient)
+        graded = []
+        for s in self._slices[piece]:
+            if s.name in by_name:
+                held = s.grad
+                parts = [cut_from(g, s.slice) for g in by_name[s.name]]
+                graded.append((s, _total([held, *parts] if held is not None else parts)))
+        self._update(piece, graded)
+        for s, _ in graded:
+            self._left[s.name] = self._left.get(s.name, self._pieces_of[s.name]) - 1
+            if not self._left[s.name]:
+                s.parameter.grad = None
+
+    def write_states(self, piece: int) -> None:
+        """Begin to take a piece's states back."""
+        self._ring.write_back(piece)
+
+    def has_updated(self, name: str) -> bool:
+        """Whether the step under way has updated a parameter, or a part of it."""
+        return any(name in names for names in self._done.values())
+
+    def abandon(self) -> None:
+        """A step failed: what was updated goes back to host memory, and nothing goes on before someone has decided."""
+        for piece in self._done:
+            if self._ring.is_fetched(piece):
+                self._ring.write_back(piece)
+        self._ring.abandon()
+        self.is_broken = bool(self._done)
+
+    def settle(self) -> None:
+        """Let work that follows on the current stream see every state and weight in host memory."""
+        self._ring.settle()
+
+    def _update(self, piece: int, graded: Sequence[tuple[ActiveSlice, Tensor]]) -> None:
+        staged = iter(self._ring.tensors(piece))
+        there = {s.name: [next(staged) for _ in self._travelling(s)] for s in self._slices[piece]}
+        entries = []
+        for s, given in graded:
+            gradient = given.to(wide_dtype(given.dtype))
+            tensors = there[s.name]
+            weight = s.weight()
+            if _travels(s, self._ring):
+                weight, tensors = tensors[0].movedim(0, s.dim) if weight.ndim else tensors[0].view(()), tensors[1:]
+            states = dict(zip(self._states.layouts(s.parameter), tensors, strict=True))
+            entries.append(StagedSlice(s.slice, s.parameter, weight, gradient, states, self._states.counts(s)))
+        self._done[piece] = tuple(e.slice.name for e in entries)  # from now on, should the update fail halfway
+        self._apply(entries, piece)
+        for s, _ in graded:
+            self._states.count(s)
+
+    def _travelling(self, s: ActiveSlice) -> list[Tensor]:
+        """What of a slice passes through the ring: its states, behind its weight if that stays in host memory."""
+        weight = [front(s.weight(), s.dim)] if _travels(s, self._ring) else []
+        return weight + self._states.host(s)
+
+
+def _travels(s: ActiveSlice, ring: PieceRing) -> bool:
+    """Whether a slice's weight is copied with its states; one that is not one run of memory is left to the update."""
+    return s.parameter.device != ring.device and front(s.weight(), s.dim).is_contiguous()
+
+
+def _total(contributions: Sequence[Tensor]) -> Tensor:
+    """The sum of contributions to a gradient, in a wider dtype, as `runtime.step` adds them up."""
+    total = contributions[0]
+    for value in contributions[1:]:
+        total = total.to(wide_dtype(total.dtype)) + value
+    return total

@@ -1,0 +1,53 @@
+"""Decides the pieces of full coverage: the parts of the parameters whose states pass through the device in turn.
+
+A step that covers all parameters cannot have all their states on the device. They come piece by piece, through a ring
+of `DEPTH` buffers: one is updated while the next comes in and the one before goes out. A piece lies within one
+region, so that its gradients are complete as soon as the backward has left that region.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+
+from torch import Tensor
+
+from chunkft_fx.graph.layout import stage_nbytes
+from chunkft_fx.plan.chunk import Chunk
+from chunkft_fx.plan.cuts import ParameterSpec, Stream, cut
+from chunkft_fx.plan.state_spec import StateSpec, stage_capacity_nbytes
+
+# Buffers of the ring.
+DEPTH = 3
+# A piece of this size moves in 5 ms each way: long beside the start of a copy, short beside a region's backward.
+LARGEST_NBYTES = 256 * 2**20
+# Of a small model every piece is so small a part, that the ring stays small beside the states of the whole.
+LEAST_PIECES = 32
+
+
+def cut_pieces(parameters: Sequence[ParameterSpec]) -> tuple[Chunk, ...]:
+    """The parameters in pieces of nearly equal bytes (weights and states), each within one region, in their order."""
+    limit = min(LARGEST_NBYTES, max(Stream(parameters).nbytes // LEAST_PIECES, 1))
+    pieces: list[Chunk] = []
+    for _, region in groupby(parameters, key=lambda p: p.region):
+        own = tuple(region)
+        stream = Stream(own) if any(_has_elements(p) for p in own) else None
+        if stream is not None:
+            pieces += cut(own, min(-(-stream.nbytes // limit), stream.pieces))
+    return tuple(pieces)
+
+
+def piece_nbytes(
+    pieces: Sequence[Chunk], parameters: Mapping[str, Tensor], spec: StateSpec, streamed: frozenset[str]
+) -> int:
+    """Bytes of a buffer of the ring: those of the largest piece's states, and of its weights that are ``streamed``."""
+    return max(stage_capacity_nbytes(p, parameters, spec) + _weights(p, parameters, streamed) for p in pieces)
+
+
+def _weights(piece: Chunk, parameters: Mapping[str, Tensor], streamed: frozenset[str]) -> int:
+    away = [(s, parameters[s.name]) for s in piece.slices if s.name in streamed]
+    return sum(stage_nbytes(p.numel() // s.size * s.length * p.itemsize) for s, p in away)
+
+
+def _has_elements(parameter: ParameterSpec) -> bool:
+    return all(parameter.shape)
