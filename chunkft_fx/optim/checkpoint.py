@@ -19,7 +19,7 @@ from torch import Tensor
 
 from chunkft_fx.errors import CheckpointMismatch
 from chunkft_fx.graph.layout import front, size_along
-from chunkft_fx.kernels.adamw_reference import reconcile
+from chunkft_fx.kernels.masters import reconcile
 from chunkft_fx.optim.states.step_counts import Counts, Run, is_partition, uniform
 from chunkft_fx.plan.cuts import cut_dim
 from chunkft_fx.plan.state_spec import MASTER, StateSpec, master_dtype
