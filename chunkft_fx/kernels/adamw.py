@@ -56,9 +56,10 @@ def adamw(
     """Update all slices in place by one step of AdamW (Loshchilov and Hutter, arXiv 1711.05101).
 
     A master whose rounded value is not the weight takes the weight's value first: it is new, or the weight was
-    changed from outside. ``lr`` and ``scale`` (0-d; gradients are multiplied by it) may be device tensors, which
-    are read on the device. bfloat16 moments are rounded stochastically; ``seed`` must differ from step to step.
-    The kernel runs on the current stream: pinned tensors must live, and stay unread, until it has finished.
+    changed from outside; a remainder is that of whatever weight there is. ``lr`` and ``scale`` (0-d; gradients are
+    multiplied by it) may be device tensors, which are read on the device. bfloat16 moments are rounded stochastically;
+    ``seed`` must differ from step to step. The kernel runs on the current stream: pinned tensors must live, and stay
+    unread, until it has finished.
     With float32 moments its weights are those of torch's functional AdamW to 1 ulp, where the step is small beside
     the weight (a larger one shows the last bits of the moments, which torch rounds as the processor has it).
 
@@ -67,6 +68,8 @@ def adamw(
     for u in updates:
         if u.step < 1:
             raise OptionError(f"step is {u.step}; it counts this update too, so it is 1 or more")
+        if u.exp_avg is None and beta1 != 0:
+            raise OptionError(f"exp_avg is missing; only beta1=0 needs none, and beta1 is {beta1}")
     filled = [u for u in updates if u.weight.numel() or u.gradient.numel()]
     options: dict[str, Any] = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
     options |= {"scale": scale, "seed": seed}
@@ -147,7 +150,10 @@ class _Variant:
     """
 
     weight_dtype: torch.dtype
+    gradient_dtype: torch.dtype
+    master_dtype: torch.dtype | None
     state_dtype: torch.dtype
+    has_exp_avg: bool
     is_run: bool
     even: bool
     dims: tuple[int, ...]
@@ -271,7 +277,9 @@ def _variant(u: SliceUpdate, layout: _Layout) -> _Variant:
         dims = tuple(ROWS.value if s[0] == 1 else COLUMNS.value if s[2] == 1 else NO_DIM.value for s in triples)
         steps = [x for s in triples for x in s if x != 1] + [layout.sizes[0], layout.sizes[2]]
         even = even and all(x % DIVISOR.value == 0 for x in steps)
-    return _Variant(u.weight.dtype, u.exp_avg.dtype, layout.is_run, even, dims)
+    master = None if u.master is None else u.master.dtype
+    kinds = (u.weight.dtype, u.gradient.dtype, master, u.exp_avg_sq.dtype, u.exp_avg is not None)
+    return _Variant(*kinds, layout.is_run, even, dims)
 
 
 def _kernel(variant: _Variant, launch: LaunchOptions) -> tuple[Any, dict[str, Any]]:
@@ -280,10 +288,19 @@ def _kernel(variant: _Variant, launch: LaunchOptions) -> tuple[Any, dict[str, An
 
     from chunkft_fx.kernels import adamw_triton
 
-    pointees = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.uint16}
+    pointees = {
+        torch.float32: tl.float32,
+        torch.float16: tl.float16,
+        torch.bfloat16: tl.uint16,
+        torch.int16: tl.int16,
+        None: None,
+    }
     constants = {
         "WEIGHT_DTYPE": pointees[variant.weight_dtype],
+        "GRADIENT_DTYPE": pointees[variant.gradient_dtype],
+        "MASTER_DTYPE": pointees[variant.master_dtype],
         "STATE_DTYPE": pointees[variant.state_dtype],
+        "HAS_EXP_AVG": variant.has_exp_avg,
     }
     if variant.is_run:
         return adamw_triton.adamw_runs, constants | {"ALIGNED": variant.even, "TILE": launch.tile}

@@ -15,9 +15,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
 from chunkft_fx.errors import OptionError
-
-# Elements compared at once when a master is checked against its weight: bounds the temporary memory.
-PIECE_NUMEL = 2**24
+from chunkft_fx.kernels.masters import join_master, reconcile, split_master
 
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 MASK32 = 0xFFFFFFFF
@@ -31,16 +29,17 @@ PHILOX_ROUNDS = 10
 class SliceUpdate:
     """One slice to update, every operand seen with the cut dimension in front.
 
-    ``weight`` is bf16, f16, f32 or f64[length, ...], possibly strided; ``gradient`` has its shape, in float32
-    (float64 for float64 weights), with any strides. ``master`` is contiguous, of the gradient's dtype and the
-    weight's number of elements, or `None` for a weight that is its own master. ``exp_avg`` and ``exp_avg_sq``
-    are contiguous, of the gradient's dtype or bfloat16. ``step`` counts updates of this slice, this one included.
+    ``weight`` is bf16, f16, f32 or f64[length, ...], possibly strided; ``gradient`` has its shape, in its dtype or
+    float32, with any strides. All others are contiguous and have the weight's number of elements. ``master`` is
+    float32, or int16 beside a bf16 weight: its remainder (`chunkft_fx.kernels.masters`); it is `None` for a weight
+    that is its own master. ``exp_avg`` and ``exp_avg_sq`` are float32 (float64 for float64 weights) or bf16; the first
+    is `None` where ``beta1`` is 0, which needs none. ``step`` counts updates of this slice, this one included.
     """
 
     weight: Tensor
     gradient: Tensor
     master: Tensor | None
-    exp_avg: Tensor
+    exp_avg: Tensor | None
     exp_avg_sq: Tensor
     step: int
 
@@ -69,20 +68,22 @@ def require_one_device(u: SliceUpdate) -> None:
 
 def check_operands(u: SliceUpdate) -> None:
     """Refuse an update whose operands do not belong together."""
-    expected = torch.promote_types(u.weight.dtype, torch.float32)
-    if u.gradient.shape != u.weight.shape or u.gradient.dtype != expected:
+    wide = torch.promote_types(u.weight.dtype, torch.float32)
+    if u.gradient.shape != u.weight.shape or u.gradient.dtype not in (wide, u.weight.dtype):
         raise OptionError(
             f"the gradient is {tuple(u.gradient.shape)}, {u.gradient.dtype}; "
-            f"for this weight it must be {tuple(u.weight.shape)}, {expected}"
+            f"for this weight it must be {tuple(u.weight.shape)}, {wide} or {u.weight.dtype}"
         )
-    if (u.master is None) != (expected == u.weight.dtype):
+    if (u.master is None) != (wide == u.weight.dtype):
         raise OptionError(f"a {u.weight.dtype} weight needs {'no' if u.master is not None else 'a'} master")
-    if u.master is not None and u.master.dtype != expected:
-        raise OptionError(f"the master is {u.master.dtype}; it must be {expected}")
-    if u.exp_avg.dtype != u.exp_avg_sq.dtype or u.exp_avg.dtype not in STATE_DTYPES:
-        raise OptionError(f"the moments are {u.exp_avg.dtype} and {u.exp_avg_sq.dtype}; use float32 or bfloat16")
-    if (u.exp_avg.dtype == torch.float64) != (expected == torch.float64):
-        raise OptionError(f"the moments of a {u.weight.dtype} weight cannot be {u.exp_avg.dtype}")
+    masters = (wide, torch.int16) if u.weight.dtype == torch.bfloat16 else (wide,)
+    if u.master is not None and u.master.dtype not in masters:
+        raise OptionError(f"the master is {u.master.dtype}; it must be {' or '.join(map(str, masters))}")
+    moments = [t for t in (u.exp_avg, u.exp_avg_sq) if t is not None]
+    if len({t.dtype for t in moments}) > 1 or u.exp_avg_sq.dtype not in STATE_DTYPES:
+        raise OptionError(f"the moments are {' and '.join(str(t.dtype) for t in moments)}; use float32 or bfloat16")
+    if (u.exp_avg_sq.dtype == torch.float64) != (wide == torch.float64):
+        raise OptionError(f"the moments of a {u.weight.dtype} weight cannot be {u.exp_avg_sq.dtype}")
     for name, state in (("master", u.master), ("exp_avg", u.exp_avg), ("exp_avg_sq", u.exp_avg_sq)):
         if state is not None and not (state.is_contiguous() and state.numel() == u.weight.numel()):
             raise OptionError(f"{name} is {tuple(state.shape)}; it must be {tuple(u.weight.shape)} and contiguous")
@@ -103,17 +104,16 @@ def adamw_reference(
     """As `chunkft_fx.kernels.adamw.adamw`, for slices whose operands are all on one device."""
     for index, u in enumerate(updates):
         shape = u.weight.shape
-        master = u.weight.contiguous() if u.master is None else u.master.view(shape)
-        if u.master is not None:
-            reconcile(master, u.weight)
-        moments = [u.exp_avg.view(shape).to(master.dtype), u.exp_avg_sq.view(shape).to(master.dtype)]
+        master = _master(u)
+        square = u.exp_avg_sq.view(shape).to(master.dtype)
+        average = torch.zeros_like(square) if u.exp_avg is None else u.exp_avg.view(shape).to(master.dtype)
         # one layout for all operands: vectorised loops then round the same way
-        gradient = u.gradient.contiguous()
+        gradient = u.gradient.to(master.dtype).contiguous()
         torch_adamw(
             [master],
             [gradient if scale is None else gradient * scale],
-            [moments[0]],
-            [moments[1]],
+            [average],
+            [square],
             [],
             [torch.tensor(float(u.step - 1))],  # counted up by torch
             foreach=False,
@@ -125,11 +125,26 @@ def adamw_reference(
             eps=eps,
             maximize=False,
         )
-        if u.exp_avg.dtype == torch.bfloat16:
+        if u.exp_avg_sq.dtype == torch.bfloat16:
             noise = random_words(seed, index, master.numel(), master.device).view(shape)
-            u.exp_avg.view(shape).copy_(round_stochastically(moments[0], noise & 0xFFFF))
-            u.exp_avg_sq.view(shape).copy_(round_stochastically(moments[1], noise >> 16))
+            u.exp_avg_sq.view(shape).copy_(round_stochastically(square, noise >> 16))
+            if u.exp_avg is not None:
+                u.exp_avg.view(shape).copy_(round_stochastically(average, noise & 0xFFFF))
+        if u.master is not None and u.master.dtype == torch.int16:
+            master, remainder = split_master(master)
+            u.master.view(shape).copy_(remainder)
         u.weight.copy_(master, non_blocking=True)
+
+
+def _master(u: SliceUpdate) -> Tensor:
+    """The wide weight that is updated: in place where the update has one, and else a copy or the weight itself."""
+    if u.master is None:
+        return u.weight.contiguous()
+    kept = u.master.view(u.weight.shape)
+    if kept.dtype == torch.int16:
+        return join_master(u.weight, kept).contiguous()
+    reconcile(kept, u.weight)
+    return kept
 
 
 def round_stochastically(value: Tensor, noise: Tensor) -> Tensor:
@@ -159,14 +174,3 @@ def random_words(seed: int, slice_index: int, numel: int, device: torch.device) 
         ]
         key = [(k + increment) & MASK32 for k, increment in zip(key, PHILOX_INCREMENTS, strict=True)]
     return torch.stack(counter, dim=-1).view(-1)[:numel]
-
-
-def reconcile(master: Tensor, weight: Tensor) -> None:
-    """Make each weight that is not its master rounded, being new or changed from outside, the master.
-
-    Both have the same shape, of one dimension or more; ``master`` is written in place, where it is.
-    """
-    indices = max(1, PIECE_NUMEL * len(weight) // weight.numel())
-    for start in range(0, len(weight), indices):
-        m, w = master[start : start + indices], weight[start : start + indices].to(master.device)
-        torch.where(m.to(w.dtype) == w, m, w.to(m.dtype), out=m)

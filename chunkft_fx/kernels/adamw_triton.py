@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-# ruff: noqa: N803, N806, SIM300, RET505
+# ruff: noqa: N803, SIM102, SIM300, RET505
 # (compile-time constants are in capitals; Triton compiles one branch of an if, but not what follows a return)
 """The AdamW kernels: a fixed number of programs walks over all slices of a table, tile by tile, round robin.
 
@@ -78,6 +78,23 @@ def _round_to_nearest(value, pointee: tl.constexpr):
 
 
 @triton.jit
+def _join_master(weight, remainder):
+    """As `masters.join_master`, of a weight's bits."""
+    bits = weight.to(tl.int32)
+    magnitude = (bits & 0x7FFF) << 16
+    moved = magnitude + remainder.to(tl.int32)
+    moved = tl.where((moved >= 0) & (moved <= 0x7F800000), moved, magnitude)
+    return (moved | ((bits >> 15) << 31)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _split_master(master):
+    """As `masters.split_master`, the weight as its bits."""
+    bits = tl.where(master == master, master.to(tl.uint32, bitcast=True), 0x7FC00000)
+    return ((bits + 0x8000) >> 16).to(tl.uint16), bits.to(tl.uint16).to(tl.int16, bitcast=True)
+
+
+@triton.jit
 def _pointer(row, field: tl.constexpr, pointee: tl.constexpr, aligned: tl.constexpr):
     pointer = tl.load(row + field).to(tl.pointer_type(pointee))
     if aligned:
@@ -138,33 +155,42 @@ def _update(pointers, noise, mask, factors, scale, beta1_rest, beta2, beta2_rest
     kept, step_size, correction = factors
     # all loads first, so that they are in flight together
     stored = tl.load(weight, mask=mask)
-    grad = tl.load(gradient, mask=mask)
-    average = _widen(tl.load(exp_avg, mask=mask))
+    grad = _widen(tl.load(gradient, mask=mask))
+    average = _widen(tl.load(exp_avg, mask=mask)) if exp_avg is not None else None
     square = _widen(tl.load(exp_avg_sq, mask=mask))
     param = _widen(stored)
-    if master is not None:
-        known = tl.load(master, mask=mask)
-        param = tl.where(_widen(_round_to_nearest(known, stored.dtype)) == param, known, param)
+    known = tl.load(master, mask=mask) if master is not None else None
+    if known is not None:
+        if known.dtype == tl.int16:
+            param = _join_master(stored, known)
+        else:
+            param = tl.where(_widen(_round_to_nearest(known, stored.dtype)) == param, known, param)
     if scale is not None:
         grad = grad * tl.load(scale).to(tl.float32)
     param = param * kept
-    # torch.lerp has one formula for weights below one half and one for those above
-    change = grad - average
-    near = average + beta1_rest * change
-    far = grad - change * (1 - beta1_rest)
-    average = tl.where(beta1_rest < 0.5, near, far)
+    if average is None:
+        average = grad
+    else:
+        # torch.lerp has one formula for weights below one half and one for those above
+        change = grad - average
+        near = average + beta1_rest * change
+        far = grad - change * (1 - beta1_rest)
+        average = tl.where(beta1_rest < 0.5, near, far)
     square = square * beta2 + beta2_rest * grad * grad
     denominator = tl.div_rn(tl.sqrt_rn(square), correction) + eps
     param = param - tl.div_rn(step_size * average, denominator)
-    tl.store(weight, _round_to_nearest(param, stored.dtype), mask=mask)
+    rounded, kept_master = _round_to_nearest(param, stored.dtype), param
+    if known is not None:
+        if known.dtype == tl.int16:
+            rounded, kept_master = _split_master(param)
+    tl.store(weight, rounded, mask=mask)
     if master is not None:
-        tl.store(master, param, mask=mask)
-    if noise is None:
+        tl.store(master, kept_master, mask=mask)
+    if noise is not None:
+        average, square = _bfloat16_bits(average, noise & 0xFFFF), _bfloat16_bits(square, noise >> 16)
+    if exp_avg is not None:
         tl.store(exp_avg, average, mask=mask)
-        tl.store(exp_avg_sq, square, mask=mask)
-    else:
-        tl.store(exp_avg, _bfloat16_bits(average, noise & 0xFFFF), mask=mask)
-        tl.store(exp_avg_sq, _bfloat16_bits(square, noise >> 16), mask=mask)
+    tl.store(exp_avg_sq, square, mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -178,12 +204,14 @@ def adamw_runs(
     beta2_rest,
     eps,
     WEIGHT_DTYPE: tl.constexpr,
+    GRADIENT_DTYPE: tl.constexpr,
+    MASTER_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
+    HAS_EXP_AVG: tl.constexpr,
     ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """All operands of a slice in one order; only its first size counts."""
-    HAS_MASTER: tl.constexpr = WEIGHT_DTYPE != tl.float32
     within = tl.arange(0, TILE)
     tile = tl.program_id(0)
     begin = tile.to(tl.int64) * 0
@@ -194,9 +222,9 @@ def adamw_runs(
             row = table + rows + index * FIELDS
             numel = tl.load(row + SIZES)
             weight = _pointer(row, WEIGHT, WEIGHT_DTYPE, ALIGNED)
-            gradient = _pointer(row, GRADIENT, tl.float32, ALIGNED)
-            master = _pointer(row, MASTER, tl.float32, ALIGNED) if HAS_MASTER else None
-            exp_avg = _pointer(row, EXP_AVG, STATE_DTYPE, ALIGNED)
+            gradient = _pointer(row, GRADIENT, GRADIENT_DTYPE, ALIGNED)
+            master = _pointer(row, MASTER, MASTER_DTYPE, ALIGNED) if MASTER_DTYPE is not None else None
+            exp_avg = _pointer(row, EXP_AVG, STATE_DTYPE, ALIGNED) if HAS_EXP_AVG else None
             exp_avg_sq = _pointer(row, EXP_AVG_SQ, STATE_DTYPE, ALIGNED)
             factors = _factors(row, lr)
             while tile < end:
@@ -204,8 +232,8 @@ def adamw_runs(
                 pointers = (
                     weight + start + within,
                     gradient + start + within,
-                    master + start + within if HAS_MASTER else None,
-                    exp_avg + start + within,
+                    master + start + within if MASTER_DTYPE is not None else None,
+                    exp_avg + start + within if HAS_EXP_AVG else None,
                     exp_avg_sq + start + within,
                 )
                 noise = _random_run(row, start, TILE) if STATE_DTYPE == tl.uint16 else None
@@ -238,7 +266,10 @@ def adamw_tiles(
     beta2_rest,
     eps,
     WEIGHT_DTYPE: tl.constexpr,
+    GRADIENT_DTYPE: tl.constexpr,
+    MASTER_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
+    HAS_EXP_AVG: tl.constexpr,
     EVEN: tl.constexpr,
     WEIGHT_DIM: tl.constexpr,
     GRADIENT_DIM: tl.constexpr,
@@ -264,9 +295,9 @@ def adamw_tiles(
                 at = (r * depth + m) * width + c
                 pointers = (
                     _strided(row, WEIGHT, WEIGHT_DTYPE, WEIGHT_STRIDES, (r, m, c), WEIGHT_DIM, EVEN),
-                    _strided(row, GRADIENT, tl.float32, GRADIENT_STRIDES, (r, m, c), GRADIENT_DIM, EVEN),
-                    _pointer(row, MASTER, tl.float32, EVEN) + at if WEIGHT_DTYPE != tl.float32 else None,
-                    _pointer(row, EXP_AVG, STATE_DTYPE, EVEN) + at,
+                    _strided(row, GRADIENT, GRADIENT_DTYPE, GRADIENT_STRIDES, (r, m, c), GRADIENT_DIM, EVEN),
+                    _pointer(row, MASTER, MASTER_DTYPE, EVEN) + at if MASTER_DTYPE is not None else None,
+                    _pointer(row, EXP_AVG, STATE_DTYPE, EVEN) + at if HAS_EXP_AVG else None,
                     _pointer(row, EXP_AVG_SQ, STATE_DTYPE, EVEN) + at,
                 )
                 noise = _random_words(row, at) if STATE_DTYPE == tl.uint16 else None

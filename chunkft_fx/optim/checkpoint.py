@@ -1,28 +1,29 @@
 """Writes and reads optimizer checkpoints: states are completed for saving, and checked before anything changes.
 
 The layout is that of torch's optimizer of the same name, for AdamW ``{"state": {index: {"step", "exp_avg",
-"exp_avg_sq"}}, "param_groups": [...]}``. This library adds ``master`` (float32 weights of low-precision parameters) and
-``slice_steps`` (``[start, length, step]`` along the cut dimension) per parameter, and a top-level
-entry ``chunkft`` with names, shapes and cut dimensions of the parameters, the schedule's position and the number
-of updates made, which seeds stochastic rounding. States are in the dtype in which the optimizer keeps them.
+"exp_avg_sq"}}, "param_groups": [...]}``. This library adds ``master`` (float32 weights of low-precision parameters,
+in whatever format the optimizer keeps them) and ``slice_steps`` (``[start, length, step]`` along the cut dimension) per
+parameter, and a top-level entry ``chunkft`` with names, shapes and cut dimensions of the parameters, the schedule's
+position and the number of updates made, which seeds stochastic rounding. States are in the dtype in which the optimizer
+keeps them; one that no update reads (``exp_avg`` where ``betas[0]`` is 0) may be missing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from chunkft_fx.errors import CheckpointMismatch
+from chunkft_fx.errors import CheckpointMismatch, OptionError
 from chunkft_fx.graph.layout import front, size_along
-from chunkft_fx.kernels.adamw_reference import reconcile
+from chunkft_fx.kernels.masters import join_master, reconcile, split_master
 from chunkft_fx.optim.states.step_counts import Counts, Run, is_partition, uniform
 from chunkft_fx.plan.cuts import cut_dim
-from chunkft_fx.plan.state_spec import MASTER, StateSpec, master_dtype
+from chunkft_fx.plan.state_spec import MASTER, REMAINDER, StateSpec, master_dtype
 
 ENTRY = "chunkft"
 # Of what stands in that entry; it changes when that does.
@@ -74,26 +75,58 @@ def fill_masters(states: Mapping[Tensor, Mapping[str, Any]]) -> None:
                 reconcile(front(state[MASTER], dim).narrow(0, run.start, run.length), weight)
 
 
-def exported(states: Mapping[int, Mapping[str, Any]], spec: StateSpec) -> dict[int, dict[str, Any]]:
-    """The states of updated parameters as a checkpoint has them: steps as torch counts them, runs as lists."""
+def exported(
+    states: Mapping[int, Mapping[str, Any]], parameters: Sequence[Tensor], spec: StateSpec
+) -> dict[int, dict[str, Any]]:
+    """The states of updated parameters as a checkpoint has them: steps as torch counts them, runs as lists.
+
+    Masters that are kept as remainders are put together in host memory, 4 bytes an element while the checkpoint lives.
+    """
     found: dict[int, dict[str, Any]] = {}
     for index, state in states.items():
         step = max(run.step for run in state["slice_steps"])
         if step:
             runs = [list(run) for run in state["slice_steps"]]
             counted = {"step": torch.tensor(float(step))} if spec.saves_steps else {}
-            found[index] = {**counted, **state, "slice_steps": runs}
+            found[index] = {**counted, **_with_master(state, parameters[index]), "slice_steps": runs}
     return found
 
 
-def read(
-    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], spec: StateSpec, options: Iterable[str]
-) -> Checkpoint:
-    """Check a checkpoint of this library, or of torch's optimizer of the same name, against the optimizer's groups.
+def take(saved: SavedState, state: dict[str, Any]) -> None:
+    """Copy a saved state into a parameter's, whose master may be a remainder."""
+    for key, value in saved.tensors.items():
+        if key == MASTER and REMAINDER in state:
+            state[REMAINDER].copy_(split_master(value.float())[1])
+        else:
+            state[key].copy_(value)
+    state["slice_steps"] = saved.counts
 
-    ``options`` names what a group sets. Raises `CheckpointMismatch` when the checkpoint belongs to another model,
-    optimizer or layout.
+
+def _with_master(state: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
+    if REMAINDER not in state:
+        return dict(state)
+    others = {key: value for key, value in state.items() if key != REMAINDER}
+    return {MASTER: join_master(parameter.detach().cpu(), state[REMAINDER]), **others}
+
+
+class Loads(Protocol):
+    """An optimizer, as far as a checkpoint for it is checked; ``defaults`` has the names of what a group sets."""
+
+    spec: StateSpec
+    param_groups: list[dict[str, Any]]
+    defaults: dict[str, Any]
+
+    def check_options(self, options: Mapping[str, Any]) -> None: ...
+
+    def unread(self, options: Mapping[str, Any]) -> frozenset[str]: ...
+
+
+def read(state_dict: Mapping[str, Any], optimizer: Loads) -> Checkpoint:
+    """Check a checkpoint of this library, or of torch's optimizer of the same name, against an optimizer.
+
+    Raises `CheckpointMismatch` when the checkpoint belongs to another model, optimizer or layout.
     """
+    groups, spec = optimizer.param_groups, replace(optimizer.spec, master="float32")  # as checkpoints have masters
     if not isinstance(state_dict.get("state"), Mapping) or not isinstance(state_dict.get("param_groups"), Sequence):
         raise CheckpointMismatch('this is no optimizer checkpoint: entries "state" and "param_groups" are missing')
     saved_groups = state_dict["param_groups"]
@@ -103,7 +136,9 @@ def read(
             "make the optimizer with the same no_decay patterns"
         )
     pairs = enumerate(zip(saved_groups, groups, strict=True))
-    taken = [_options(i, saved, group, spec.optimizer, tuple(options)) for i, (saved, group) in pairs]
+    taken = [_options(i, saved, group, spec.optimizer, tuple(optimizer.defaults)) for i, (saved, group) in pairs]
+    for i, options in enumerate(taken):
+        _check_values(i, options, optimizer)
     named = [(n, p) for g in groups for n, p in zip(g["param_names"], g["params"], strict=True)]
     entry = state_dict.get(ENTRY)
     dims = _check_entry(entry, named) if entry is not None else [cut_dim(p.shape) for _, p in named]
@@ -113,8 +148,9 @@ def read(
         raise CheckpointMismatch(
             f"the checkpoint has state for parameters {unknown[:5]} that are in none of its groups"
         )
+    unread = [optimizer.unread(options) for options, g in zip(taken, groups, strict=True) for _ in g["params"]]
     states = {
-        i: _state(named[i][0], named[i][1], dims[i], state_dict["state"][key], spec)
+        i: _state(named[i][0], named[i][1], dims[i], state_dict["state"][key], spec, unread[i])
         for key, i in indices.items()
         if key in state_dict["state"]
     }
@@ -123,6 +159,14 @@ def read(
     if entry is None:
         return Checkpoint(taken, states, None, 0)
     return Checkpoint(taken, states, entry["position"], int(entry.get("updates", 0)))
+
+
+def _check_values(index: int, options: Mapping[str, Any], optimizer: Loads) -> None:
+    """Refuse options that a group of this optimizer cannot have."""
+    try:
+        optimizer.check_options(options)
+    except OptionError as error:
+        raise CheckpointMismatch(f"parameter group {index} of the checkpoint: {error}") from error
 
 
 def _options(
@@ -171,12 +215,15 @@ def _check_entry(entry: Any, named: Sequence[tuple[str, Tensor]]) -> list[int]:
     return [dim for _, _, dim in saved]
 
 
-def _state(name: str, parameter: Tensor, dim: int, saved: Mapping[str, Any], spec: StateSpec) -> SavedState:
+def _state(
+    name: str, parameter: Tensor, dim: int, saved: Mapping[str, Any], spec: StateSpec, unread: frozenset[str]
+) -> SavedState:
     layouts = spec.layouts(parameter)
     tensors = {key: value for key, value in saved.items() if key not in ("step", "slice_steps")}
     expected = layouts.keys() - {MASTER}
-    if not expected <= tensors.keys() <= expected | {MASTER}:
+    if not expected - unread <= tensors.keys() <= expected | unread | {MASTER}:
         raise CheckpointMismatch(f"the state of {name!r} holds {sorted(tensors)}, not {sorted(expected)}")
+    tensors = {key: value for key, value in tensors.items() if key in layouts or key not in unread}
     if not tensors.keys() <= layouts.keys():
         raise CheckpointMismatch(
             f"the state of {name!r} has a master weight, but the parameter is {master_dtype(parameter)} "

@@ -53,8 +53,8 @@ class ChunkedOptimizer(Optimizer):
     check it if your gradients can overflow.
 
     The state of a parameter begins with the first activation of one of its slices: the tensors that ``spec`` names, and
-    for bfloat16 and float16 parameters a float32 ``master`` weight of which the parameter is the rounded copy. A
-    parameter that was changed from outside wins over its master.
+    for bfloat16 and float16 parameters a float32 ``master`` weight of which the parameter is the rounded copy, or the
+    ``remainder`` of one. A parameter that was changed from outside wins over its master.
 
     ``states="keep"`` keeps the states of all chunks in host memory, pinned and copied asynchronously when the
     model runs on CUDA. They may take ``host_budget`` (bytes or ``"64GB"``), by default what memory is available.
@@ -111,6 +111,10 @@ class ChunkedOptimizer(Optimizer):
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raise `OptionError` for an option of a group, beside its rate, that is out of range."""
         raise NotImplementedError
+
+    def unread(self, options: Mapping[str, Any]) -> frozenset[str]:
+        """The states that updates with a group's options do not read, so that a checkpoint may lack them."""
+        return frozenset()
 
     def update(self, parts: Sequence[Part], options: Mapping[str, Any]) -> None:
         """One step on these parts, in place, with a group's options: the optimizer's arithmetic."""
@@ -332,16 +336,19 @@ class ChunkedOptimizer(Optimizer):
 
         The given tensors are copied. The schedule continues where it was saved if the number of chunks is
         the same, and begins a new sweep with a `ChunkFTWarning` if it is not. Without saved master weights the
-        parameters themselves are the masters. With ``states="reset"`` nothing but the schedule is saved, and only it
-        and the options are loaded: the active chunk starts anew. Raises `CheckpointMismatch`, before anything
-        changes, for a checkpoint of another model or optimizer, with states that this optimizer would round, or
-        with a position that means something else under this order, seed, interval or way of cutting.
+        parameters themselves are the masters. Where saved masters lie halfway between two bfloat16, parameters take at
+        the next step or save the rounding of this optimizer's format of masters. States that no update reads under the
+        saved options (``exp_avg`` with ``betas[0] == 0``) may be missing, and begin as zeros. With ``states="reset"``
+        nothing but the schedule is saved, and only it and the options are loaded: the active chunk starts anew. Raises
+        `CheckpointMismatch`, before anything changes, for a checkpoint of another model or optimizer, with states that
+        this optimizer would round or cannot keep, or with a position that means something else under this order, seed,
+        interval or way of cutting.
         """
         state_dict = state_dict.copy()
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
         self._model.check()
-        checkpoint = read(state_dict, self.param_groups, self.spec, self.defaults)
+        checkpoint = read(state_dict, self)
         if checkpoint.position is not None:
             self._model.resume(checkpoint.position)
         parameters = self._parameters()
@@ -378,5 +385,5 @@ def _export(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """
     assert isinstance(optimizer, ChunkedOptimizer)
     entry = describe(optimizer.param_groups, optimizer._model.schedule_position(), optimizer._updates)
-    states = exported(state_dict["state"], optimizer.spec) if optimizer.spec.is_kept else {}
+    states = exported(state_dict["state"], optimizer._parameters(), optimizer.spec) if optimizer.spec.is_kept else {}
     return state_dict | {"state": states, ENTRY: entry}

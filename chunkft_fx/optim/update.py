@@ -17,7 +17,7 @@ from torch.nn.utils import get_total_norm
 
 from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.graph.layout import front
-from chunkft_fx.kernels.adamw_reference import reconcile
+from chunkft_fx.kernels.masters import reconcile
 from chunkft_fx.optim.states.step_counts import Counts, within
 from chunkft_fx.plan.chunk import Slice
 from chunkft_fx.plan.state_spec import MASTER, StateSpec

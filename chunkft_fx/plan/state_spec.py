@@ -24,7 +24,9 @@ STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STATES = ("keep", "reset")
 # When weights change: in the optimizer's step, or in the backward.
 UPDATES = ("step", "backward")
-MASTER = "master"
+# Formats of a bfloat16 weight's master, a float32 or the 16 bits that the weight lacks; the states of these names.
+MASTERS = ("float32", "remainder")
+MASTER, REMAINDER = "master", "remainder"
 
 
 class StateLayout(NamedTuple):
@@ -82,8 +84,9 @@ class StateSpec:
     (host memory keeps those of all chunks) or "reset" (they begin anew with every activation). ``update_nbytes`` is
     what the update of one element of a low-precision weight moves in device memory. An optimizer that ``is_whole``
     updates a parameter by numbers of its whole: no chunk may then hold a part of one. ``saves_steps`` says whether
-    torch's optimizer of this name has a step count in its checkpoints. ``updates`` says when weights change: at the
-    optimizer's "step" or in the "backward".
+    torch's optimizer of this name has a step count in its checkpoints. ``master`` is the format of a bfloat16
+    parameter's master weight (`chunkft_fx.kernels.masters`); that of a float16 one is float32 in either. ``updates``
+    says when weights change: at the optimizer's "step" or in the "backward".
 
     Raises `OptionError` for a word that is not known.
     """
@@ -94,9 +97,12 @@ class StateSpec:
     update_nbytes: int = 32
     is_whole: bool = False
     saves_steps: bool = True
+    master: str = "float32"
     updates: str = "step"
 
     def __post_init__(self) -> None:
+        if self.master not in MASTERS:
+            raise OptionError(f"master={self.master!r} is not known; choose one of {', '.join(MASTERS)}")
         if self.states not in STATES:
             raise OptionError(f"states={self.states!r} is not known; choose one of {', '.join(STATES)}")
         if self.updates not in UPDATES:
@@ -116,13 +122,13 @@ class StateSpec:
 
     def layouts(self, parameter: Tensor) -> Mapping[str, StateLayout]:
         """A parameter's state tensors by name; a float32 or float64 parameter is its own master."""
-        return _layouts(self.tensors, parameter.shape, parameter.dtype)
+        return _layouts(self.tensors, self.master, parameter.shape, parameter.dtype)
 
     def element_nbytes(self, dtype: torch.dtype, dimensions: int) -> int:
         """Optimizer-state bytes per element of a parameter, without states of the whole parameter."""
         sliced = [t for t in self.tensors if t.belongs_to(dimensions) and t.mean_over is None]
-        wide = wide_dtype(dtype)
-        return sum(t.layout((1,), dtype).nbytes for t in sliced) + (wide.itemsize if wide != dtype else 0)
+        master = _master_layout(self.master, (1,), dtype)
+        return sum(t.layout((1,), dtype).nbytes for t in sliced) + sum(layout.nbytes for layout in master.values())
 
     def covers(self, other: StateSpec) -> bool:
         """Whether memory planned for this is enough for the other, whatever the parameters are."""
@@ -130,16 +136,27 @@ class StateSpec:
             return False
         if any(t.mean_over is not None for t in other.tensors):
             return self == other
-        kinds = [(d, n) for d in (torch.bfloat16, torch.float32, torch.float64) for n in (1, 2)]
+        kinds = [(d, n) for d in (torch.bfloat16, torch.float16, torch.float32, torch.float64) for n in (1, 2)]
         has_room = all(self.element_nbytes(*kind) >= other.element_nbytes(*kind) for kind in kinds)
         return has_room and len(self.tensors) >= len(other.tensors)
 
 
 @functools.lru_cache(maxsize=4096)  # asked in every step for every slice
-def _layouts(tensors: tuple[StateTensor, ...], shape: tuple[int, ...], dtype: torch.dtype) -> Mapping[str, StateLayout]:
+def _layouts(
+    tensors: tuple[StateTensor, ...], master: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> Mapping[str, StateLayout]:
     found = {t.name: t.layout(shape, dtype) for t in tensors if t.belongs_to(len(shape))}
+    return found | _master_layout(master, shape, dtype)
+
+
+def _master_layout(master: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, StateLayout]:
+    """The state that holds a parameter's master weight, in this format, if it has one."""
     wide = wide_dtype(dtype)
-    return found if wide == dtype else found | {MASTER: StateLayout(tuple(shape), wide, True)}
+    if wide == dtype:
+        return {}
+    if master == "remainder" and dtype == torch.bfloat16:
+        return {REMAINDER: StateLayout(tuple(shape), torch.int16, True)}
+    return {MASTER: StateLayout(tuple(shape), wide, True)}
 
 
 class HasSpec(Protocol):

@@ -25,6 +25,7 @@ from tests.kernels.operands import (
     specs,
     spelled_out,
     ulps,
+    wide_weight,
 )
 
 pytestmark = pytest.mark.gpu
@@ -154,6 +155,36 @@ def test_masters_equal_those_of_torch_to_one_ulp(place: Place, weight_decay: flo
         assert (ulps(found, fused) <= 1).all()
 
 
+@pytest.mark.parametrize("place", [ON_DEVICE, STATES_ON_HOST, Place(frozenset({"weight", *STATES}))])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_a_thousand_updates_of_remainders_equal_those_of_float32_masters(
+    place: Place, state_dtype: torch.dtype, beta1: float
+) -> None:
+    spec = dataclasses.replace(PLAIN, shape=(70, 333), start=3, length=60, state_dtype=state_dtype)
+    drawn = [dataclasses.replace(spec, dim=dim, step=1 + 500 * dim, has_exp_avg=beta1 != 0) for dim in (0, 1)]
+    wide, narrow = ([build(s, place).update for s in drawn] for _ in range(2))
+    for u in wide:
+        assert u.master is not None
+        u.master.copy_(u.weight)
+    narrow = [
+        dataclasses.replace(u, master=place("master", torch.zeros(u.weight.shape, dtype=torch.int16))) for u in narrow
+    ]
+    generator = torch.Generator("cuda").manual_seed(0)
+    for step in range(1000):
+        gradients = [torch.randn(u.weight.shape, generator=generator, device="cuda").bfloat16() for u in wide]
+        for side in (wide, narrow):
+            updates = [
+                dataclasses.replace(u, gradient=g, step=u.step + step) for u, g in zip(side, gradients, strict=True)
+            ]
+            adamw(updates, **(OPTIONS | {"beta1": beta1}), seed=step)
+    torch.cuda.synchronize()
+    for a, b in zip(wide, narrow, strict=True):
+        assert torch.equal(wide_weight(a), wide_weight(b))
+        assert torch.equal(a.exp_avg_sq, b.exp_avg_sq)
+        assert not torch.equal(wide_weight(a), a.weight.float().cpu())
+
+
 def _fused_adamw(master: Tensor, gradient: Tensor, average: Tensor, square: Tensor, step: int) -> Tensor:
     """The weights after one step of torch's fused AdamW on CUDA, without weight decay."""
     param = torch.nn.Parameter(master.cuda())
@@ -191,7 +222,7 @@ def test_bfloat16_second_moment_decays() -> None:
 
 def test_memory_that_the_kernel_cannot_reach_is_refused() -> None:
     u = build(PLAIN, ON_DEVICE).update
-    assert u.master is not None
+    assert u.master is not None and u.exp_avg is not None
     changes: tuple[dict[str, Any], ...] = (
         {"master": u.master.cpu()},
         {"exp_avg": u.exp_avg.cpu()},

@@ -57,6 +57,25 @@ def test_streamed_states_equal_those_of_the_cpu(
         torch.testing.assert_close(p, q.cpu(), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("betas", [(0.9, 0.99), (0.0, 0.99)])
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+def test_streamed_remainders_equal_float32_masters(state_dtype: str, betas: tuple[float, float]) -> None:
+    saved = []
+    for master in ("float32", "remainder"):
+        module = compiled(net(torch.bfloat16), 5, "random", 2)
+        module.cuda()
+        optimizer = AdamW(module, lr=0.02, betas=betas, state_dtype=state_dtype, master=master, max_grad_norm=1.0)
+        for step in range(40):
+            feed(module, step)
+            optimizer.step()
+        saved.append(optimizer.state_dict()["state"])
+    assert saved[0].keys() == saved[1].keys()
+    for i, state in saved[0].items():
+        assert state.keys() == saved[1][i].keys()
+        assert ("exp_avg" in state) == (betas[0] != 0)
+        assert all(torch.equal(state[key], saved[1][i][key]) for key in state.keys() - {"slice_steps"})
+
+
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
 def test_resume_on_the_gpu_equals_an_uninterrupted_run(state_dtype: str) -> None:
     straight, broken = (compiled(net(torch.bfloat16), 5).cuda() for _ in range(2))

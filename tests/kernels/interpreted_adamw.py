@@ -15,7 +15,8 @@ from chunkft_fx.errors import OptionError
 from chunkft_fx.kernels.adamw import launch_adamw
 from chunkft_fx.kernels.adamw_reference import SliceUpdate, adamw_reference
 from chunkft_fx.kernels.launch import LaunchOptions
-from tests.kernels.operands import Spec, assert_same_memory, build, specs, spelled_out, ulps
+from chunkft_fx.kernels.masters import join_master, split_master
+from tests.kernels.operands import Spec, assert_same_memory, build, specs, spelled_out, ulps, wide_weight
 
 # numpy says that a float16 weight overflowed, or that a nan was compared
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -35,10 +36,18 @@ PLAIN = Spec((9, 40), (0, 1), 0, 2, 5, torch.bfloat16, torch.float32, "front", 0
     weight_decay=st.sampled_from([0.0, 0.1]),
     seed=st.integers(0, 2**64 - 1),
     scale=st.sampled_from([None, 0.37]),
+    keeps_average=st.booleans(),
 )
 def test_kernel_equals_the_spelled_out_update(
-    drawn: list[Spec], betas: tuple[float, float], weight_decay: float, seed: int, scale: float | None
+    drawn: list[Spec],
+    betas: tuple[float, float],
+    weight_decay: float,
+    seed: int,
+    scale: float | None,
+    keeps_average: bool,
 ) -> None:
+    if betas[0] == 0:
+        drawn = [dataclasses.replace(spec, has_exp_avg=keeps_average) for spec in drawn]
     options: dict[str, Any] = {
         "lr": 3e-3,
         "beta1": betas[0],
@@ -63,10 +72,11 @@ def test_weights_equal_those_of_torch_to_one_ulp(spec: Spec) -> None:
     launch_adamw([ours], **OPTIONS)
     before = build(spec).update.weight.float()
     adamw_reference([expected], **OPTIONS)
-    a, b = (u.weight if u.master is None else u.master.view(u.weight.shape) for u in (ours, expected))
+    a, b = wide_weight(ours), wide_weight(expected)
     is_small_step = (b - before).abs() < before.abs() / 4
     assert (ulps(a, b)[is_small_step] <= 1).all()
     torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+    assert ours.exp_avg is not None and expected.exp_avg is not None
     torch.testing.assert_close(ours.exp_avg, expected.exp_avg, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(ours.exp_avg_sq, expected.exp_avg_sq, rtol=1e-6, atol=1e-7)
 
@@ -94,6 +104,7 @@ def test_slices_met_before_take_each_steps_numbers() -> None:
 
 def test_a_slice_at_a_known_address_is_checked_again_when_it_lies_otherwise() -> None:
     u = build(PLAIN).update
+    assert u.exp_avg is not None
     launch_adamw([u], **OPTIONS)
     for change in ({"exp_avg": u.exp_avg[:, ::2]}, {"gradient": u.gradient[:2]}, {"master": None}):
         with pytest.raises(OptionError):
@@ -101,16 +112,55 @@ def test_a_slice_at_a_known_address_is_checked_again_when_it_lies_otherwise() ->
 
 
 def test_tiny_moments_are_not_flushed_and_what_is_not_finite_stays_so() -> None:
-    for dtype, state in itertools.product([torch.bfloat16, torch.float32], [torch.float32, torch.bfloat16]):
-        ours, expected = (build(dataclasses.replace(PLAIN, weight_dtype=dtype, state_dtype=state)) for _ in range(2))
+    kinds = [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, False)]
+    for (dtype, is_remainder), state in itertools.product(kinds, [torch.float32, torch.bfloat16]):
+        spec = dataclasses.replace(PLAIN, weight_dtype=dtype, state_dtype=state, is_remainder=is_remainder)
+        ours, expected = build(spec), build(spec)
         for u in (ours.update, expected.update):
             u.gradient.view(-1)[:5] = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, 1e-30])
             u.exp_avg_sq.view(-1)[3:6] = torch.tensor([0.0, 1e-42, 1e-40])
             u.weight[1, 0] = float("nan")
         launch_adamw([ours.update], **OPTIONS, seed=3)
         spelled_out(expected.update, 0, **OPTIONS, seed=3)
+        assert ours.update.exp_avg is not None
         assert ours.update.weight.isnan().any() and ours.update.exp_avg.isinf().any()
         assert_same_memory(ours, expected)
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_updates_of_remainders_equal_those_of_float32_masters(state_dtype: torch.dtype) -> None:
+    drawn = [dataclasses.replace(PLAIN, state_dtype=state_dtype, dim=dim, step=1 + dim) for dim in (0, 1)]
+    wide, narrow = ([build(spec).update for spec in drawn] for _ in range(2))
+    for u in wide:
+        assert u.master is not None
+        u.master.copy_(u.weight)
+    narrow = [dataclasses.replace(u, master=torch.zeros(u.weight.shape, dtype=torch.int16)) for u in narrow]
+    generator = torch.Generator().manual_seed(0)
+    for step in range(20):
+        gradients = [torch.randn(u.weight.shape, generator=generator) for u in wide]
+        for side in (wide, narrow):
+            updates = [
+                dataclasses.replace(u, gradient=g, step=u.step + step) for u, g in zip(side, gradients, strict=True)
+            ]
+            launch_adamw(updates, **OPTIONS, seed=step, launch=SMALL)
+    for a, b in zip(wide, narrow, strict=True):
+        assert torch.equal(wide_weight(a), wide_weight(b))
+        assert not torch.equal(wide_weight(a), a.weight.float())
+
+
+def test_the_two_halves_of_a_master_are_those_of_the_reference() -> None:
+    """Without a step nothing but the format changes a master: zeros, infinities, and what a remainder cannot move."""
+    uppers = [0x0000, 0x0001, 0x007F, 0x3F80, 0x7F7F, 0x7F80, 0x7F81, 0x7FC0, 0x7FFF]
+    bits = torch.tensor([sign + upper for upper in uppers for sign in (-0x8000, 0)], dtype=torch.int16)
+    remainder = torch.tensor([-(2**15), -1, 0, 1, 2**15 - 1], dtype=torch.int16).repeat(len(bits), 1)
+    weight = bits.view(torch.bfloat16)[:, None].expand(remainder.shape).contiguous()
+    expected, lower = split_master(join_master(weight, remainder))
+    zeros = torch.zeros(remainder.shape)
+    launch_adamw(
+        [SliceUpdate(weight, zeros, remainder, None, zeros.clone(), 1)], **(OPTIONS | {"lr": 0.0, "beta1": 0.0})
+    )
+    assert torch.equal(weight.view(torch.int16), expected.view(torch.int16))
+    assert torch.equal(remainder, lower)
 
 
 def test_bfloat16_second_moment_decays() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from chunkft_fx.kernels.adamw_reference import SliceUpdate, random_words, round_stochastically
+from chunkft_fx.kernels.masters import join_master, split_master
 
 # Elements before and after each operand that no update may touch.
 MARGIN = 16
@@ -31,7 +32,8 @@ class Spec:
 
     ``order`` lists the parameter's dimensions from the outermost in memory to the innermost; the gradient is
     contiguous with the cut dimension in front (``"front"``), in the parameter's order (``"same"``) or in plain
-    order (``"plain"``). Operands begin ``offset`` elements after an aligned address.
+    order (``"plain"``). Operands begin ``offset`` elements after an aligned address. A master ``is_remainder``, or a
+    float32; only updates with ``beta1`` 0 can do without a first moment.
     """
 
     shape: tuple[int, ...]
@@ -45,6 +47,9 @@ class Spec:
     offset: int
     step: int
     seed: int
+    gradient_dtype: torch.dtype = torch.float32
+    is_remainder: bool = False
+    has_exp_avg: bool = True
 
 
 @dataclass
@@ -71,18 +76,21 @@ def specs(draw: st.DrawFn, largest: int = 20_000) -> Spec:
     # channels last is never cut along height or width
     dim = draw(st.sampled_from(plain if order in (plain, plain[::-1]) else plain[:2]))
     length = draw(st.integers(1, shape[dim]))
+    weight_dtype = draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
     return Spec(
         shape=shape,
         order=order,
         dim=dim,
         start=draw(st.integers(0, shape[dim] - length)),
         length=length,
-        weight_dtype=draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32])),
+        weight_dtype=weight_dtype,
         state_dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])),
         gradient_order=draw(st.sampled_from(["front", "same", "plain"])),
         offset=draw(st.sampled_from([0, 0, 1])),
         step=draw(st.sampled_from([1, 2, 10, 1000, 100_000])),
         seed=draw(st.integers(0, 2**16)),
+        gradient_dtype=draw(st.sampled_from([torch.float32, weight_dtype])),
+        is_remainder=weight_dtype == torch.bfloat16 and draw(st.booleans()),
     )
 
 
@@ -112,16 +120,19 @@ def build(spec: Spec, place: Placement = in_place) -> Case:
     shape = tuple(weight.shape)
     grad = normal(shape)
     if spec.gradient_order == "front":
-        gradient = operand("gradient", grad, plain, torch.float32)
+        gradient = operand("gradient", grad, plain, spec.gradient_dtype)
     else:
         order = spec.order if spec.gradient_order == "same" else plain
-        gradient = operand("gradient", grad.movedim(0, spec.dim), order, torch.float32).movedim(spec.dim, 0)
+        gradient = operand("gradient", grad.movedim(0, spec.dim), order, spec.gradient_dtype).movedim(spec.dim, 0)
     master = None
-    if spec.weight_dtype != torch.float32:
+    if spec.is_remainder:
+        drawn = torch.randint(-(2**15), 2**15, shape, generator=generator, dtype=torch.int16)
+        master = operand("master", drawn, plain, torch.int16)
+    elif spec.weight_dtype != torch.float32:
         known = cut(values.to(spec.weight_dtype).float() * (1 + 1e-4 * torch.rand(spec.shape, generator=generator)))
         stale = torch.rand(shape, generator=generator) < 0.5
         master = operand("master", torch.where(stale, normal(shape), known), plain, torch.float32)
-    exp_avg = operand("exp_avg", 0.1 * normal(shape), plain, spec.state_dtype)
+    exp_avg = operand("exp_avg", 0.1 * normal(shape), plain, spec.state_dtype) if spec.has_exp_avg else None
     exp_avg_sq = operand("exp_avg_sq", normal(shape).square(), plain, spec.state_dtype)
     return Case(SliceUpdate(weight, gradient, master, exp_avg, exp_avg_sq, spec.step), buffers)
 
@@ -148,27 +159,40 @@ def spelled_out(
         return torch.tensor(value, dtype=torch.float32)
 
     param = u.weight.float()
+    is_remainder = False
     if u.master is not None:
         master = u.master.view(param.shape)
-        param = torch.where(master.to(u.weight.dtype) == u.weight, master, param)
-    grad = u.gradient if scale is None else u.gradient * scale
-    average, square = (t.view(param.shape).float() for t in (u.exp_avg, u.exp_avg_sq))
+        is_remainder = master.dtype == torch.int16
+        known = torch.where(master.to(u.weight.dtype) == u.weight, master, param)
+        param = join_master(u.weight, master) if is_remainder else known
+    grad = u.gradient.float() if scale is None else u.gradient.float() * scale
+    square = u.exp_avg_sq.view(param.shape).float()
     rest1, rest2 = float32(1 - beta1), float32(1 - beta2)
     param = param * float32(1 - lr * weight_decay)
-    change = grad - average
-    average = average + rest1 * change if rest1 < 0.5 else grad - change * (1 - rest1)
+    average = grad
+    if u.exp_avg is not None:
+        average = u.exp_avg.view(param.shape).float()
+        change = grad - average
+        average = average + rest1 * change if rest1 < 0.5 else grad - change * (1 - rest1)
     square = square * float32(beta2) + rest2 * grad * grad
     root = torch.from_numpy(np.sqrt(square.numpy()))
     denominator = root / float32((1 - beta2**u.step) ** 0.5) + float32(eps)
     param = param - float32(lr / (1 - beta1**u.step)) * average / denominator
-    if u.exp_avg.dtype == torch.bfloat16:
+    if u.exp_avg_sq.dtype == torch.bfloat16:
         noise = random_words(seed, index, param.numel(), param.device).view(param.shape)
         average, square = round_stochastically(average, noise & 0xFFFF), round_stochastically(square, noise >> 16)
-    u.exp_avg.copy_(average)
-    u.exp_avg_sq.copy_(square)
-    for target in (u.weight, u.master):
+    weight, kept = split_master(param) if is_remainder else (param, param)
+    for target, value in ((u.weight, weight), (u.master, kept), (u.exp_avg, average), (u.exp_avg_sq, square)):
         if target is not None:
-            target.copy_(param)
+            target.copy_(value)
+
+
+def wide_weight(u: SliceUpdate) -> Tensor:
+    """The weight in float32, in host memory, with all bits that its master or its remainder has."""
+    if u.master is None:
+        return u.weight.cpu()
+    kept = u.master.view(u.weight.shape).cpu()
+    return join_master(u.weight.cpu(), kept) if kept.dtype == torch.int16 else kept
 
 
 def assert_same_memory(ours: Case, expected: Case) -> None:

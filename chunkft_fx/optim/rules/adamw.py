@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from chunkft_fx.errors import OptionError
@@ -27,6 +28,14 @@ class AdamW(ChunkedOptimizer):
     low-precision one. ``state_dtype="bfloat16"`` takes 8 instead of 12 bytes of state for a low-precision element and
     rounds stochastically, so that the second moment still decays; float64 parameters keep float64 moments.
     With ``states="reset"`` chunks begin with zero moments whenever they become active, as in BAdam (arXiv 2404.02827).
+
+    ``master="remainder"`` keeps of the float32 master of a bfloat16 parameter the 16 bits that the parameter lacks, so
+    that states take 10 bytes an element, 6 with moments in bfloat16; float16 parameters keep a float32 master. Masters
+    are the same to the bit as with ``master="float32"``; parameters are their masters rounded half up in magnitude,
+    which at exact ties alone is another value. The master of a parameter that was changed from outside is the new value
+    with the old remainder, so that it differs from that value by half a unit of bfloat16 at most.
+
+    An optimizer that is made with ``betas[0] == 0`` keeps no ``exp_avg``; its ``betas[0]`` cannot change afterwards.
     """
 
     def __init__(
@@ -40,29 +49,51 @@ class AdamW(ChunkedOptimizer):
         max_grad_norm: float | None = None,
         no_decay: Sequence[str] = (),
         state_dtype: str = "float32",
+        master: str = "float32",
         states: str = "keep",
         host_budget: int | str | None = None,
         update: str = "step",
     ) -> None:
-        moments = (StateTensor("exp_avg", state_dtype), StateTensor("exp_avg_sq", state_dtype))
+        _check_betas(betas)
+        self._has_first_moment = bool(betas[0] != 0)
+        names = ("exp_avg", "exp_avg_sq") if self._has_first_moment else ("exp_avg_sq",)
+        moments = tuple(StateTensor(name, state_dtype) for name in names)
+        # Of a low-precision element: the gradient is read, weight and states are read and written. The 32 bytes of
+        # float32 states are measured by `benchmarks.bench_kernels`.
+        kept = StateSpec("AdamW", moments, master=master).element_nbytes(torch.bfloat16, 1)
+        smaller = {
+            'state_dtype="bfloat16"': state_dtype == "float32",
+            'master="remainder" (for bfloat16 weights)': master == "float32",
+        }
         super().__init__(
             model,
-            StateSpec("AdamW", moments, states),  # 32 bytes moved an element, measured by `benchmarks.bench_kernels`
+            StateSpec("AdamW", moments, states, update_nbytes=8 + 2 * kept, master=master),
             {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
             max_grad_norm=max_grad_norm,
             no_decay=no_decay,
             host_budget=host_budget,
             update=update,
-            smaller=('state_dtype="bfloat16"',) if state_dtype == "float32" else (),
+            smaller=[option for option, is_smaller in smaller.items() if is_smaller],
         )
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        betas = options["betas"]
-        if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(is_at_least_0(b) and b < 1 for b in betas):
-            raise OptionError(f"betas={betas!r} must be two numbers from 0 up to, but not, 1")
+        _check_betas(options["betas"])
+        if options["betas"][0] != 0 and not self._has_first_moment:
+            raise OptionError(
+                f"betas={options['betas']!r} was set in a parameter group of an AdamW that was made with betas[0]=0, "
+                "and so has no first moments; make a new optimizer"
+            )
         require_at_least_0(options, "eps", "weight_decay")
+
+    def unread(self, options: Mapping[str, Any]) -> frozenset[str]:
+        return frozenset({"exp_avg"} if options["betas"][0] == 0 else ())
 
     def prepare(
         self, entries: Sequence[StagedSlice], options: Mapping[str, Any], scale: Tensor | None, seed: int
     ) -> Update:
         return AdamWUpdate(entries, options, scale, seed)
+
+
+def _check_betas(betas: Any) -> None:
+    if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(is_at_least_0(b) and b < 1 for b in betas):
+        raise OptionError(f"betas={betas!r} must be two numbers from 0 up to, but not, 1")

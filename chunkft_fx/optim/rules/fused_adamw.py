@@ -20,6 +20,7 @@ from chunkft_fx.kernels.adamw_reference import adamw_reference
 from chunkft_fx.kernels.launch import join_dims
 from chunkft_fx.optim.states.step_counts import within
 from chunkft_fx.optim.update import StagedSlice
+from chunkft_fx.plan.state_spec import MASTER, REMAINDER
 
 # Dimensions in which the kernel walks weight and gradient together.
 KERNEL_DIMS = 3
@@ -59,8 +60,8 @@ class AdamWUpdate:
                 SliceUpdate(
                     weight[part],
                     gradient[part],
-                    staged.get("master"),
-                    staged["exp_avg"],
+                    staged.get(MASTER, staged.get(REMAINDER)),
+                    staged.get("exp_avg"),
                     staged["exp_avg_sq"],
                     run.step + 1,
                 )

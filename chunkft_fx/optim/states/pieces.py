@@ -68,6 +68,7 @@ class PieceUpdates:
     def begin(self) -> None:
         """Begin a step; `PartialStep` if the step before was left halfway."""
         self.refuse_broken()
+        self._states.settle_ties()
         self._done, self._left = {}, {}
 
     def complete(self) -> None:

@@ -12,14 +12,15 @@ from chunkft_fx.copies.states.ring import PieceRing, make_ring
 from chunkft_fx.copies.states.stage import FreshStage, Stage, make_stage
 from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.graph.layout import front, size_along
+from chunkft_fx.kernels.masters import Ties, ties
 from chunkft_fx.module.training import Training
-from chunkft_fx.optim.checkpoint import SavedState, fill_masters
+from chunkft_fx.optim.checkpoint import SavedState, fill_masters, take
 from chunkft_fx.optim.states.host_states import HostStates, require_room
 from chunkft_fx.optim.states.step_counts import Counts, counted, uniform
 from chunkft_fx.plan.chunk import Slice
 from chunkft_fx.plan.cuts import cut_dim
 from chunkft_fx.plan.pieces import DEPTH, piece_nbytes
-from chunkft_fx.plan.state_spec import StateLayout, StateSpec, stage_capacity_nbytes
+from chunkft_fx.plan.state_spec import MASTER, StateLayout, StateSpec, stage_capacity_nbytes
 
 
 class StagedStates:
@@ -42,6 +43,7 @@ class StagedStates:
         self._host_budget, self._smaller = host_budget, smaller
         self.stage = self._idle_stage()
         self._staged: list[Slice] = []
+        self._ties: dict[Tensor, Ties] = {}  # of loaded masters, until the first use after loading
         self._modified = False  # the stage holds newer values than host memory
         self._kept = [self.places(parameters)]
         self._ring: PieceRing | None = None
@@ -97,6 +99,7 @@ class StagedStates:
 
     def staged(self, active: Sequence[ActiveSlice]) -> dict[str, dict[str, Tensor]]:
         """The staged tensors of the slices that were announced, by parameter name and state name."""
+        self.settle_ties()
         rest = iter(self.stage.tensors())
         return {s.name: {key: next(rest) for key in self._spec.layouts(s.parameter)} for s in active}
 
@@ -138,11 +141,13 @@ class StagedStates:
         """Bring host memory up to date, masters of slices that were never active included."""
         self.write_back()
         self.synchronize()
+        self.settle_ties()
         fill_masters(self._known)
 
     def begin_anew(self, parameters: Sequence[Tensor]) -> None:
         """Forget all states and have places for those of these parameters, of which the stage must hold none."""
         self._known.clear()
+        self._ties.clear()
         self._kept = []
         self._kept = [self.places(parameters)]
 
@@ -153,10 +158,9 @@ class StagedStates:
         self._staged, self._modified = [], False
         self.begin_anew(parameters)
         for parameter, states in saved.items() if self._spec.is_kept else ():
-            state = self._state_of(parameter)
-            for key, value in states.tensors.items():
-                state[key].copy_(value)
-            state["slice_steps"] = states.counts
+            take(states, self._state_of(parameter))
+            if MASTER in states.tensors and parameter.dtype == torch.bfloat16:
+                self._ties[parameter] = ties(states.tensors[MASTER].float())
 
     def rename(self, before: Mapping[str, Tensor], now: Mapping[str, nn.Parameter], more: HostStates | None) -> None:
         """Let the states of each parameter go on as those of the one that has its name now; ``more`` are new places."""
@@ -168,6 +172,8 @@ class StagedStates:
                 continue
             if new is not old and old in self._known:
                 self._known[new] = self._known.pop(old)
+            if new is not old and old in self._ties:
+                self._ties[new] = self._ties.pop(old)
             for states in self._kept:
                 states.rename(old, new)
 
@@ -175,6 +181,12 @@ class StagedStates:
         """Bytes of the largest chunk's states on the stage."""
         parameters = dict(self._model.named_parameters())
         return max(stage_capacity_nbytes(c, parameters, self._spec) for c in self._model.plan.chunks)
+
+    def settle_ties(self) -> None:
+        """Let weights loaded from a checkpoint, perhaps after it, be those that this format of masters has at ties."""
+        for parameter, tied in self._ties.items():
+            tied.settle(parameter, self._spec.master == "remainder")
+        self._ties.clear()
 
     def _is_pinned(self) -> bool:
         return self._model.compute_device.type == "cuda"
