@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from chunkft_fx.gradients.slices import ActiveSlice
-from chunkft_fx.graph.layout import front
+from chunkft_fx.graph.layout import front, wide_dtype
 from chunkft_fx.kernels.masters import reconcile
 from chunkft_fx.optim.states.step_counts import Counts, within
 from chunkft_fx.plan.chunk import Slice
@@ -86,7 +86,9 @@ class _Piece:
 
     def ready(self, scale: Tensor | None) -> Part:
         """The part where the gradient is, the master brought up to date."""
-        gradient = self.gradient if scale is None else self.gradient * scale
+        gradient = self.gradient.to(wide_dtype(self.gradient.dtype))
+        if scale is not None:
+            gradient = gradient * scale
         # one layout for all operands: vectorised loops then round the same way
         if self.master is None:
             weight = self.home.to(gradient.device, non_blocking=True).contiguous()

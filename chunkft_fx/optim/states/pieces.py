@@ -137,8 +137,7 @@ class PieceUpdates:
         staged = iter(self._ring.tensors(piece))
         there = {s.name: [next(staged) for _ in self._travelling(s)] for s in self._slices[piece]}
         entries = []
-        for s, given in graded:
-            gradient = given.to(wide_dtype(given.dtype))
+        for s, gradient in graded:
             tensors = there[s.name]
             weight = s.weight()
             if _travels(s, self._ring):
