@@ -118,7 +118,10 @@ def plan_for_batch(
     """
     chunks = None if known is None else known.chunks
     parameters = parameter_specs(model, spec)
-    search = Search(model, parameters, predictor, options.budget_bytes, chunks, spec, _base(options, parameters, spec))
+    base = _base(options, parameters, spec)
+    if base.pieces:
+        chunks = cut(parameters, 1)
+    search = Search(model, parameters, predictor, options.budget_bytes, chunks, spec, base)
     best = search.run()
     if best is None:
         assert search.smallest is not None
