@@ -6,9 +6,8 @@
 A case is ``batch,sequence``. Every trainer runs in a process of its own, on the same random bf16 weights and token ids;
 `exact_trainers` and `exact_peers` say what each keeps. The library runs in one process for each case, because each has
 its own plan; the others keep their states from case to case. The budget holds for the library alone, the others take
-what they take. A batch that is too large for one of them in one go is run by it in parts, with accumulation: in parts
-of half the size after each time that the device's memory did not suffice, or as ``--micro TRAINER=N`` says from the
-beginning.
+what they take. A batch that finds too little device memory in one of them is run by it in parts, with accumulation: in
+parts of half the size after each such time, each in a new process, or as ``--micro TRAINER=N`` says from the beginning.
 
 The table has the median step, tokens and model operations a second (6 for each parameter that multiplies and token,
 and causal attention; what is computed again does not count), the most that torch reserved of the device in the measured
@@ -39,11 +38,11 @@ import torch
 from benchmarks.bench_step import GIB, measure
 from benchmarks.exact_peers import PEERS
 from benchmarks.exact_trainers import TRAINERS as OWN
-from benchmarks.exact_trainers import Setting
+from benchmarks.exact_trainers import BatchTooLarge, Setting
 from benchmarks.shapes import SHAPES, batches
 
 TRAINERS = OWN | PEERS
-ROW, FAILED, OUT_OF_MEMORY = "ROW ", "FAILED ", "out of device memory"
+ROW, FAILED, TOO_LARGE = "ROW ", "FAILED ", "the device has too little memory for the batch"
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def host_in_use() -> int:
 
 
 def peak_rss() -> int:
-    """Bytes of this process that were resident at most; memory that CUDA pins may not be among them."""
+    """Bytes of this process that were resident at most."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
     return int(status["VmHWM"].split()[0]) * 1024
 
@@ -86,21 +85,18 @@ def peak_rss() -> int:
 def child(trainer: str, settings: list[Setting], warm: int, steps: int) -> None:
     """Measure a trainer on cases, one after another, and print a line for each, or one that says why not."""
     before = host_in_use()
-    done: list[Setting] = []
     try:
         made = TRAINERS[trainer](settings[0])
         for setting in settings:
             print(ROW + json.dumps(asdict(_measure(trainer, setting, made, warm, steps, before))), flush=True)
-            done.append(setting)
+    except BatchTooLarge:
+        print(FAILED + TOO_LARGE, flush=True)
     except torch.OutOfMemoryError:
-        print(FAILED + OUT_OF_MEMORY, flush=True)
+        print(f"{FAILED}the device has too little memory for its states", flush=True)
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         print(f"{FAILED}{type(error).__name__}: {lines[0][:200]}", flush=True)
         raise
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
 
 
 def _measure(trainer: str, setting: Setting, made: Any, warm: int, steps: int, before: int) -> Row:
@@ -149,8 +145,8 @@ def run(trainer: str, settings: list[Setting], args: argparse.Namespace) -> Iter
         yield from rows
         left = left[len(rows) :]
         half = left[0].batch // left[0].parts // 2 if left else 0
-        if failure == OUT_OF_MEMORY and half and not trainer.startswith("ours"):
-            print(f"{trainer}: {OUT_OF_MEMORY}, again in parts of {half}", flush=True)
+        if failure == TOO_LARGE and half and not trainer.startswith("ours"):
+            print(f"{trainer}: {TOO_LARGE}, again in parts of {half}", flush=True)
             left = [Setting(**{**asdict(s), "micro": half}) for s in left]
         elif failure:
             # what fails for a batch fails for larger ones: they are not tried

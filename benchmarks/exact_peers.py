@@ -17,7 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.exact_trainers import LEARNING_RATE, Made, Maker, MasterAdamW, Setting, backward, checkpointed, flops_of
+from benchmarks.exact_trainers import (
+    LEARNING_RATE,
+    Made,
+    Maker,
+    MasterAdamW,
+    Setting,
+    backward,
+    checkpointed,
+    flops_of,
+    forward_backward,
+)
 from benchmarks.shapes import build
 
 
@@ -79,8 +89,9 @@ def deepspeed_zero(stage: int) -> Maker:
         def step(ids: Tensor) -> Tensor:
             total = torch.zeros((), device=ids.device)
             for part in ids.chunk(setting.parts):
-                loss = engine(input_ids=part, labels=part).loss
-                engine.backward(loss)  # it divides by the number of parts
+                with forward_backward():
+                    loss = engine(input_ids=part, labels=part).loss
+                    engine.backward(loss)  # it divides by the number of parts
                 engine.step()
                 total += loss.detach() / setting.parts
             return total
@@ -110,7 +121,8 @@ def megatrain(setting: Setting) -> Made:
     optimizer = DeepSpeedCPUAdam(master.get_parameters(), lr=LEARNING_RATE, weight_decay=0.0, adamw_mode=True)
 
     def step(ids: Tensor) -> float:
-        losses = [master.forward_and_backward(part, _NoMask(), part)[0] for part in ids.chunk(setting.parts)]
+        with forward_backward():
+            losses = [master.forward_and_backward(part, _NoMask(), part)[0] for part in ids.chunk(setting.parts)]
         optimizer.step()
         master._sync_params_to_gpu()
         master.zero_grad()

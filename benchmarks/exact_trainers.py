@@ -11,8 +11,8 @@ has to show that it can.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -54,6 +54,19 @@ class Made:
 
 
 Maker = Callable[[Setting], Made]
+
+
+class BatchTooLarge(Exception):
+    """The device's memory did not suffice for a forward or a backward: parts of a batch may fit."""
+
+
+@contextmanager
+def forward_backward() -> Iterator[None]:
+    """Raise `BatchTooLarge` where a forward and backward finds no memory; elsewhere a smaller batch would not help."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise BatchTooLarge from error
 
 
 def flops_of(model: Any) -> Callable[[int], float]:
@@ -115,7 +128,7 @@ def backward(model: Any, ids: Tensor, parts: int, not_last: Callable[[], Any] = 
     """
     total = torch.zeros((), device=ids.device)
     for i, part in enumerate(ids.chunk(parts)):
-        with not_last() if i < parts - 1 else nullcontext():
+        with forward_backward(), not_last() if i < parts - 1 else nullcontext():
             loss = model(input_ids=part, labels=part).loss / parts
             loss.backward()
         total += loss.detach()
