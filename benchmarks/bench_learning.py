@@ -9,7 +9,7 @@ weights with float32 masters and moments, no weight decay, gradients clipped to 
 rises over a twentieth of the steps and falls to a tenth as a cosine. Batches are the same, in the same order.
 
 ``--budget`` holds for the library; without it, it gets half of the memory that torch reserved at most while ``dense``
-trained, which then has to come first; where that is not known, as on the CPU, half of 16 bytes for each parameter.
+trained, which then has to come first, on a GPU.
 """
 
 from __future__ import annotations
@@ -36,9 +36,6 @@ from chunkft_fx.tools.load import load_model
 HELD_OUT = 128  # sequences
 EVALUATED = 16  # sequences in one go
 LAST = 50  # steps whose training losses are averaged at the end
-DENSE_BYTES = (
-    16  # of a parameter: weight and gradient in bf16, float32 master, two moments, and the gradient in float32
-)
 
 
 @dataclass(frozen=True)
@@ -91,9 +88,7 @@ def chunked(model: nn.Module, lr: float, budget: int, coverage: str, options: di
     """This library; ``options`` are for its optimizer."""
     on_gpu = next(model.parameters()).is_cuda
     backend = "inductor" if on_gpu else "eager"
-    # one chunk a step is what compile does unless told
-    chosen: dict[str, Any] = {} if coverage == "one" else {"coverage": coverage}
-    compiled = chunkft_fx.compile(model, budget, backend=backend, **chosen)
+    compiled = chunkft_fx.compile(model, budget, coverage=coverage, backend=backend)
     optimizer = chunkft_fx.AdamW(compiled, lr=lr, weight_decay=0.0, max_grad_norm=1.0, **options)
 
     def update() -> None:
@@ -220,10 +215,11 @@ def main() -> None:
     methods = args.methods.split(",")
     if unknown := set(methods) - {"dense", "all", "one"}:
         parser.error(f"unknown method {min(unknown)}")
+    if not args.budget and (methods[0] != "dense" or args.device == "cpu"):
+        parser.error("give a budget, or let dense come first on a GPU, which measures what to halve")
     data = sequences_of(args.data, args.sequence, args.held_out)
     gguf = sorted(args.model.glob("*.gguf"))
     plain = load_model(str(gguf[0] if gguf else args.model), torch.bfloat16, torch.device("cpu"))
-    numel = sum(p.numel() for p in plain.parameters())
     rows: list[Row] = []
     for method in methods:
         if torch.cuda.is_available():
@@ -231,11 +227,10 @@ def main() -> None:
         torch.compiler.reset()
         torch.manual_seed(0)
         model = copy.deepcopy(plain).to(args.device)
-        needed = next((r.reserved for r in rows if r.method == "dense"), 0) or numel * DENSE_BYTES
-        budget = parse_bytes(args.budget) if args.budget else needed // 2
         if method == "dense":
             row = learn(method, dense(model, args.lr), 0, data, args)
         else:
+            budget = parse_bytes(args.budget) if args.budget else rows[0].reserved // 2
             options: dict[str, Any] = {"update": args.update} if method == "all" else {}
             if args.master is not None:
                 options["master"] = args.master

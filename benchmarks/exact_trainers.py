@@ -90,14 +90,14 @@ def ours(update: str | None) -> Maker:
     def make(setting: Setting) -> Made:
         model: Any = build(setting.shape, "cpu", setting.layers)
         flops = flops_of(model)
-        coverage: dict[str, Any] = {"coverage": "all"}
-        compiled: Any = chunkft_fx.compile(model, setting.budget, device="cuda", **coverage)
+        compiled: Any = chunkft_fx.compile(model, setting.budget, coverage="all", device="cuda")
         if update is None:
             return Made(without_updates(compiled, setting.parts), flops)
-        options: dict[str, Any] = {"update": update, "max_grad_norm": 1.0 if update == "step" else None}
-        if setting.master is not None:
-            options["master"] = setting.master
-        optimizer = chunkft_fx.AdamW(compiled, lr=LEARNING_RATE, weight_decay=0.0, **options)
+        options: dict[str, Any] = {} if setting.master is None else {"master": setting.master}
+        clipped = 1.0 if update == "step" else None
+        optimizer = chunkft_fx.AdamW(
+            compiled, lr=LEARNING_RATE, weight_decay=0.0, max_grad_norm=clipped, update=update, **options
+        )
 
         def step(ids: Tensor) -> Tensor:
             loss = backward(compiled, ids, setting.parts, compiled.no_sync)
