@@ -40,6 +40,7 @@ from benchmarks.exact_peers import PEERS
 from benchmarks.exact_trainers import TRAINERS as OWN
 from benchmarks.exact_trainers import BatchTooLarge, Setting
 from benchmarks.shapes import SHAPES, batches
+from chunkft_fx.plan.state_spec import MASTERS
 
 TRAINERS = OWN | PEERS
 ROW, FAILED, TOO_LARGE = "ROW ", "FAILED ", "the device has too little memory for the batch"
@@ -217,7 +218,7 @@ def main() -> None:
     parser.add_argument("--budget", default="24GB", help="the device memory that the library may use")
     parser.add_argument("--trainers", default=",".join(TRAINERS), help="comma-separated")
     parser.add_argument("--micro", action="append", default=[], metavar="TRAINER=N", help="sequences in one go")
-    parser.add_argument("--master", help="how the library keeps its masters, as its AdamW takes it")
+    parser.add_argument("--master", choices=MASTERS, default="float32", help="how the library keeps its masters")
     parser.add_argument("--warm", type=int, default=2, help="steps before those that are measured")
     parser.add_argument("--steps", type=int, default=5, help="measured steps")
     parser.add_argument("--timeout", type=float, default=600, help="seconds after which a process is ended")

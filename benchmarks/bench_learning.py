@@ -31,6 +31,7 @@ from torch import Tensor, nn
 import chunkft_fx
 from benchmarks.bench_step import GIB, clear
 from chunkft_fx.bytes import format_bytes, parse_bytes
+from chunkft_fx.plan.state_spec import MASTERS
 from chunkft_fx.tools.load import load_model
 
 HELD_OUT = 128  # sequences
@@ -84,12 +85,12 @@ def dense(model: nn.Module, lr: float) -> Learner:
     return Learner(called, model, optimizer, update)
 
 
-def chunked(model: nn.Module, lr: float, budget: int, coverage: str, options: dict[str, Any]) -> Learner:
-    """This library; ``options`` are for its optimizer."""
+def chunked(model: nn.Module, lr: float, budget: int, coverage: str, master: str) -> Learner:
+    """This library: a budget in bytes, what a step covers, and the format of masters."""
     on_gpu = next(model.parameters()).is_cuda
     backend = "inductor" if on_gpu else "eager"
     compiled = chunkft_fx.compile(model, budget, coverage=coverage, backend=backend)
-    optimizer = chunkft_fx.AdamW(compiled, lr=lr, weight_decay=0.0, max_grad_norm=1.0, **options)
+    optimizer = chunkft_fx.AdamW(compiled, lr=lr, weight_decay=0.0, max_grad_norm=1.0, master=master)
 
     def update() -> None:
         optimizer.step()
@@ -207,8 +208,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--every", type=int, default=200, help="steps between evaluations")
     parser.add_argument("--held-out", type=int, default=HELD_OUT, help="sequences to evaluate on")
-    parser.add_argument("--update", choices=("step", "backward"), default="step", help="when `all` updates")
-    parser.add_argument("--master", help="how the library keeps its masters, as its AdamW takes it")
+    parser.add_argument("--master", choices=MASTERS, default="float32", help="how the library keeps its masters")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -231,10 +231,7 @@ def main() -> None:
             row = learn(method, dense(model, args.lr), 0, data, args)
         else:
             budget = parse_bytes(args.budget) if args.budget else rows[0].reserved // 2
-            options: dict[str, Any] = {"update": args.update} if method == "all" else {}
-            if args.master is not None:
-                options["master"] = args.master
-            row = learn(method, chunked(model, args.lr, budget, method, options), budget, data, args)
+            row = learn(method, chunked(model, args.lr, budget, method, args.master), budget, data, args)
         rows.append(row)
         print(table(rows), flush=True)
         if args.out is not None:

@@ -36,7 +36,7 @@ class Setting:
     micro: int | None  # None: a batch in one go
     sequence: int
     budget: str
-    master: str | None
+    master: str
 
     @property
     def parts(self) -> int:
@@ -93,11 +93,9 @@ def ours(update: str | None) -> Maker:
         compiled: Any = chunkft_fx.compile(model, setting.budget, coverage="all", device="cuda")
         if update is None:
             return Made(without_updates(compiled, setting.parts), flops)
-        options: dict[str, Any] = {} if setting.master is None else {"master": setting.master}
-        clipped = 1.0 if update == "step" else None
-        optimizer = chunkft_fx.AdamW(
-            compiled, lr=LEARNING_RATE, weight_decay=0.0, max_grad_norm=clipped, update=update, **options
-        )
+        options: dict[str, Any] = {"update": update, "master": setting.master}
+        options["max_grad_norm"] = 1.0 if update == "step" else None
+        optimizer = chunkft_fx.AdamW(compiled, lr=LEARNING_RATE, weight_decay=0.0, **options)
 
         def step(ids: Tensor) -> Tensor:
             loss = backward(compiled, ids, setting.parts, compiled.no_sync)
