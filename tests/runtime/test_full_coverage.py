@@ -12,8 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import chunkft_fx
+from chunkft_fx.copies.link import open_link
+from chunkft_fx.copies.states.ring import CopyingRing
+from chunkft_fx.copies.tier import HostTier
 from chunkft_fx.errors import NoGradientToScale, OptionError, PartialStep, StaleBackward
 from chunkft_fx.graph import ops
+from chunkft_fx.optim.states import staging
 from chunkft_fx.optim.states.pieces import PieceUpdates
 from chunkft_fx.plan import pieces
 from tests.support.forced_streaming import streaming
@@ -54,6 +58,11 @@ def twins(seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[nn.Module,
 
 def batch(step: int) -> Tensor:
     return torch.randint(0, 11, (3, 5), generator=torch.Generator().manual_seed(step))
+
+
+def copying_ring(device: torch.device, depth: int, nbytes: int) -> CopyingRing:
+    """The ring of a GPU, beside a CPU."""
+    return CopyingRing(open_link(device), open_link(device), HostTier(device), depth, nbytes)
 
 
 def assert_equal(a: nn.Module, b: nn.Module, tolerance: float = 0.0) -> None:
@@ -148,9 +157,14 @@ def test_bfloat16_weights_stay_the_rounded_masters(update: str) -> None:
         assert torch.equal(ours.state[p]["master"].bfloat16(), p.detach())
 
 
+@pytest.mark.parametrize("is_copied", [False, True])
 @pytest.mark.parametrize("update", UPDATES)
-def test_streamed_weights_are_updated_in_host_memory(update: str) -> None:
+def test_streamed_weights_are_updated_in_host_memory(
+    update: str, is_copied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain, model = twins()
+    if is_copied:
+        monkeypatch.setattr(staging, "make_ring", copying_ring)
     with streaming("all"):
         compiled = chunkft_fx.compile(model, "1GB", coverage="all", backend="eager")
         ours = chunkft_fx.AdamW(compiled, lr=1e-2, update=update)

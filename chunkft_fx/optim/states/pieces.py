@@ -35,7 +35,6 @@ class PieceUpdates:
         self._states, self._ring, self._apply, self._given = states, ring, apply, pieces
         parameters = dict(model.named_parameters())
         self._slices = [[ActiveSlice(s, parameters[s.name]) for s in piece.slices] for piece in pieces]
-        self._has_travelling = any(_travels(s, ring) for slices in self._slices for s in slices)
         self._pieces_of: dict[str, int] = {}
         for slices in self._slices:
             for s in slices:
@@ -74,7 +73,7 @@ class PieceUpdates:
     def complete(self) -> None:
         """End a step: everything that had a gradient was updated, and weights in host memory can be fetched again."""
         self._done, self._left = {}, {}
-        if self._has_travelling:
+        if self._states.travelling:
             self._ring.settle()
 
     def refuse_broken(self) -> None:
@@ -140,7 +139,7 @@ class PieceUpdates:
         for s, gradient in graded:
             tensors = there[s.name]
             weight = s.weight()
-            if _travels(s, self._ring):
+            if self._travels(s):
                 weight, tensors = tensors[0].movedim(0, s.dim) if weight.ndim else tensors[0].view(()), tensors[1:]
             states = dict(zip(self._states.layouts(s.parameter), tensors, strict=True))
             entries.append(StagedSlice(s.slice, s.parameter, weight, gradient, states, self._states.counts(s)))
@@ -151,13 +150,15 @@ class PieceUpdates:
 
     def _travelling(self, s: ActiveSlice) -> list[Tensor]:
         """What of a slice passes through the ring: its states, behind its weight if that stays in host memory."""
-        weight = [front(s.weight(), s.dim)] if _travels(s, self._ring) else []
+        weight = [front(s.weight(), s.dim)] if self._travels(s) else []
         return weight + self._states.host(s)
 
+    def _travels(self, s: ActiveSlice) -> bool:
+        """Whether a slice's weight is copied with its states; one that is not one run of memory is left to the update.
 
-def _travels(s: ActiveSlice, ring: PieceRing) -> bool:
-    """Whether a slice's weight is copied with its states; one that is not one run of memory is left to the update."""
-    return s.parameter.device != ring.device and front(s.weight(), s.dim).is_contiguous()
+        Beside a CPU nothing is copied.
+        """
+        return s.name in self._states.travelling and front(s.weight(), s.dim).is_contiguous()
 
 
 def _total(contributions: Sequence[Tensor]) -> Tensor:

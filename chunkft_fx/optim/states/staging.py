@@ -47,15 +47,16 @@ class StagedStates:
         self._modified = False  # the stage holds newer values than host memory
         self._kept = [self.places(parameters)]
         self._ring: PieceRing | None = None
+        self.travelling: frozenset[str] = frozenset()  # weights that have room in the ring beside their states
 
     def ring(self) -> PieceRing:
         """The ring that the pieces of the model's plan pass through, on the device where it runs."""
         device = self._model.compute_device
         if self._ring is None or self._ring.device != device:
-            policy, parameters = self._model.plan.policy, dict(self._model.named_parameters())
-            away = policy.streamed | {n for n, p in parameters.items() if p.device != device}
+            pieces, parameters = self._model.plan.policy.pieces, dict(self._model.named_parameters())
+            self.travelling = self._model.residency.away()
             self._ring = None  # free before taking another
-            self._ring = make_ring(device, DEPTH, piece_nbytes(policy.pieces, parameters, self._spec, away))
+            self._ring = make_ring(device, DEPTH, piece_nbytes(pieces, parameters, self._spec, self.travelling))
         return self._ring
 
     def places(self, parameters: Sequence[Tensor]) -> HostStates:
