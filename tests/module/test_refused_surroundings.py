@@ -50,7 +50,7 @@ def test_tangents_of_forward_mode_are_refused_or_right() -> None:
     compiled, plain = lm_compiled(tiny_lm(), chunks=1), tiny_lm()
     x = torch.linspace(-1, 1, 80).view(2, 5, 8)
 
-    def tangent(m: nn.Module) -> torch.Tensor | None:
+    def tangent(m: Callable[..., Any]) -> torch.Tensor | None:
         with forward_ad.dual_level():
             dual = forward_ad.make_dual(x, torch.ones_like(x))
             return forward_ad.unpack_dual(m(embeds=dual)).tangent
