@@ -7,7 +7,7 @@ VENV := $(if $(TORCH)$(TRANSFORMERS),.venv-$(notdir $(PYTHON))-$(TORCH)-$(TRANSF
 BIN := $(VENV)/bin
 CONSTRAINTS := $(VENV)/constraints.txt
 
-.PHONY: demo test test-all check docs test-gpu bench clean
+.PHONY: demo test test-all test-versions check docs test-gpu bench clean
 
 # torch first and by its exact pin, so that nothing else can choose another build; a given torch brings its own triton.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -31,6 +31,14 @@ test: $(VENV)/.installed
 
 test-all: $(VENV)/.demo
 	$(BIN)/python -m pytest -n 2 -m ""
+
+# The oldest and the newest supported pair, to be run once in a while: 25 minutes on two idle cores, 10 GB of disk for
+# two environments with CUDA builds of torch. docs/versions.md says when it last passed.
+OLDEST_PYTHON ?= python3.11
+NEWEST_PYTHON ?= python3.13
+test-versions:
+	$(MAKE) test TORCH=2.11.0 TRANSFORMERS=5.17.0 PYTHON=$(OLDEST_PYTHON)
+	$(MAKE) test TORCH=2.15.0 TRANSFORMERS=5.24.0 PYTHON=$(NEWEST_PYTHON)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 from torch._functorch._aot_autograd.descriptors import PlainAOTOutput
 from torch._guards import TracingContext, tracing
+from torch._higher_order_ops.effects import _EffectType, _get_effect, _register_effectful_op
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
@@ -259,6 +260,12 @@ def compile_graph(module: fx.GraphModule, fake_mode: FakeTensorMode, is_backward
 def cache_hits() -> int:
     """How many graphs Inductor found in its cache, so far in this process, instead of compiling them."""
     return int(counters["inductor"]["fxgraph_cache_hit"])
+
+
+def keep_checks_of_matrices() -> None:
+    """Have traces keep the check that a matrix can be inverted: torch 2.11 drops it, since no value needs it."""
+    if _get_effect(torch.ops.aten._linalg_check_errors.default) is None:
+        _register_effectful_op("aten::_linalg_check_errors", _EffectType.ORDERED)
 
 
 def graph_module(root: nn.Module | dict[str, Any], graph: fx.Graph) -> fx.GraphModule:

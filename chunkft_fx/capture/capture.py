@@ -37,7 +37,7 @@ from chunkft_fx.capture.user_code import naming_the_forward_line, where
 from chunkft_fx.errors import UnsupportedGraph
 from chunkft_fx.graph.effects import new_token, with_tokens
 from chunkft_fx.graph.sub_graphs import attribute, close_all
-from chunkft_fx.torch_internals import forget_wishes, is_random
+from chunkft_fx.torch_internals import forget_wishes, is_random, keep_checks_of_matrices
 
 
 @dataclass
@@ -77,6 +77,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], names: Mapping[in
     that Inductor expects; ``"eager"`` keeps ATen operators whole. Random operators stay ATen's own in
     both, so that a seed gives the same dropout masks as the plain model.
     """
+    keep_checks_of_matrices()
     with_dense_gradients(gm)
     decompositions: dict[Any, Any] = {}
     with contextlib.ExitStack() as stack:

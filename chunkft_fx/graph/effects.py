@@ -22,13 +22,7 @@ from chunkft_fx.torch_internals import fake_mode_of
 aten = torch.ops.aten
 with_effects: Any = torch.ops.higher_order.with_effects
 
-# The last has a token of its own since torch 2.13.
-_ASSERTIONS = (
-    aten._assert_async.default,
-    aten._assert_async.msg,
-    aten._assert_scalar.default,
-    aten._linalg_check_errors.default,
-)
+_ASSERTIONS = (aten._assert_async.default, aten._assert_async.msg, aten._assert_scalar.default)
 TOKEN = "token"
 
 

@@ -100,7 +100,8 @@ class Session:
             if is_in_forward_mode():
                 raise UnsupportedGraph(
                     "tangents of forward-mode differentiation (torch.autograd.forward_ad) do not go through a compiled "
-                    "module while gradients are enabled; call it under torch.no_grad(), or call the plain model"
+                    "module while gradients are enabled; call the plain model (torch 2.13 and older: or this one under "
+                    "torch.no_grad())"
                 )
             if self.trains:  # before slices are asked for, which a plan can change
                 with explained(self.plans.needed):

@@ -194,6 +194,4 @@ def test_a_model_whose_blocks_are_never_called_warns_once_and_trains() -> None:
 
 def test_blocks_that_a_batch_does_not_use_bring_no_warning() -> None:
     compiled = chunkft_fx.compile(UnseenTower(), "1GB", chunks=1, backend="eager")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        compiled(torch.randn(2, 8))
+    compiled(torch.randn(2, 8))  # a warning is an error in all tests

@@ -44,12 +44,13 @@ def test_where_torch_would_run_the_plain_model_the_call_is_refused(around: Aroun
     assert compiled._training.arrivals.through
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own use of it
+# torch's own use of it; the warning's class differs between versions
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 def test_tangents_of_forward_mode_are_refused_or_right() -> None:
     compiled, plain = lm_compiled(tiny_lm(), chunks=1), tiny_lm()
     x = torch.linspace(-1, 1, 80).view(2, 5, 8)
 
-    def tangent(m: nn.Module) -> torch.Tensor | None:
+    def tangent(m: Callable[..., Any]) -> torch.Tensor | None:
         with forward_ad.dual_level():
             dual = forward_ad.make_dual(x, torch.ones_like(x))
             return forward_ad.unpack_dual(m(embeds=dual)).tangent
@@ -57,7 +58,13 @@ def test_tangents_of_forward_mode_are_refused_or_right() -> None:
     with pytest.raises(errors.UnsupportedGraph, match="forward-mode"):
         tangent(compiled)
     with torch.no_grad():
-        torch.testing.assert_close(tangent(compiled), tangent(plain))
+        try:
+            expected = tangent(torch.compile(plain, backend="eager", fullgraph=True))
+        except torch._dynamo.exc.Unsupported:  # since torch 2.14
+            with pytest.raises(errors.UnsupportedGraph, match="forward-mode"):
+                tangent(compiled)
+        else:
+            torch.testing.assert_close(tangent(compiled), expected)
 
 
 def test_anomaly_detection_looks_into_slices() -> None:

@@ -15,6 +15,7 @@ from chunkft_fx.errors import VerificationError
 from chunkft_fx.graph.region import OutputDemand, RegionGraph
 from chunkft_fx.graph.rewrite import fake_value
 from chunkft_fx.passes import SelectSlices
+from chunkft_fx.program import verify_region
 from chunkft_fx.program.run_passes import over_region
 from tests.passes.joint import demands, joint
 
@@ -242,3 +243,20 @@ def test_objects_to_another_slice_than_demanded(actual: Any) -> None:
     case = joint(lambda w, x: functional.linear(x, w), [torch.randn(7, 5)], [torch.randn(4, 5)])
     with pytest.raises(VerificationError, match="output 1 was"):
         over_region(case.region.copy(), [WrongSlices(demands([(0, 0, 2)]), demands([actual]))])
+
+
+def test_only_what_changed_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    region, computed = _region(), []
+
+    def counted(node: fx.Node) -> Any:
+        computed.append(node.target)
+        return fake_value(node)
+
+    def other_operator(region: RegionGraph) -> None:
+        _node(region, aten.tanh.default).target = aten.sin.default
+
+    monkeypatch.setattr(verify_region, "fake_value", counted)
+    over_region(region, [Break(lambda _: None)])
+    assert computed == []
+    over_region(region.copy(), [Break(other_operator)])
+    assert computed == [aten.sin.default]

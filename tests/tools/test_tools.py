@@ -254,6 +254,19 @@ def test_plan_shows_the_peak_with_its_terms_the_timeline_and_what_was_not_taken(
     assert moments.count("backward") == 3 + 2  # blocks, and what lies before and after them
 
 
+def test_plan_prints_one_plan_as_a_table_and_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--budget", "1GB", "--chunks", "3", "--seq-len", "16", "--backend", "eager"]
+    chunkft("plan", "tiny:llama", *options, "--timeline")
+    printed = capsys.readouterr().out
+    chunkft("plan", "tiny:llama", *options, "--json")
+    plan = json.loads(capsys.readouterr().out)
+    peak = format_bytes(plan["predicted_peak_bytes"])
+    assert printed.startswith(f"budget {format_bytes(plan['budget_bytes'])}, predicted peak {peak}")
+    assert f"{len(plan['chunks'])} chunk(s), ascending order, 1 step each" in printed
+    assert len(plan["chunks"]) == 3
+    assert printed.split("moment")[1].count("backward") == 3 + 2  # blocks, and what lies before and after them
+
+
 def test_inspect_prints_plan_program_and_variants(capsys: pytest.CaptureFixture[str]) -> None:
     chunkft("inspect", "tiny:llama", "--chunks", "3", "--chunk", "1", "--backend", "eager")
     printed = capsys.readouterr().out
@@ -279,7 +292,8 @@ def test_inspect_builds_random_weights_from_a_changed_config(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tiny_folder(tmp_path / "model")
-    chunkft("inspect", str(folder), "--config", json.dumps({"num_hidden_layers": 5}), "--chunks", "2")
+    changes = json.dumps({"num_hidden_layers": 5})
+    chunkft("inspect", str(folder), "--config", changes, "--chunks", "2", "--backend", "eager")
     assert "model_layers_4" in capsys.readouterr().out
 
 
