@@ -19,6 +19,7 @@ from chunkft_fx.copies.residency import Residency
 from chunkft_fx.copies.state_stage import StageOwner
 from chunkft_fx.errors import BudgetInfeasible
 from chunkft_fx.graph.sizes import Sizes, size_reader
+from chunkft_fx.machine.garbage import COLLECTOR
 from chunkft_fx.machine.memory_limit import LIMITS, take_workspaces
 from chunkft_fx.machine.overhead import overhead
 from chunkft_fx.plan.plan import Plan
@@ -111,7 +112,8 @@ class BatchPlans:
         need = self._need(arguments, expected)
         fit = next((made for made in self._made if self._holds(made, need)), None)
         if fit is None:
-            fit = self._planned(need)
+            with COLLECTOR.seldom():
+                fit = self._planned(need)
             self._made = [fit, *(m for m in self._made if not self._outdone(m, fit))][:KEPT_PLANS]
         self._in_force = fit
         return fit.plan.policy
