@@ -9,6 +9,7 @@ chosen anew for the largest batch so far; then chunks and streamed weights stay.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -87,13 +88,20 @@ class BatchPlans:
     """The plans of one capture's programs.
 
     ``owner`` gives the compiled module, ``batch`` are the positions of the arguments that are neither weights nor
-    buffers, ``constants_nbytes`` the bytes of tensors that the capture itself holds.
+    buffers, ``constants_nbytes`` the bytes of tensors that the capture itself holds. ``beside`` gives what goes on
+    while a plan is settled.
     """
 
     def __init__(
-        self, owner: Callable[[], PlanOwner], programs: Programs, batch: Sequence[int], constants_nbytes: int
+        self,
+        owner: Callable[[], PlanOwner],
+        programs: Programs,
+        batch: Sequence[int],
+        constants_nbytes: int,
+        beside: Callable[[Plan, frozenset[str]], AbstractContextManager[None]],
     ) -> None:
         self._owner, self._programs, self._batch = owner, programs, tuple(batch)
+        self._beside = beside
         self._constants_nbytes = constants_nbytes
         capture = programs.capture
         self._reader = size_reader(capture.graph, capture.primals)
@@ -188,7 +196,8 @@ class BatchPlans:
                 if known is not None and known.batch:
                     self._refused = [(known, rounded), *self._refused][:KEPT_PLANS]
                 made = self._chosen(need)
-        settle(self._owner(), made.plan)
+        with self._beside(made.plan, need.expected):
+            settle(self._owner(), made.plan)
         return made
 
     def _chosen(self, need: Need) -> Made:
