@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 from torch._functorch._aot_autograd.descriptors import PlainAOTOutput
 from torch._guards import TracingContext, tracing
+from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
@@ -241,6 +242,14 @@ def _must_save(node: fx.Node) -> bool:
     """True for what cannot be computed again (draws, effects), or must not be because it is dear (``meta["save"]``)."""
     source = node.all_input_nodes[0] if node.target is operator.getitem else node
     return is_random(source) or bool(node.meta.get("save")) or source.target is torch.ops.higher_order.with_effects
+
+
+def start_workers() -> None:
+    """Have Inductor start the processes that compile Triton's kernels, unless they run or it was told to have none.
+
+    They take some seconds to come; until then kernels are compiled one after another, in this process.
+    """
+    AsyncCompile.wakeup()
 
 
 def compile_graph(module: fx.GraphModule, fake_mode: FakeTensorMode, is_backward: bool) -> Compiled:

@@ -37,6 +37,7 @@ from chunkft_fx.planning.planner import Options, first_plan
 from chunkft_fx.program.instructions import Executable
 from chunkft_fx.program.programs import Programs
 from chunkft_fx.runtime.session import Session
+from chunkft_fx.torch_internals import start_workers
 
 
 class Training(Following):
@@ -80,6 +81,8 @@ class Training(Following):
         """Call the model compiled, with the arguments of its forward."""
         with self.lock:
             self.check()
+            if not self.sessions and self.backend == "inductor" and self.compute_device.type == "cuda":
+                start_workers()
             is_training = self.model.training and torch.is_grad_enabled()
             with self.residency.presented(), self._gradients_unseen():
                 if is_training:
