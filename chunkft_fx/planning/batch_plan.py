@@ -274,7 +274,7 @@ def settle(owner: PlanOwner, plan: Plan) -> None:
     optimizer = owner.optimizer
     if optimizer is not None and known is not None and plan.chunks is not known.chunks:
         optimizer.drop_stage()
-    LIMITS.avoid_fragmentation(owner, residency.device)
+    LIMITS.set_up(owner, residency.device)
     residency.settle(plan.policy.streamed, plan.policy.depth)
     LIMITS.hold(owner, residency.device, plan.budget_bytes)
     owner.adopt(plan)
