@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch._dynamo.utils import counters
 from torch._functorch._aot_autograd.descriptors import PlainAOTOutput
 from torch._guards import TracingContext, tracing
 from torch._higher_order_ops.effects import _EffectType, _get_effect, _register_effectful_op
+from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
@@ -35,6 +37,9 @@ from torch.utils.flop_counter import flop_registry
 
 # torch.autograd.graph.region_activation_memory_budget, since torch 2.13
 _BUDGET_WISH = "_region_activation_memory_budget"
+
+# Held while torch's partitioner is adapted.
+_PARTITIONING = threading.Lock()
 
 Compiled = Callable[[list[Any]], Sequence[Any]]
 
@@ -203,25 +208,46 @@ def partition(
     weights = [i for i, node in enumerate(primals) if node.meta.get("is_parameter")]
     settings = functorch_config.patch(activation_memory_budget=budget, recompute_views=True)
     # without code for graphs that nobody runs: torch keeps the text of all code that it generates for good
-    with settings, _no_random_replay(), _use_lazy_graph_module(True):
+    with _PARTITIONING, settings, _adapted_partitioner(), _use_lazy_graph_module(True):
         return partitioners.min_cut_rematerialization_partition(
             module, None, num_fwd_outputs=num_forward_outputs, static_lifetime_input_indices=weights
         )
 
 
 @contextlib.contextmanager
-def _no_random_replay() -> Iterator[None]:
-    """Keep torch's partitioner from giving recomputed random operators their old generator states as further inputs.
+def _adapted_partitioner() -> Iterator[None]:
+    """Keep torch's partitioner from two things; for one thread at a time.
 
-    What draws is saved here. Left are operators that could draw but do not, such as attention without dropout, which
-    torch 2.13 and before count as random.
+    It would give recomputed random operators their old generator states as further inputs. What draws is saved here.
+    Left are operators that could draw but do not, such as attention without dropout, which torch 2.13 and before count
+    as random. And it would generate code for backward graphs each time that it changes them.
     """
-    before = partitioners.has_recomputable_rng_ops
-    vars(partitioners)["has_recomputable_rng_ops"] = _never
+    reorder = partitioners.reordering_to_mimic_autograd_engine
+    before = {"has_recomputable_rng_ops": partitioners.has_recomputable_rng_ops, reorder.__name__: reorder}
+    ours = {"has_recomputable_rng_ops": _never, reorder.__name__: functools.partial(_without_code, reorder)}
+    vars(partitioners).update(ours)
     try:
         yield
     finally:
-        vars(partitioners)["has_recomputable_rng_ops"] = before
+        vars(partitioners).update(before)
+
+
+def _without_code(rewrite: Callable[[fx.GraphModule], fx.GraphModule], module: fx.GraphModule) -> fx.GraphModule:
+    """What ``rewrite`` makes of a module, with code that is generated when it is asked for.
+
+    Other threads get code as always: what is changed meanwhile belongs to all.
+    """
+    ours, generate = threading.get_ident(), fx.GraphModule.recompile
+
+    def recompile(self: fx.GraphModule) -> Any:
+        return None if threading.get_ident() == ours else generate(self)
+
+    fx.GraphModule.recompile = recompile  # type: ignore[method-assign]
+    try:
+        made = rewrite(module)
+    finally:
+        fx.GraphModule.recompile = generate  # type: ignore[method-assign]
+    return made if isinstance(made, _LazyGraphModule) else _LazyGraphModule(made, made.graph)
 
 
 def _never(fx_g: fx.GraphModule) -> bool:
@@ -242,6 +268,14 @@ def _must_save(node: fx.Node) -> bool:
     """True for what cannot be computed again (draws, effects), or must not be because it is dear (``meta["save"]``)."""
     source = node.all_input_nodes[0] if node.target is operator.getitem else node
     return is_random(source) or bool(node.meta.get("save")) or source.target is torch.ops.higher_order.with_effects
+
+
+def start_workers() -> None:
+    """Have Inductor start the processes that compile Triton's kernels, unless they run or it was told to have none.
+
+    They take some seconds to come; until then kernels are compiled one after another, in this process.
+    """
+    AsyncCompile.wakeup()
 
 
 def compile_graph(module: fx.GraphModule, fake_mode: FakeTensorMode, is_backward: bool) -> Compiled:

@@ -26,6 +26,7 @@ from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, Guar
 from chunkft_fx.capture.output_hooks import install_output_hooks
 from chunkft_fx.capture.user_code import where_in
 from chunkft_fx.errors import ChunkFTError, UnsupportedGraph
+from chunkft_fx.machine.garbage import COLLECTOR
 from chunkft_fx.torch_internals import untraced_because
 
 Backend = Callable[[fx.GraphModule, list[Any]], Any]
@@ -40,9 +41,13 @@ def trace(model: nn.Module, backend: Backend) -> Callable[..., Any]:
     function = _of_its_own(model)
     compiled = torch.compile(function, backend=backend, fullgraph=True)
     settings = _settings()
+    is_first = True  # of the calls, nearly always the only one that is traced
 
     def traced(*args: Any, **kwargs: Any) -> Any:
-        with _quiet_metrics(), torch._dynamo.config.patch(settings):
+        nonlocal is_first
+        less_often = COLLECTOR.seldom() if is_first else contextlib.nullcontext()
+        is_first = False
+        with less_often, _quiet_metrics(), torch._dynamo.config.patch(settings):
             try:
                 return compiled(*args, **kwargs)
             except Unsupported:

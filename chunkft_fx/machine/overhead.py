@@ -7,7 +7,7 @@ import torch
 # Segments grow by pages of 20 MiB, and of 2 MiB for tensors up to 1 MiB.
 PAGE_NBYTES, SMALL_PAGE_NBYTES = 20 * 2**20, 2 * 2**20
 # Slack in the last pages, which are filled in part: one page of the large kind and two of the small, since the segments
-# of before and after `Limits.avoid_fragmentation` stay side by side.
+# of before and after `Limits.set_up` stay side by side.
 PAGES_NBYTES = PAGE_NBYTES + 2 * SMALL_PAGE_NBYTES
 # The allocator rounds a request up to whole pages, by up to this much.
 PAGE_ROUNDING_NBYTES = PAGE_NBYTES - SMALL_PAGE_NBYTES

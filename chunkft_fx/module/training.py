@@ -37,6 +37,7 @@ from chunkft_fx.planning.planner import Options, first_plan
 from chunkft_fx.program.instructions import Executable
 from chunkft_fx.program.programs import Programs
 from chunkft_fx.runtime.session import Session
+from chunkft_fx.torch_internals import start_workers
 
 
 class Training(Following):
@@ -80,6 +81,8 @@ class Training(Following):
         """Call the model compiled, with the arguments of its forward."""
         with self.lock:
             self.check()
+            if not self.sessions and self.backend == "inductor" and self.compute_device.type == "cuda":
+                start_workers()
             is_training = self.model.training and torch.is_grad_enabled()
             with self.residency.presented(), self._gradients_unseen():
                 if is_training:
@@ -129,20 +132,31 @@ class Training(Following):
         """Where in the sweep training is."""
         schedule = self._schedule
         if schedule is None:
-            plan = self.plan
-            cuts = schedules.cuts_digest(plan.chunks)
-            schedule = ChunkSchedule(len(plan.chunks), plan.order, plan.interval, plan.seed, cuts=cuts)
+            schedule = self._new_schedule(self.plan)
             if self._position is not None:
                 schedule.load_state_dict(self._position)
-            elif self._sweep:
-                schedule.sweep = self._sweep
             self._schedule = schedule
+        return schedule
+
+    def _new_schedule(self, plan: Plan) -> ChunkSchedule:
+        """A plan's schedule at the start of a sweep."""
+        schedule = ChunkSchedule(
+            len(plan.chunks), plan.order, plan.interval, plan.seed, cuts=schedules.cuts_digest(plan.chunks)
+        )
+        if self._position is None:
+            schedule.sweep = self._sweep
         return schedule
 
     @property
     def chunk(self) -> int:
         """The index of the active chunk."""
         return self.schedule.chunk
+
+    def chunk_under(self, plan: Plan) -> int | None:
+        """The chunk that is active once a plan is gone by; None where a saved position is still to be read."""
+        if self._plan is not None and plan.chunks is self._plan.chunks:
+            return self.chunk
+        return self._new_schedule(plan).chunk if self._position is None else None
 
     def activate(self, chunk: int) -> None:
         """Make a chunk active; gradients of the chunk that was active are dropped if it is another one."""

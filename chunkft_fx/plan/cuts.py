@@ -155,6 +155,7 @@ class Stream:
         self.nbytes = last.first_byte + last.size * last.piece_nbytes
         self._bytes = [t.first_byte for t in tensors]
         self._first_pieces = [t.first_piece for t in tensors]
+        self._whole = [_slice(t, 0, t.size) for t in tensors]
         self._tensor_borders = list(tensors[1:])
         self._region_borders = [b for a, b in pairwise(tensors) if a.spec.region != b.spec.region]
 
@@ -203,10 +204,15 @@ class Stream:
             t = self.tensors[i]
             start = max(first - t.first_piece, 0)
             length = min(end - t.first_piece, t.size) - start
-            slices.append(Slice(t.spec.name, t.dim, start * t.indices, length * t.indices, t.size * t.indices))
+            slices.append(self._whole[i] if length == t.size else _slice(t, start, length))
             numel += length * (t.piece_nbytes // t.spec.nbytes_per_element)
             nbytes += length * t.piece_nbytes
         return Chunk(tuple(slices), numel, nbytes)
+
+
+def _slice(t: _Tensor, start: int, length: int) -> Slice:
+    """The slice of ``length`` pieces of a tensor from its piece ``start`` on."""
+    return Slice(t.spec.name, t.dim, start * t.indices, length * t.indices, t.size * t.indices)
 
 
 def _nearest(value: int, unit: int) -> int:

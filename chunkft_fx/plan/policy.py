@@ -5,7 +5,7 @@ The planner makes it, and it is carried whole to the program, to each region's d
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from chunkft_fx.plan.chunk import Chunk
 from chunkft_fx.plan.state_spec import ASSUMED, StateSpec
@@ -49,12 +49,12 @@ class RegionPolicy:
     @property
     def of_variant(self) -> RegionPolicy:
         """What the region's own graphs depend on: offloading is done between them, by the program."""
-        return replace(self, offload=False)
+        return RegionPolicy(self.recompute, head_split=self.head_split)
 
     @property
     def of_joint_graph(self) -> RegionPolicy:
         """What the region's joint graph depends on, before it is split into forward and backward."""
-        return replace(self, offload=False, recompute=False)
+        return RegionPolicy(head_split=self.head_split)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ chosen anew for the largest batch so far; then chunks and streamed weights stay.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from chunkft_fx.copies.residency import Residency
 from chunkft_fx.copies.states.stage import StageOwner
 from chunkft_fx.errors import BudgetInfeasible
 from chunkft_fx.graph.sizes import Sizes, size_reader
+from chunkft_fx.machine.garbage import COLLECTOR
 from chunkft_fx.machine.memory_limit import LIMITS, take_workspaces
 from chunkft_fx.machine.overhead import overhead
 from chunkft_fx.plan.plan import Plan
@@ -86,13 +88,20 @@ class BatchPlans:
     """The plans of one capture's programs.
 
     ``owner`` gives the compiled module, ``batch`` are the positions of the arguments that are neither weights nor
-    buffers, ``constants_nbytes`` the bytes of tensors that the capture itself holds.
+    buffers, ``constants_nbytes`` the bytes of tensors that the capture itself holds. ``beside`` gives what goes on
+    while a plan is settled.
     """
 
     def __init__(
-        self, owner: Callable[[], PlanOwner], programs: Programs, batch: Sequence[int], constants_nbytes: int
+        self,
+        owner: Callable[[], PlanOwner],
+        programs: Programs,
+        batch: Sequence[int],
+        constants_nbytes: int,
+        beside: Callable[[Plan, frozenset[str]], AbstractContextManager[None]],
     ) -> None:
         self._owner, self._programs, self._batch = owner, programs, tuple(batch)
+        self._beside = beside
         self._constants_nbytes = constants_nbytes
         capture = programs.capture
         self._reader = size_reader(capture.graph, capture.primals)
@@ -111,7 +120,8 @@ class BatchPlans:
         need = self._need(arguments, expected)
         fit = next((made for made in self._made if self._holds(made, need)), None)
         if fit is None:
-            fit = self._planned(need)
+            with COLLECTOR.seldom():
+                fit = self._planned(need)
             self._made = [fit, *(m for m in self._made if not self._outdone(m, fit))][:KEPT_PLANS]
         self._in_force = fit
         return fit.plan.policy
@@ -186,7 +196,8 @@ class BatchPlans:
                 if known is not None and known.batch:
                     self._refused = [(known, rounded), *self._refused][:KEPT_PLANS]
                 made = self._chosen(need)
-        settle(self._owner(), made.plan)
+        with self._beside(made.plan, need.expected):
+            settle(self._owner(), made.plan)
         return made
 
     def _chosen(self, need: Need) -> Made:
@@ -268,7 +279,7 @@ def settle(owner: PlanOwner, plan: Plan) -> None:
     optimizer = owner.optimizer
     if optimizer is not None and known is not None and plan.chunks is not known.chunks:
         optimizer.drop_stage()
-    LIMITS.avoid_fragmentation(owner, residency.device)
+    LIMITS.set_up(owner, residency.device)
     residency.settle(plan.policy.streamed, plan.policy.depth)
     LIMITS.hold(owner, residency.device, plan.budget_bytes)
     owner.adopt(plan)

@@ -63,6 +63,7 @@ class ChoiceCosts:
         self._placed: dict[int, tuple[int, ...]] = {}
         self._bare: dict[tuple[int, Policy], BareSteps] = {}
         self._works: dict[int, SweepWork] = {}
+        self._costs: dict[tuple[int, int, Policy], tuple[Cost, float]] = {}
 
     def stream(self, names: frozenset[str]) -> int:
         """Have every choice stream exactly these weights; returns how many regions read one of them."""
@@ -100,18 +101,29 @@ class ChoiceCosts:
         if times is None:
             kept = policy.save_from, policy.head_split
             return (policy.offload_below > 0, choice.streamed, len(choice.chunks), *kept, policy.depth), None
-        key = choice.streamed, policy
-        if key not in self._bare:
-            self._bare[key] = bare_steps(times, policy, frozenset(self.placed(choice.streamed)), policy.depth)
         if policy.pieces:
             step = self._covering_us(choice, times)
             return (step, choice.streamed, 1, *policy.complexity), step
         count = len(choice.chunks)
-        if count not in self._works:
-            self._works[count] = SweepWork.of([self.work(c, times) for c in choice.chunks])
-        steps = self._works[count].steps_us(self._bare[key])
-        # equal costs are told apart by what is simpler
-        return (sweep_cost(steps), choice.streamed, len(choice.chunks), *policy.complexity), float(steps.mean())
+        key = count, choice.streamed, policy
+        found = self._costs.get(key)
+        if found is None:
+            steps = self._sweep(choice.chunks, times).steps_us(self._bare_steps(choice.streamed, policy, times))
+            # equal costs are told apart by what is simpler
+            cost = sweep_cost(steps), choice.streamed, count, *policy.complexity
+            found = self._costs[key] = cost, float(steps.mean())
+        return found
+
+    def _sweep(self, chunks: tuple[Chunk, ...], times: StepTimes) -> SweepWork:
+        if len(chunks) not in self._works:
+            self._works[len(chunks)] = SweepWork.of([self.work(c, times) for c in chunks])
+        return self._works[len(chunks)]
+
+    def _bare_steps(self, streamed: int, policy: Policy, times: StepTimes) -> BareSteps:
+        key = streamed, policy
+        if key not in self._bare:
+            self._bare[key] = bare_steps(times, policy, frozenset(self.placed(streamed)), policy.depth)
+        return self._bare[key]
 
     def _covering_us(self, choice: Choice, times: StepTimes) -> float:
         """Microseconds of a step that covers all parameters."""

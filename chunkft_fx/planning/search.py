@@ -58,6 +58,8 @@ class Search:
         self.smallest: Fit | None = None
         # by number of chunks and policy of the steps, what no step of a sweep exceeds, where that was looked at
         self._sweeps: dict[tuple[int, Policy], Moment] = {}
+        # by number of chunks, or 0 for the smallest chunk there is, and what steps depend on
+        self._moments: dict[tuple[int, int, int, int], Moment] = {}
         self.finest = chunks or cut(parameters, min(max_chunks(parameters), MOST_CHUNKS))
         self.times = predictor.times(self.finest[0])
         self.costs = ChoiceCosts(model, parameters, predictor, self.times, spec, base)
@@ -206,7 +208,7 @@ class Search:
             self.smallest = found
         if found.nbytes > self.budget:
             return None, found
-        low += bisect_left(range(low, high), True, key=lambda s: self._least(choice(s)).nbytes <= self.budget)
+        low += bisect_left(range(low, high), True, key=lambda s: self._fits_at_least(choice(s)))
         too_large = self._least(choice(low - 1))
         middle = low
         while low < high:
@@ -230,7 +232,17 @@ class Search:
 
         Those programs serve choices of all numbers of chunks, so that few others have to be written.
         """
-        return self._exactly(choice, self.predictor.peak(self._least_chunk or choice.chunks[0], choice.policy))
+        return self._exactly(choice, self._least_moment(choice))
+
+    def _fits_at_least(self, choice: Choice) -> bool:
+        """Whether a choice fits as `_least` has it; told without its cost."""
+        fixed = self.costs.fixed_terms(choice.chunks, choice.streamed, choice.policy.depth)
+        return sum(fixed.values()) + self._least_moment(choice).nbytes <= self.budget
+
+    def _least_moment(self, choice: Choice) -> Moment:
+        if self._least_chunk is None:
+            return self._first(choice)
+        return self._moment(0, self._least_chunk, choice.policy)
 
     def _fit(self, choice: Choice) -> Fit:
         """A choice by the first chunk's step, with what is known to be needed more by others.
@@ -251,7 +263,15 @@ class Search:
 
     def _first(self, choice: Choice) -> Moment:
         """The largest moment of the first chunk's step."""
-        return self.predictor.peak(choice.chunks[0], choice.policy)
+        return self._moment(len(choice.chunks), choice.chunks[0], choice.policy)
+
+    def _moment(self, count: int, chunk: Chunk, policy: Policy) -> Moment:
+        """The largest moment of a chunk's step, looked up by plain numbers: chunks and policies are slow to hash."""
+        key = count, policy.save_from, policy.offload_below, policy.head_split
+        found = self._moments.get(key)
+        if found is None:
+            found = self._moments[key] = self.predictor.peak(chunk, policy)
+        return found
 
     def _note(self, fit: Fit) -> None:
         self.considered.append(fit.considered())

@@ -76,6 +76,10 @@ class Programs:
         self.last = self._executables[key]
         return self.last
 
+    def variants(self, slices: tuple[Slice, ...], absent: frozenset[str], policy: Policy) -> list[Variant]:
+        """The variants that the program of the chunk of these slices calls, in the order of the regions."""
+        return choose_variants(self.capture, self.outline, self.specializer, self._spec(slices, absent, policy))
+
     def rewritten(self, hook: run_passes.Hook[fx.GraphModule]) -> Program:
         """The program that was written last, written again with a hook between its passes; it must exist."""
         assert self._last is not None, "a program was asked for before"

@@ -176,11 +176,12 @@ class Specializer:
     def variant(self, template: Template, demand: Demand) -> Variant:
         """The variant for a demand; made, partitioned and cached on its first use."""
         key = (template.index, demand)
-        if key not in self._variants:
+        found = self._variants.get(key)
+        if found is None:
             make = self._forward_only if demand.forward_only else self._partitioned
-            self._variants[key] = make(template, demand)
+            found = self._variants[key] = make(template, demand)
             log.debug("variant %d of template %d: %s", len(self._variants) - 1, template.index, demand)
-        return self._variants[key]
+        return found
 
     def _forward_only(self, template: Template, demand: Demand) -> Variant:
         region = template.graph.copy()

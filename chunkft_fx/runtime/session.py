@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from chunkft_fx.errors import DoubleBackward, StaleBackward, UnsupportedGraph
 from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.head.missing_logits import MissingLogits
 from chunkft_fx.machine.memory_limit import explained
+from chunkft_fx.plan.plan import Plan
 from chunkft_fx.plan.policy import Policy
 from chunkft_fx.planning.batch_plan import BatchPlans, PlanOwner
 from chunkft_fx.planning.example_batch import PlanMade
@@ -30,6 +31,7 @@ from chunkft_fx.predict.step_memory import storages_nbytes
 from chunkft_fx.program.instructions import Executable
 from chunkft_fx.program.programs import Programs
 from chunkft_fx.runtime import random_state
+from chunkft_fx.runtime.lower_ahead import lowered_beside
 from chunkft_fx.runtime.step import Machine, Step, run_backward, run_forward
 from chunkft_fx.torch_internals import as_traced, hint, is_in_forward_mode, keeps_graph, version
 
@@ -56,6 +58,8 @@ class Owner(PlanOwner, Protocol):
 
     def came_through(self, updated: bool = False) -> None: ...
 
+    def chunk_under(self, plan: Plan) -> int | None: ...
+
 
 class Session:
     """The programs of one capture, run for whatever chunk is active.
@@ -75,7 +79,7 @@ class Session:
         self._constants = list(self.capture.constants.values())
         self._expected = _first_guess(self.capture)
         self._pending: list[weakref.ref[Step]] = []
-        self.plans = BatchPlans(lambda: self.owner, programs, batch, storages_nbytes(self._constants))
+        self.plans = BatchPlans(lambda: self.owner, programs, batch, storages_nbytes(self._constants), self._lowering)
 
     @property
     def owner(self) -> Owner:
@@ -180,6 +184,16 @@ class Session:
         """A policy with the weights that have to be fetched now: also those that someone moved off the device."""
         residency = self.owner.residency
         return replace(policy, streamed=residency.away(), depth=residency.depth)
+
+    def _lowering(self, plan: Plan, expected: frozenset[str]) -> AbstractContextManager[None]:
+        """Lowers, while inside, what the first step under a plan will run, as far as its chunk is known."""
+        owner, programs = self.owner, self.programs
+        chunk = owner.chunk_under(plan)
+        if programs.backend == "eager" or owner.is_planning or chunk is None:
+            return nullcontext()
+        absent = frozenset(self.capture.tangents) - expected
+        variants = programs.variants(plan.chunks[chunk].slices, absent, plan.policy)
+        return lowered_beside(variants, programs.backend, self.capture.fake_mode, owner.residency.device)
 
     def _evaluation(self) -> Executable:
         return self.programs.evaluation(self._placed(Policy()))

@@ -54,7 +54,7 @@ def _fill(nbytes: int) -> int:
     device = torch.device("cuda", 0)
     (torch.ones(64, 64, device=device) @ torch.ones(64, 64, device=device)).sum().item()
     owner = torch.nn.Module()
-    LIMITS.avoid_fragmentation(owner, device)
+    LIMITS.set_up(owner, device)
     LIMITS.hold(owner, device, nbytes)
     blocks = []
     with pytest.raises(torch.OutOfMemoryError):

@@ -7,27 +7,40 @@ import torch
 from torch import nn
 
 from chunkft_fx.machine import memory_limit
-from chunkft_fx.machine.memory_limit import Allocator, Limits, expandable, explained
+from chunkft_fx.machine.memory_limit import Allocator, Limits, added_settings, explained
 from chunkft_fx.machine.overhead import PAGE_ROUNDING_NBYTES
 
 GIB = 2**30
 
 
+SEGMENTS, PINNING = "expandable_segments:True", "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"
+PINNING_OFF = "pinned_use_cuda_host_register:False,pinned_num_register_threads:1"
+
+
 @pytest.mark.parametrize(
-    ("environment", "settings"),
+    ("environment", "added"),
     [
-        ({}, "expandable_segments:True"),
-        ({"PYTORCH_ALLOC_CONF": ""}, "expandable_segments:True"),
-        (
-            {"PYTORCH_CUDA_ALLOC_CONF": "garbage_collection_threshold:0.8"},
-            "garbage_collection_threshold:0.8,expandable_segments:True",
-        ),
-        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, None),
-        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64,expandable_segments:True"}, None),
+        ({}, f"{SEGMENTS},{PINNING}"),
+        ({"PYTORCH_ALLOC_CONF": ""}, f"{SEGMENTS},{PINNING}"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "garbage_collection_threshold:0.8"}, f"{SEGMENTS},{PINNING}"),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, PINNING),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64,expandable_segments:True"}, PINNING),
+        ({"PYTORCH_ALLOC_CONF": "pinned_use_cuda_host_register:False"}, SEGMENTS),
+        ({"PYTORCH_ALLOC_CONF": "pinned_num_register_threads:4,expandable_segments:True"}, ""),
     ],
 )
-def test_the_users_settings_stay(environment: dict[str, str], settings: str | None) -> None:
-    assert expandable(environment) == settings
+def test_the_users_settings_stay(environment: dict[str, str], added: str) -> None:
+    assert ",".join(f"{name}:{value}" for name, value in added_settings(environment)) == added
+
+
+def test_the_users_settings_are_written_again_with_ours(allocator: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:False,max_split_size_mb:64")
+    limits, owner = Limits(allocator), nn.Module()
+    limits.set_up(owner, torch.device("cuda", 0))
+    given = "expandable_segments:False,max_split_size_mb:64"
+    assert allocator.settings == [f"{given},{PINNING}"]
+    del owner
+    assert allocator.settings[1:] == [f"{given},{PINNING_OFF}"]
 
 
 def test_the_cpu_has_nothing_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,7 +50,7 @@ def test_the_cpu_has_nothing_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_limit, "set_allocator", refuse)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", refuse)
     owner = nn.Module()
-    memory_limit.LIMITS.avoid_fragmentation(owner, torch.device("cpu"))
+    memory_limit.LIMITS.set_up(owner, torch.device("cpu"))
     memory_limit.LIMITS.hold(owner, torch.device("cpu"), 2**30)
 
 
@@ -97,23 +110,23 @@ def test_limits_and_settings_end_with_the_last_model(allocator: Recorded) -> Non
     limits, devices = Limits(allocator), [torch.device("cuda", i) for i in (0, 1)]
     owners = [nn.Module(), nn.Module()]
     for owner, device in zip(owners, devices, strict=True):
-        limits.avoid_fragmentation(owner, device)
+        limits.set_up(owner, device)
         limits.hold(owner, device, 10 * GIB)
-    assert allocator.settings == ["expandable_segments:True"]
+    assert allocator.settings == [f"{SEGMENTS},{PINNING}"]
     del owner
     owners.pop(0)
     assert allocator.fractions == {devices[0]: 0.9, devices[1]: _share(10 * GIB)}
-    assert allocator.settings == ["expandable_segments:True"]
+    assert allocator.settings == [f"{SEGMENTS},{PINNING}"]
     owners.clear()
     assert allocator.fractions == dict.fromkeys(devices, 0.9)
-    assert allocator.settings == ["expandable_segments:True", "expandable_segments:False"]
+    assert allocator.settings == [f"{SEGMENTS},{PINNING}", f"expandable_segments:False,{PINNING_OFF}"]
 
 
 def test_a_hundred_models_one_after_the_other_leave_nothing(allocator: Recorded) -> None:
     limits, device = Limits(allocator), torch.device("cuda", 0)
     for _ in range(100):
         owner = nn.Module()
-        limits.avoid_fragmentation(owner, device)
+        limits.set_up(owner, device)
         limits.hold(owner, device, GIB)
         assert allocator.fractions[device] == _share(GIB)
         del owner
