@@ -39,8 +39,8 @@ def compile(
     """Compile a model for full-parameter training within a byte budget.
 
     ``budget`` is the device memory to stay within (``"24GB"``, ``"24GiB"`` or bytes). ``coverage`` is what a
-    step trains: ``"one"`` chunk of the parameters, ``"all"`` of them (then optimizer states pass through the device in
-    pieces), or ``"auto"``: all if the budget and host memory have room for that, else one. ``chunks`` is a
+    step trains: ``"one"`` chunk of the parameters, or ``"all"`` of them; optimizer states then pass through the device
+    in pieces. ``chunks`` is a
     number or ``"auto"``: on a GPU as many as make the predicted step fast, in a sweep that is not too long,
     on the CPU the fewest that fit the budget. ``order`` is how a sweep visits them (``"ascending"``, ``"descending"``,
     ``"random"`` with ``seed``), ``interval`` the optimizer steps spent on each. ``backend="eager"`` runs

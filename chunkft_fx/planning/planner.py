@@ -29,8 +29,8 @@ from chunkft_fx.planning.search import Search
 # Of the choices that were not taken, a plan keeps so many, those that came closest.
 KEPT_CHOICES = 40
 
-# What a step trains: one chunk, all parameters, or all where there is room for it.
-COVERAGES = ("one", "all", "auto")
+# What a step trains: one chunk, or all parameters.
+COVERAGES = ("one", "all")
 
 # How regions are lowered: compiled by Inductor, or run as rewritten FX graphs.
 BACKENDS = ("inductor", "eager")
