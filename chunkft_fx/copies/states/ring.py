@@ -77,7 +77,8 @@ class CopyingRing(PieceRing):
         self._held: dict[int, int] = {}  # by piece, its buffer
         self._batches: dict[int, list[Batch]] = {}  # by piece
         self._came: dict[int, Mark] = {}  # by piece, behind its way in
-        self._left: dict[int, Mark] = {}  # by buffer, behind its latest way out
+        self._left: dict[int, Mark] = {}  # by piece, behind its latest way out
+        self._emptied: dict[int, Mark] = {}  # by buffer, likewise
 
     def fetch(self, piece: int, host: Sequence[Tensor]) -> None:
         at = self._free.pop(0)
@@ -86,10 +87,9 @@ class CopyingRing(PieceRing):
         places, _ = stage_places(host)
         self._there[piece] = carved(buffer, host, places)
         self._batches[piece] = batches_of(buffer, host, places)
-        # All ways out are in turn. What the buffer held last went out behind the way out that the piece itself took in
-        # the step before, so this waits for that, too.
-        if at in self._left:
-            self._incoming.follow_mark(self._left[at])
+        for mark in (self._emptied.get(at), self._left.get(piece)):
+            if mark is not None:
+                self._incoming.follow_mark(mark)
         for batch in self._batches[piece]:
             self._tier.copy_in(self._incoming, batch.host, batch.staged)
         self._came[piece] = self._incoming.mark()
@@ -103,7 +103,7 @@ class CopyingRing(PieceRing):
         for batch in self._batches.pop(piece):
             self._tier.copy_out(self._outgoing, batch.staged, batch.host)
         at = self._held.pop(piece)
-        self._left[at] = self._outgoing.mark()
+        self._left[piece] = self._emptied[at] = self._outgoing.mark()
         self._free.append(at)
         del self._there[piece], self._came[piece]
 
