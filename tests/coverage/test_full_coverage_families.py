@@ -1,0 +1,29 @@
+"""Every family of the zoo, all parameters in every step: ten steps are those of torch's AdamW on the plain model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import chunkft_fx
+from chunkft_fx.tools.zoo import FAMILIES, tiny
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("update", ["step", "backward"])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_ten_steps_of_a_family(family: str, update: str) -> None:
+    model, batch = tiny(family, torch.float64)
+    plain = copy.deepcopy(model)
+    compiled = chunkft_fx.compile(model, "8GB", coverage="all", backend="eager")
+    ours = chunkft_fx.AdamW(compiled, lr=1e-3, weight_decay=0.1, update=update)
+    theirs = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.1)
+    for step in range(10):
+        for m, o in ((compiled, ours), (plain, theirs)):
+            m(**batch(2, 12, step))[0].backward()
+            o.step()
+            o.zero_grad()
+    for (name, p), q in zip(compiled.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9, msg=name)
