@@ -119,7 +119,7 @@ def plan_for_batch(
     chunks = None if known is None else known.chunks
     parameters = parameter_specs(model, spec)
     base = _base(options, parameters, spec)
-    if base.pieces:
+    if base.pieces and chunks is None:
         chunks = cut(parameters, 1)
     search = Search(model, parameters, predictor, options.budget_bytes, chunks, spec, base)
     best = search.run()
