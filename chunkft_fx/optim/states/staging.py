@@ -118,6 +118,9 @@ class StagedStates:
         """Take memory for the states of the largest chunk where the model runs, unless it is taken."""
         device = self._model.compute_device
         if self._model.plan.policy.pieces:
+            if self._ring is not None and self.travelling != self._model.residency.away():
+                self._ring.synchronize()
+                self._ring = None  # another plan keeps other weights in host memory
             self.ring()
             return
         if device == self.stage.device:
