@@ -206,6 +206,7 @@ class ChunkedOptimizer(Optimizer):
 
     def _step_pieces(self, pieces: PieceUpdates, active: Sequence[ActiveSlice], graded: Sequence[ActiveSlice]) -> None:
         """The step where every one covers all parameters: updates those that the backward has not updated itself."""
+        pieces.refuse_late(graded)
         if not graded and not self._model.arrivals.updated:
             warn_without_gradient(active, self._warned)
         if graded:

@@ -15,7 +15,7 @@ import chunkft_fx
 from chunkft_fx.copies.link import open_link
 from chunkft_fx.copies.states.ring import CopyingRing
 from chunkft_fx.copies.tier import HostTier
-from chunkft_fx.errors import NoGradientToScale, OptionError, PartialStep, StaleBackward
+from chunkft_fx.errors import NoGradientToScale, OptionError, OutsideGradient, PartialStep, StaleBackward
 from chunkft_fx.graph import ops
 from chunkft_fx.optim.states import staging
 from chunkft_fx.optim.states.pieces import PieceUpdates
@@ -234,6 +234,28 @@ def test_a_forward_outside_of_no_sync_cannot_accumulate() -> None:
     loss = compiled(batch(0))
     with compiled.no_sync(), pytest.raises(StaleBackward, match="no_sync"):
         loss.backward()
+
+
+def test_a_gradient_behind_its_update_is_refused() -> None:
+    """A weight used beside the call: before the update its gradient counts, behind it there would be two updates."""
+    plain, model = twins()
+    compiled = chunkft_fx.compile(model, "1GB", coverage="all", backend="eager")
+    ours = chunkft_fx.AdamW(compiled, lr=1e-2, update="backward")
+    theirs = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    for m, o in ((compiled, ours), (plain, theirs)):
+        m.get_parameter("layers.0.weight").square().sum().backward()
+        m(batch(0)).backward()
+        o.step()
+        o.zero_grad()
+    assert_equal(compiled, plain, 1e-9)
+    compiled(batch(1)).backward()
+    compiled.get_parameter("layers.0.weight").square().sum().backward()
+    before = copy.deepcopy(compiled.state_dict())
+    with pytest.raises(OutsideGradient, match=r"layers\.0\.weight"):
+        ours.step()
+    assert all(torch.equal(v, before[k]) for k, v in compiled.state_dict().items())
+    ours.zero_grad()
+    ours.step()
 
 
 def test_two_forwards_cannot_both_update() -> None:

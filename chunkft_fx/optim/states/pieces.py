@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from chunkft_fx.copies.states.ring import PieceRing
-from chunkft_fx.errors import PartialStep
+from chunkft_fx.errors import OutsideGradient, PartialStep
 from chunkft_fx.gradients.slice_gradient import cut_from
 from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.graph.layout import front, wide_dtype
@@ -41,6 +41,7 @@ class PieceUpdates:
                 self._pieces_of[s.name] = self._pieces_of.get(s.name, 0) + 1
         self._done: dict[int, tuple[str, ...]] = {}  # of the step under way: by piece, what was updated of it
         self._left: dict[str, int] = {}  # of the step under way: the pieces of a parameter that are still to come
+        self._updated: set[str] = set()  # by backward passes since the optimizer's last step
         self.is_broken = False
 
     def is_of(self, pieces: Sequence[Chunk], ring: PieceRing) -> bool:
@@ -109,6 +110,7 @@ class PieceUpdates:
         self._update(piece, graded)
         for s, _ in graded:
             self._left[s.name] = self._left.get(s.name, self._pieces_of[s.name]) - 1
+            self._updated.add(s.name)
             if not self._left[s.name]:
                 s.parameter.grad = None
 
@@ -116,9 +118,19 @@ class PieceUpdates:
         """Begin to take a piece's states back."""
         self._ring.write_back(piece)
 
-    def has_updated(self, name: str) -> bool:
-        """Whether the step under way has updated a parameter, or a part of it."""
-        return any(name in names for names in self._done.values())
+    def refuse_late(self, graded: Sequence[ActiveSlice]) -> None:
+        """Raise `OutsideGradient` for a gradient that came behind its parameter's update in the backward.
+
+        Called by the optimizer's step, with which another begins.
+        """
+        late = next((s.name for s in graded if s.name in self._updated), None)
+        if late is not None:
+            raise OutsideGradient(
+                f"{late!r} got a gradient behind its update within the backward, and would be updated twice in a step: "
+                "a weight that is also used outside of the compiled call, or a backward inside no_sync() behind one "
+                'outside, needs update="step"; zero_grad() drops that gradient'
+            )
+        self._updated.clear()
 
     def abandon(self) -> None:
         """A step failed: what was updated goes back to host memory, and nothing goes on before someone has decided."""
