@@ -163,6 +163,8 @@ class _Replay:
         self.later = {s for i in self.executable.backward for s in i.inputs}
         self.alive[COPIES] = sum(v.nbytes for s, v in self._made() if s in self.mutations)
         self.label = ""
+        self.updating: list[int] = []  # slots of gradients whose updates may not be done
+        self.group: int | None = None
 
     def _made(self) -> Iterator[tuple[int, _Value]]:
         for instruction in self.executable.forward:
@@ -204,8 +206,19 @@ class _Replay:
             nbytes = self.copy_nbytes[slot] = self.copy_nbytes[instruction.inputs[index]]
             if node.target is ops.fetch:
                 self.storage_of[slot] = self._hold(_Storage(nbytes, SAVED), SAVED)
+        if node.target is ops.update and node.group != self.group:
+            self._let_go(node.group)
         for slot in instruction.last_use:
+            if node.target is ops.update:  # runs beside the backward call that follows
+                self.updating.append(slot)
+            else:
+                self._drop(slot)
+
+    def _let_go(self, group: int | None) -> None:
+        """The updates so far are done, and their gradients gone."""
+        for slot in self.updating:
             self._drop(slot)
+        self.updating, self.group = [], group
 
     def end_forward(self) -> None:
         """Let go of what backward does not need and the caller did not get; the caller's gradients come in."""

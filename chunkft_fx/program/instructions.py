@@ -26,7 +26,8 @@ class StreamNode:
     """A stream node; ``number`` is a buffer of the ring, or for saved values tells their copies apart.
 
     ``share`` is that of ``admit``, whose ``number`` means nothing. Nodes of pieces have the piece for a number; for an
-    update ``names`` has the parameter of each gradient that it takes.
+    update ``names`` has the parameter of each gradient that it takes, and ``group`` tells the backward call that it
+    stands behind.
     """
 
     target: Any
@@ -35,6 +36,7 @@ class StreamNode:
     is_saved: bool = False
     share: float = 0.0
     names: tuple[str, ...] = ()
+    group: int = 0
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,8 @@ def _stream_node(node: fx.Node, numbers: dict[fx.Node, int]) -> StreamNode:
         return StreamNode(node.target, 0, node.meta["part"] == "backward", share=share)
     if node.target in ops.PIECE_NODES:
         piece: Any = node.args[-1]
-        return StreamNode(node.target, piece, node.meta["part"] == "backward", names=node.meta.get("names", ()))
+        names, group = node.meta.get("names", ()), node.meta.get("group", 0)
+        return StreamNode(node.target, piece, node.meta["part"] == "backward", names=names, group=group)
     begins: fx.Node = node
     if node.target in (ops.wait, ops.release):
         value = node.all_input_nodes[0]

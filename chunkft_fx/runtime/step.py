@@ -69,7 +69,7 @@ class Machine:
         if call.target is ops.fetch_states:
             self.updates.fetch_states(call.number)
         elif call.target is ops.update:
-            self.updates.update(call.number, call.names, arguments)
+            self.updates.update(call.number, call.names, list(arguments), call.group)
         else:
             self.updates.write_states(call.number)
 

@@ -9,7 +9,7 @@ left out.
 
 Terms: *piece* as in `plan.pieces`; a *contribution* is one region's gradient of a parameter, of which tied weights have
 several. ``update`` takes all contributions to its slices, of the whole parameters; ``meta["names"]`` says which
-parameter each belongs to.
+parameter each belongs to, ``meta["group"]`` which backward call it stands behind.
 
 Before::
 
@@ -64,7 +64,7 @@ class InsertUpdates:
         written: list[fx.Node] = []
         for place, i, names in found:
             taken = [(node, name) for name in names for node in contributions[name]]
-            written.append(_insert(module.graph, place, i, taken))
+            written.append(_insert(module.graph, place, i, taken, order[place]))
         for at, (_, i, _) in enumerate(found):
             before = calls[0] if at < DEPTH else written[at - DEPTH].next
             with module.graph.inserting_before(before):
@@ -83,14 +83,14 @@ def _contributions(graph: fx.Graph) -> dict[str, list[fx.Node]]:
     return found
 
 
-def _insert(graph: fx.Graph, place: fx.Node, piece: int, taken: list[tuple[fx.Node, str]]) -> fx.Node:
+def _insert(graph: fx.Graph, place: fx.Node, piece: int, taken: list[tuple[fx.Node, str]], group: int) -> fx.Node:
     """Put an update and its write-back behind a node, the items of its call, and what stands there already."""
     after = place
     while after.next.target is operator.getitem or after.next.target in ops.PIECE_NODES:
         after = after.next
     with graph.inserting_after(after):
         update = _marked(graph.call_function(ops.update, ([node for node, _ in taken], piece)))
-    update.meta["names"] = tuple(name for _, name in taken)
+    update.meta["names"], update.meta["group"] = tuple(name for _, name in taken), group
     with graph.inserting_after(update):
         return _marked(graph.call_function(ops.write_states, (piece,)))
 

@@ -2,13 +2,15 @@
 
 A step that covers all parameters fetches the states of one piece while those of another are updated and those of a
 third go out. They come in over one link and go out over another (`copies.link`), so that both ways of the bus are
-busy. A buffer is filled again behind the copies that empty it. Beside a CPU host memory is where states are updated:
-nothing is copied.
+busy. A buffer is filled again behind the copies that empty it. Updates can run beside the backward, which would
+otherwise wait for the states of a whole region before it goes on to the next. Beside a CPU host memory is where
+states are updated: nothing is copied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -41,6 +43,14 @@ class PieceRing:
         """Begin to take a piece back to where it came from, behind the work on the current stream."""
         del self._there[piece]
 
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """While inside, work is put beside that of the current stream, behind what it had so far."""
+        yield
+
+    def join(self) -> None:
+        """Put work that follows on the current stream behind all that was put beside it."""
+
     def settle(self) -> None:
         """Put work that follows on the current stream behind all copies out."""
 
@@ -62,6 +72,7 @@ class CopyingRing(PieceRing):
         for link in (incoming, outgoing):
             link.follow()
             link.reserve(self._buffers)
+        self._beside = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._free = list(range(depth))
         self._held: dict[int, int] = {}  # by piece, its buffer
         self._batches: dict[int, list[Batch]] = {}  # by piece
@@ -95,6 +106,19 @@ class CopyingRing(PieceRing):
         self._left[piece] = self._emptied[at] = self._outgoing.mark()
         self._free.append(at)
         del self._there[piece], self._came[piece]
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        if self._beside is None:
+            yield
+            return
+        self._beside.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._beside):
+            yield
+
+    def join(self) -> None:
+        if self._beside is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._beside)
 
     def settle(self) -> None:
         self._outgoing.wait(self._outgoing.mark())

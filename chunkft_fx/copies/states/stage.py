@@ -71,8 +71,11 @@ class Updates(Protocol):
 
     def fetch_states(self, piece: int) -> None: ...
 
-    def update(self, piece: int, names: Sequence[str], gradients: Sequence[Tensor]) -> None:
-        """Update a piece by these contributions to the gradients of its parameters, by their names."""
+    def update(self, piece: int, names: Sequence[str], gradients: Sequence[Tensor], group: int) -> None:
+        """Update a piece by these contributions to the gradients of its parameters, by their names.
+
+        Updates of one ``group`` stand behind the same backward call; gradients are held until the next group's.
+        """
 
     def write_states(self, piece: int) -> None: ...
 

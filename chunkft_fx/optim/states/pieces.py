@@ -42,6 +42,8 @@ class PieceUpdates:
         self._done: dict[int, tuple[str, ...]] = {}  # of the step under way: by piece, what was updated of it
         self._left: dict[str, int] = {}  # of the step under way: the pieces of a parameter that are still to come
         self._updated: set[str] = set()  # by backward passes since the optimizer's last step
+        self._held: list[Tensor] = []  # gradients that updates beside the backward may still read
+        self._group: int | None = None
         self.is_broken = False
 
     def is_of(self, pieces: Sequence[Chunk], ring: PieceRing) -> bool:
@@ -73,6 +75,7 @@ class PieceUpdates:
 
     def complete(self) -> None:
         """End a step: everything that had a gradient was updated, and weights in host memory can be fetched again."""
+        self._join()
         self._done, self._left = {}, {}
         if self._states.travelling:
             self._ring.settle()
@@ -96,8 +99,20 @@ class PieceUpdates:
         """Begin to bring a piece's states in."""
         self._ring.fetch(piece, [t for s in self._slices[piece] for t in self._travelling(s)])
 
-    def update(self, piece: int, names: Sequence[str], gradients: Sequence[Tensor]) -> None:
-        """Update a piece by the contributions to its parameters' gradients, beside what ``parameter.grad`` holds."""
+    def update(self, piece: int, names: Sequence[str], gradients: Sequence[Tensor], group: int) -> None:
+        """Update a piece by the contributions to its parameters' gradients, beside what ``parameter.grad`` holds.
+
+        It runs beside the backward calls that follow. Gradients are held until the first update of another ``group``
+        comes, which stands behind the next backward call: that call has hidden it.
+        """
+        if group != self._group:
+            self._join()
+            self._group = group
+        self._held += gradients
+        with self._ring.beside():
+            self._update_beside(piece, names, gradients)
+
+    def _update_beside(self, piece: int, names: Sequence[str], gradients: Sequence[Tensor]) -> None:
         by_name: dict[str, list[Tensor]] = {}
         for name, gradient in zip(names, gradients, strict=True):
             by_name.setdefault(name, []).append(gradient)
@@ -112,11 +127,19 @@ class PieceUpdates:
             self._left[s.name] = self._left.get(s.name, self._pieces_of[s.name]) - 1
             self._updated.add(s.name)
             if not self._left[s.name]:
+                self._held += [s.parameter.grad] if s.parameter.grad is not None else []
                 s.parameter.grad = None
+
+    def _join(self) -> None:
+        """Have what follows wait for the updates so far, of which nothing needs to be held any more."""
+        self._ring.join()
+        self._held.clear()
+        self._group = None
 
     def write_states(self, piece: int) -> None:
         """Begin to take a piece's states back."""
-        self._ring.write_back(piece)
+        with self._ring.beside():
+            self._ring.write_back(piece)
 
     def refuse_late(self, graded: Sequence[ActiveSlice]) -> None:
         """Raise `OutsideGradient` for a gradient that came behind its parameter's update in the backward.
@@ -134,6 +157,7 @@ class PieceUpdates:
 
     def abandon(self) -> None:
         """A step failed: what was updated goes back to host memory, and nothing goes on before someone has decided."""
+        self._join()
         for piece in self._done:
             if self._ring.is_fetched(piece):
                 self._ring.write_back(piece)
