@@ -1,14 +1,16 @@
 """Decides the pieces of full coverage: the parts of the parameters whose states pass through the device in turn.
 
 A step that covers all parameters cannot have all their states on the device. They come piece by piece, through a ring
-of `DEPTH` buffers: one is updated while the next comes in and the one before goes out. A piece lies within one
-region, so that its gradients are complete as soon as the backward has left that region.
+of buffers: one is updated while the next comes in and the one before goes out. A piece lies within one region, so that
+its gradients are complete as soon as the backward has left that region.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
+from typing import overload
 
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from chunkft_fx.plan.chunk import Chunk
 from chunkft_fx.plan.cuts import ParameterSpec, Stream, cut
 from chunkft_fx.plan.state_spec import StateSpec, stage_capacity_nbytes
 
-# Buffers of the ring.
+# The fewest buffers of a ring that keep both ways of the link busy.
 DEPTH = 3
 # A piece of this size moves in 5 ms each way: long beside the start of a copy, short beside a region's backward.
 LARGEST_NBYTES = 256 * 2**20
@@ -25,7 +27,30 @@ LARGEST_NBYTES = 256 * 2**20
 LEAST_PIECES = 32
 
 
-def cut_pieces(parameters: Sequence[ParameterSpec]) -> tuple[Chunk, ...]:
+@dataclass(frozen=True)
+class Pieces(Sequence[Chunk]):
+    """The pieces in the order of the parameters, whose states pass through a ring of ``depth`` buffers."""
+
+    chunks: tuple[Chunk, ...] = ()
+
+    @property
+    def depth(self) -> int:
+        return DEPTH
+
+    @overload
+    def __getitem__(self, index: int) -> Chunk: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Chunk, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Chunk | tuple[Chunk, ...]:
+        return self.chunks[index]
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+
+def cut_pieces(parameters: Sequence[ParameterSpec]) -> Pieces:
     """The parameters in pieces of nearly equal bytes (weights and states), each within one region, in their order."""
     limit = min(LARGEST_NBYTES, max(Stream(parameters).nbytes // LEAST_PIECES, 1))
     pieces: list[Chunk] = []
@@ -34,7 +59,7 @@ def cut_pieces(parameters: Sequence[ParameterSpec]) -> tuple[Chunk, ...]:
         stream = Stream(own) if any(_has_elements(p) for p in own) else None
         if stream is not None:
             pieces += cut(own, min(-(-stream.nbytes // limit), stream.pieces))
-    return tuple(pieces)
+    return Pieces(tuple(pieces))
 
 
 def piece_nbytes(

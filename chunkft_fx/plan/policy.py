@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from chunkft_fx.plan.chunk import Chunk
+from chunkft_fx.plan.pieces import Pieces
 from chunkft_fx.plan.state_spec import ASSUMED, StateSpec
 
 # Copies of states are planned to take at most this share of a step, so that jitter of the link stays hidden too.
 HIDDEN_SHARE = 0.8
 # Buffers of the ring: one is read while the next is filled.
 DEPTH = 2
+NO_PIECES = Pieces()
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Policy:
     depth: int = DEPTH
     pacing: StepTimes | None = None
     states: StateSpec = ASSUMED
-    pieces: tuple[Chunk, ...] = ()
+    pieces: Pieces = NO_PIECES
     in_backward: bool = False
 
     def of_region(self, index: int, has_head: bool) -> RegionPolicy:
@@ -88,7 +89,7 @@ class Policy:
     @property
     def of_steps(self) -> Policy:
         """What the moments of a step depend on if all weights are resident and states come all at once."""
-        pieces = self.pieces if self.in_backward else ()
+        pieces = self.pieces if self.in_backward else NO_PIECES
         return Policy(self.save_from, self.offload_below, self.head_split, pieces=pieces, in_backward=self.in_backward)
 
     @property

@@ -35,8 +35,7 @@ BASE = Policy()
 class ChoiceCosts:
     """Costs (microseconds, where ``times`` are known) and fixed terms (bytes) of one model's choices.
 
-    ``states`` is the bytes of all optimizer states that travel between host memory and the stage. ``base`` has what is
-    decided for all choices: whether a step covers all parameters, in which pieces and when.
+    ``states`` is the bytes of all optimizer states that travel between host memory and the stage.
     """
 
     def __init__(
@@ -46,7 +45,6 @@ class ChoiceCosts:
         predictor: Predicts,
         times: StepTimes | None,
         spec: StateSpec = ASSUMED,
-        base: Policy = BASE,
     ) -> None:
         self.uses = predictor.uses()
         self.regions = len(self.uses)
@@ -54,7 +52,7 @@ class ChoiceCosts:
         self._given: frozenset[str] | None = None  # weights to stream, by default those of `placed` regions
         (whole,) = cut(parameters, 1)
         self.states = stage_capacity_nbytes(whole, self.named, spec) if spec.is_kept else 0
-        self._spec, self._base = spec, base
+        self._spec = spec
         self._parameters, self._predictor, self._times, self._nbytes = parameters, predictor, times, whole.nbytes
         self._chunks: dict[int, tuple[Chunk, ...]] = {}
         self._weights: dict[tuple[int, int], Terms] = {}
@@ -133,16 +131,17 @@ class ChoiceCosts:
         work = self._predictor.work(whole, times, self.states + streamed)
         return covering_step_us(times, policy, placed, work)
 
-    def fixed_terms(self, chunks: tuple[Chunk, ...], streamed: int, depth: int) -> Terms:
+    def fixed_terms(self, choice: Choice) -> Terms:
         """Bytes of weights and their ring, of gradients and staged states."""
+        chunks, streamed, depth = choice.chunks, choice.streamed, choice.policy.depth
         where = streamed, depth
         if where not in self._weights:
             names = self.streamed_names(streamed)
             self._weights[where] = weight_terms(self.named, self.resident, self.uses, names, depth)
-        if self._base.pieces:
+        if choice.policy.pieces:
             if where not in self._pieces:
                 names = self.streamed_names(streamed)
-                self._pieces[where] = piece_terms(self.named, chunks[0], self._base, self._spec, names)
+                self._pieces[where] = piece_terms(self.named, chunks[0], choice.policy, self._spec, names)
             return self._weights[where] | self._pieces[where]
         if len(chunks) not in self._chunk_terms:
             self._chunk_terms[len(chunks)] = chunk_terms(self.named, chunks, self._spec)

@@ -62,7 +62,7 @@ class Search:
         self._moments: dict[tuple[int, int, int, int], Moment] = {}
         self.finest = chunks or cut(parameters, min(max_chunks(parameters), MOST_CHUNKS))
         self.times = predictor.times(self.finest[0])
-        self.costs = ChoiceCosts(model, parameters, predictor, self.times, spec, base)
+        self.costs = ChoiceCosts(model, parameters, predictor, self.times, spec)
         self.regions = self.costs.regions
         # where cuts of many counts are compared, what every first chunk holds at least
         self._least_chunk = None if chunks or self.times is None else Stream(parameters).chunk(0, 1)
@@ -236,7 +236,7 @@ class Search:
 
     def _fits_at_least(self, choice: Choice) -> bool:
         """Whether a choice fits as `_least` has it; told without its cost."""
-        fixed = self.costs.fixed_terms(choice.chunks, choice.streamed, choice.policy.depth)
+        fixed = self.costs.fixed_terms(choice)
         return sum(fixed.values()) + self._least_moment(choice).nbytes <= self.budget
 
     def _least_moment(self, choice: Choice) -> Moment:
@@ -258,7 +258,7 @@ class Search:
         return self._exactly(choice, Moment(moment.label, moment.terms | ({LATER: more} if more else {})))
 
     def _exactly(self, choice: Choice, moment: Moment) -> Fit:
-        fixed = self.costs.fixed_terms(choice.chunks, choice.streamed, choice.policy.depth)
+        fixed = self.costs.fixed_terms(choice)
         return Fit(choice, fixed | moment.terms, moment.label, *self.costs.cost(choice))
 
     def _first(self, choice: Choice) -> Moment:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from chunkft_fx.copies.weight_ring import ring_buffer_nbytes
 from chunkft_fx.plan.chunk import Chunk
-from chunkft_fx.plan.pieces import DEPTH as DEPTH_OF_PIECES
 from chunkft_fx.plan.pieces import piece_nbytes
 from chunkft_fx.plan.policy import DEPTH, Policy
 from chunkft_fx.plan.state_spec import ASSUMED, StateSpec, stage_capacity_nbytes
@@ -61,7 +60,7 @@ def piece_terms(
     gradients = chunk_terms(parameters, [whole], spec)["gradients of the active chunk"]
     widest = max(piece.numel for piece in policy.pieces) * 4
     return {
-        "ring of optimizer states": DEPTH_OF_PIECES * piece_nbytes(policy.pieces, parameters, spec, streamed),
+        "ring of optimizer states": policy.pieces.depth * piece_nbytes(policy.pieces, parameters, spec, streamed),
         "gradients": widest if policy.in_backward else gradients,
     }
 

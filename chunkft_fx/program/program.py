@@ -129,9 +129,9 @@ def build(
     def write() -> fx.GraphModule:
         module = _write(capture, outline, spec, variants)
         steps = (*passes.program_pipeline(spec.policy, spec.device, spec.state_nbytes), *spec.passes)
-        counts.update(run_passes.over_program(module, steps, spec.policy.depth, hook))
+        counts.update(run_passes.over_program(module, steps, spec.policy, hook))
         if any(counts.values()):
-            verify_streams(module, spec.policy.streamed, spec.policy.depth)
+            verify_streams(module, spec.policy)
         return module
 
     calls = reversed(list(zip(outline.regions, variants, strict=True)))

@@ -9,11 +9,13 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from torch import fx
 
 from chunkft_fx.graph.region import RegionGraph
+from chunkft_fx.plan.policy import Policy
 from chunkft_fx.program.verify_region import describe_outputs, verify
 from chunkft_fx.program.verify_streams import verify_streams
 
@@ -49,14 +51,14 @@ def over_region(
 def over_program(
     module: fx.GraphModule,
     passes: Sequence[Step[fx.GraphModule]],
-    depth: int,
+    policy: Policy,
     hook: Hook[fx.GraphModule] | None = None,
 ) -> dict[str, int]:
-    """`over_region` for a program, whose streamed weights pass through ``depth`` buffers."""
+    """`over_region` for a program of ``policy``, of which some streams may not have been written yet."""
 
     def sound(target: fx.GraphModule, _before: None, _step: Any) -> None:
         target.graph.lint()
-        verify_streams(target, frozenset(), depth)
+        verify_streams(target, replace(policy, streamed=frozenset()))
 
     return _run(module, module, passes, lambda _target: None, sound, hook)
 

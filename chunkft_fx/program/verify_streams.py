@@ -18,14 +18,14 @@ from torch import fx
 from chunkft_fx.errors import VerificationError
 from chunkft_fx.graph import ops
 from chunkft_fx.graph.ops import PARTS
-from chunkft_fx.plan.pieces import DEPTH
+from chunkft_fx.plan.policy import Policy
 
 
 @dataclass
 class _State:
     """Where the walk is, which fetches are under way or ready, and where offloaded values are."""
 
-    depth: int
+    policy: Policy
     part: str = PARTS[0]
     occupied: dict[int, fx.Node] = field(default_factory=dict)  # the fetch in each buffer of the ring
     begun: set[fx.Node] = field(default_factory=set)  # fetches
@@ -41,22 +41,22 @@ class _State:
     changed: set[str] = field(default_factory=set)  # parameters that were updated
 
 
-def verify_streams(module: fx.GraphModule, streamed: frozenset[str], depth: int) -> None:
+def verify_streams(module: fx.GraphModule, policy: Policy) -> None:
     """Check a program's stream nodes; raises `VerificationError` that names the node and the broken rule.
 
     The rules: all of a fetch's copies are waited for together, once, before their first use; no region call reads a
     streamed weight, or an offloaded value, from the host.
-    Through the ring: a fetch brings weights into a free buffer of ``depth``; every use lies between the wait and
+    Through the ring: a fetch brings weights into a free buffer of ``policy.depth``; every use lies between the wait and
     the release; each fetch is released once, within its own part of the step.
     Saved values: an offload takes results of forward calls, each once; each is released in forward, behind its offload,
     and not used after that; a fetch of them belongs to backward, comes after that release, which is where the host copy
     is complete, and brings each value at most once. Nothing else reads a host copy.
     States: shares that are admitted rise, to 1 at most.
     Pieces: an update belongs to backward; the states of its piece were fetched before it and are written behind it, and
-    at most `plan.pieces.DEPTH` pieces are between the two. Behind it no call reads one of its weights, and no other
+    at most ``policy.pieces.depth`` pieces are between the two. Behind it no call reads one of its weights, and no other
     gradient of them is made.
     """
-    state = _State(depth)
+    state = _State(policy)
     for node in module.graph.nodes:
         if node.op == "call_module" and module.get_submodule(str(node.target)).is_backward:
             _enter_backward(state)
@@ -77,7 +77,7 @@ def verify_streams(module: fx.GraphModule, streamed: frozenset[str], depth: int)
         elif node.target is operator.getitem:
             _item(node, state)
         elif node.op != "placeholder":
-            _use(node, state, streamed)
+            _use(node, state)
     _enter_backward(state)
     for fetch in state.occupied.values():
         raise _broken(fetch, "is never released")
@@ -129,8 +129,8 @@ def _fetch(node: fx.Node, state: _State) -> None:
         return
     if any(source.op != "placeholder" for source in node.all_input_nodes):
         raise _broken(node, "fetches what is not in host memory")
-    if not 0 <= buffer < state.depth:
-        raise _broken(node, f"asks for buffer {buffer} of {state.depth}")
+    if not 0 <= buffer < state.policy.depth:
+        raise _broken(node, f"asks for buffer {buffer} of {state.policy.depth}")
     if buffer in state.occupied:
         raise _broken(node, f"overwrites buffer {buffer} while {state.occupied[buffer].name} holds it")
     state.occupied[buffer] = node
@@ -183,8 +183,8 @@ def _piece(node: fx.Node, state: _State) -> None:
     if node.target is ops.fetch_states:
         if piece in state.staged or piece in state.updated:
             raise _broken(node, f"fetches the states of piece {piece} a second time")
-        if len(state.staged) == DEPTH:
-            raise _broken(node, f"needs a buffer while {DEPTH} pieces hold all of them")
+        if len(state.staged) == state.policy.pieces.depth:
+            raise _broken(node, f"needs a buffer while {len(state.staged)} pieces hold all of them")
         state.staged.add(piece)
     elif piece not in state.staged:
         raise _broken(node, f"needs the states of piece {piece}, which are not there")
@@ -206,11 +206,11 @@ def _item(node: fx.Node, state: _State) -> None:
         state.made.add(node)
 
 
-def _use(node: fx.Node, state: _State, streamed: frozenset[str]) -> None:
+def _use(node: fx.Node, state: _State) -> None:
     for source in node.all_input_nodes:
         if node.op == "call_module" and _weight_of(source) in state.changed:
             raise _broken(node, f"reads {_weight_of(source)} behind its update")
-        if node.op == "call_module" and source.meta.get("parameter") in streamed:
+        if node.op == "call_module" and source.meta.get("parameter") in state.policy.streamed:
             raise _broken(node, f"reads {source.name} from host memory")
         if _offloaded(source) is not None:
             raise _broken(node, f"reads {source.name} from host memory")

@@ -3,9 +3,9 @@
 Contract: every gradient of a parameter in ``pieces`` is taken by update nodes, and is no output of the program any
 more. The update of a piece stands behind the last backward call that makes a gradient of one of its parameters or
 reads one of them: its gradients are then complete, and no one can see a new weight beside an old activation. Pieces
-are updated one after another; the states of the first ``DEPTH`` come in from the beginning of the backward, those of
-each later one when the states of the piece ``DEPTH`` before it have begun to go out. A piece without a gradient is
-left out.
+are updated one after another; the states of the first ``pieces.depth`` come in from the beginning of the backward,
+those of each later one when the states of the piece ``pieces.depth`` before it have begun to go out. A piece without a
+gradient is left out.
 
 Terms: *piece* as in `plan.pieces`; a *contribution* is one region's gradient of a parameter, of which tied weights have
 several. ``update`` takes all contributions to its slices, of the whole parameters; ``meta["names"]`` says which
@@ -35,15 +35,14 @@ from torch import fx
 
 from chunkft_fx.graph import ops
 from chunkft_fx.graph.ops import PARTS
-from chunkft_fx.plan.chunk import Chunk
-from chunkft_fx.plan.pieces import DEPTH
+from chunkft_fx.plan.pieces import Pieces
 
 
 @dataclass(frozen=True)
 class InsertUpdates:
     """Update these pieces within the backward."""
 
-    pieces: tuple[Chunk, ...]
+    pieces: Pieces
     name: str = "insert_updates"
 
     def __call__(self, module: fx.GraphModule) -> int:
@@ -65,8 +64,9 @@ class InsertUpdates:
         for place, i, names in found:
             taken = [(node, name) for name in names for node in contributions[name]]
             written.append(_insert(module.graph, place, i, taken, order[place]))
+        depth = self.pieces.depth
         for at, (_, i, _) in enumerate(found):
-            before = calls[0] if at < DEPTH else written[at - DEPTH].next
+            before = calls[0] if at < depth else written[at - depth].next
             with module.graph.inserting_before(before):
                 _marked(module.graph.call_function(ops.fetch_states, (i,)))
         _keep_no_gradients(module.graph)

@@ -19,6 +19,7 @@ from chunkft_fx.passes.program import offload_saved
 from chunkft_fx.passes.program.insert_streams import InsertStreams
 from chunkft_fx.passes.program.offload_saved import OffloadSaved
 from chunkft_fx.passes.program.schedule_prefetch import SchedulePrefetch
+from chunkft_fx.plan.policy import Policy
 from chunkft_fx.program.verify_streams import verify_streams
 
 CPU = torch.device("cpu")
@@ -164,7 +165,7 @@ def test_random_programs_keep_the_rules_and_their_values(
     regions: list[Region], lowest: int, below: int, names: frozenset[str]
 ) -> None:
     module = streamed(regions, lowest, below, names)
-    verify_streams(module, names, 2)
+    verify_streams(module, Policy(streamed=names))
     wanted = program(regions, lowest)(*INPUTS)
     for run in (module, LateCopies(module).run):
         outputs, last = run(*(t.clone() for t in INPUTS))
@@ -415,7 +416,7 @@ def _item_of(m: fx.GraphModule, call: str, index: int) -> fx.Node:
 )
 def test_broken_programs_are_caught(mutate: Any, rule: str) -> None:
     module = streamed(CHAIN, 0, 3, frozenset())
-    verify_streams(module, frozenset(), 2)
+    verify_streams(module, Policy())
     mutate(module)
     with pytest.raises(VerificationError, match=rule):
-        verify_streams(module, frozenset(), 2)
+        verify_streams(module, Policy())

@@ -91,7 +91,7 @@ def test_random_programs_keep_the_rules_and_their_values(
     before = module(*inputs)
     added = ScheduleStates(alike(regions, compute, fetch), save_from, nbytes)(module)
     module.recompile()
-    verify_streams(module, names(streamed), DEPTH)
+    verify_streams(module, Policy(streamed=names(streamed)))
     assert torch.equal(module(*inputs), before)
     assert added == len(shares(module))
     assert (added > 0) == (nbytes > 0)
@@ -124,7 +124,7 @@ def test_idle_time_that_only_rounding_made_breaks_no_rule(
     times = StepTimes(forward, backward, again, (0.0,) * regions, fetch, keep, 1.0, 0.0)
     module = program(regions, streamed)
     ScheduleStates(times, save_from, nbytes)(module)
-    verify_streams(module, names(streamed), DEPTH)
+    verify_streams(module, Policy(streamed=names(streamed)))
     rises = [b - a for a, b in pairwise([0.0, *shares(module)])]
     assert all(rise >= 1e-3 for rise in rises)
     assert shares(module)[-1] == 1.0
@@ -160,4 +160,4 @@ def test_a_share_that_does_not_rise_is_caught(wrong: float) -> None:
     assert shares(module)[-2] > 0.4
     last.args = (wrong,)
     with pytest.raises(VerificationError, match="admits the share"):
-        verify_streams(module, names(frozenset({1})), DEPTH)
+        verify_streams(module, Policy(streamed=names(frozenset({1}))))

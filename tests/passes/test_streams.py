@@ -15,6 +15,7 @@ from chunkft_fx.errors import VerificationError
 from chunkft_fx.graph import ops
 from chunkft_fx.passes.program.insert_streams import InsertStreams
 from chunkft_fx.passes.program.schedule_prefetch import SchedulePrefetch
+from chunkft_fx.plan.policy import Policy
 from chunkft_fx.program.verify_streams import verify_streams
 
 CPU = torch.device("cpu")
@@ -70,7 +71,7 @@ def test_random_programs_keep_the_rules_and_their_values(
     forward: list[list[int]], backward: list[list[int]], names: frozenset[str], depth: int
 ) -> None:
     module = streamed(forward, backward, names, depth)
-    verify_streams(module, names, depth)
+    verify_streams(module, Policy(streamed=names, depth=depth))
     assert torch.equal(module(*INPUTS), program(forward, backward)(*INPUTS))
 
 
@@ -177,7 +178,7 @@ def _hold_over_the_border(m: fx.GraphModule) -> None:
 def test_broken_programs_are_caught(mutate: Any, rule: str) -> None:
     names = frozenset(f"weight_{i}" for i in range(WEIGHTS))
     module = streamed([[0, 1], [1], [2]], [[2], [0, 1]], names, 2)
-    verify_streams(module, names, 2)
+    verify_streams(module, Policy(streamed=names))
     mutate(module)
     with pytest.raises(VerificationError, match=rule):
-        verify_streams(module, names, 2)
+        verify_streams(module, Policy(streamed=names))

@@ -19,8 +19,7 @@ from chunkft_fx.graph.layout import front, wide_dtype
 from chunkft_fx.module.training import Training
 from chunkft_fx.optim.states.staging import StagedStates
 from chunkft_fx.optim.update import StagedSlice
-from chunkft_fx.plan.chunk import Chunk
-from chunkft_fx.plan.pieces import DEPTH
+from chunkft_fx.plan.pieces import Pieces
 
 # Updates these slices of one piece; the number of the piece is for stochastic rounding.
 Apply = Callable[[Sequence[StagedSlice], int], None]
@@ -29,9 +28,7 @@ Apply = Callable[[Sequence[StagedSlice], int], None]
 class PieceUpdates:
     """The updates of ``pieces``, whose states pass through ``ring``; ``apply`` is the optimizer's update."""
 
-    def __init__(
-        self, model: Training, states: StagedStates, ring: PieceRing, pieces: Sequence[Chunk], apply: Apply
-    ) -> None:
+    def __init__(self, model: Training, states: StagedStates, ring: PieceRing, pieces: Pieces, apply: Apply) -> None:
         self._states, self._ring, self._apply, self._given = states, ring, apply, pieces
         parameters = dict(model.named_parameters())
         self._slices = [[ActiveSlice(s, parameters[s.name]) for s in piece.slices] for piece in pieces]
@@ -46,22 +43,23 @@ class PieceUpdates:
         self._group: int | None = None
         self.is_broken = False
 
-    def is_of(self, pieces: Sequence[Chunk], ring: PieceRing) -> bool:
+    def is_of(self, pieces: Pieces, ring: PieceRing) -> bool:
         """Whether these are the updates of just these pieces, through this ring."""
         return self._given is pieces and self._ring is ring
 
     def at_step(self) -> None:
         """Update everything that has a gradient, one piece behind the other."""
+        depth = self._given.depth
         order = [i for i, slices in enumerate(self._slices) if any(s.grad is not None for s in slices)]
         self.begin()
         try:
-            for i in order[:DEPTH]:
+            for i in order[:depth]:
                 self.fetch_states(i)
             for at, i in enumerate(order):
                 self._update(i, [(s, s.grad) for s in self._slices[i] if s.grad is not None])
                 self.write_states(i)
-                if at + DEPTH < len(order):
-                    self.fetch_states(order[at + DEPTH])
+                if at + depth < len(order):
+                    self.fetch_states(order[at + depth])
         except BaseException:
             self.abandon()
             raise

@@ -19,7 +19,7 @@ from chunkft_fx.optim.states.host_states import HostStates, require_room
 from chunkft_fx.optim.states.step_counts import Counts, counted, uniform
 from chunkft_fx.plan.chunk import Slice
 from chunkft_fx.plan.cuts import cut_dim
-from chunkft_fx.plan.pieces import DEPTH, piece_nbytes
+from chunkft_fx.plan.pieces import piece_nbytes
 from chunkft_fx.plan.state_spec import MASTER, StateLayout, StateSpec, stage_capacity_nbytes
 
 
@@ -56,7 +56,7 @@ class StagedStates:
             pieces, parameters = self._model.plan.policy.pieces, dict(self._model.named_parameters())
             self.travelling = self._model.residency.away()
             self._ring = None  # free before taking another
-            self._ring = make_ring(device, DEPTH, piece_nbytes(pieces, parameters, self._spec, self.travelling))
+            self._ring = make_ring(device, pieces.depth, piece_nbytes(pieces, parameters, self._spec, self.travelling))
         return self._ring
 
     def places(self, parameters: Sequence[Tensor]) -> HostStates:
