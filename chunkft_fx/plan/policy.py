@@ -120,5 +120,6 @@ class Policy:
         return [sentence for sentence, is_told in told.items() if is_told]
 
     def same_places(self, other: Policy) -> bool:
-        """Whether both leave every weight in the same place."""
-        return self.streamed == other.streamed and self.depth == other.depth
+        """Whether both leave every weight in the same place, and have rings of as many buffers."""
+        rings = self.depth, self.pieces.depth
+        return self.streamed == other.streamed and rings == (other.depth, other.pieces.depth)

@@ -48,6 +48,7 @@ class StagedStates:
         self._kept = [self.places(parameters)]
         self._ring: PieceRing | None = None
         self.travelling: frozenset[str] = frozenset()  # weights that have room in the ring beside their states
+        self._depth = 0  # buffers of the ring
 
     def ring(self) -> PieceRing:
         """The ring that the pieces of the model's plan pass through, on the device where it runs."""
@@ -55,6 +56,7 @@ class StagedStates:
         if self._ring is None or self._ring.device != device:
             pieces, parameters = self._model.plan.policy.pieces, dict(self._model.named_parameters())
             self.travelling = self._model.residency.away()
+            self._depth = pieces.depth
             self._ring = None  # free before taking another
             self._ring = make_ring(device, pieces.depth, piece_nbytes(pieces, parameters, self._spec, self.travelling))
         return self._ring
@@ -118,9 +120,10 @@ class StagedStates:
         """Take memory for the states of the largest chunk where the model runs, unless it is taken."""
         device = self._model.compute_device
         if self._model.plan.policy.pieces:
-            if self._ring is not None and self.travelling != self._model.residency.away():
+            now = self._model.residency.away(), self._model.plan.policy.pieces.depth
+            if self._ring is not None and now != (self.travelling, self._depth):
                 self._ring.synchronize()
-                self._ring = None  # another plan keeps other weights in host memory
+                self._ring = None  # another plan keeps other weights in host memory, or has another number of buffers
             self.ring()
             return
         if device == self.stage.device:
