@@ -15,6 +15,7 @@ from chunkft_fx.plan.state_spec import ASSUMED, StateSpec, stage_capacity_nbytes
 
 # The parts of a predicted peak by name, in bytes.
 Terms = dict[str, int]
+RING_OF_STATES = "ring of optimizer states"
 
 
 def resident_nbytes(model: nn.Module) -> int:
@@ -60,7 +61,7 @@ def piece_terms(
     gradients = chunk_terms(parameters, [whole], spec)["gradients of the active chunk"]
     widest = max(piece.numel for piece in policy.pieces) * 4
     return {
-        "ring of optimizer states": policy.pieces.depth * piece_nbytes(policy.pieces, parameters, spec, streamed),
+        RING_OF_STATES: policy.pieces.depth * piece_nbytes(policy.pieces, parameters, spec, streamed),
         "gradients": widest if policy.in_backward else gradients,
     }
 
