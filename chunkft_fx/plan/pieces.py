@@ -8,7 +8,7 @@ its gradients are complete as soon as the backward has left that region.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import overload
 
@@ -21,6 +21,8 @@ from chunkft_fx.plan.state_spec import StateSpec, stage_capacity_nbytes
 
 # The fewest buffers of a ring that keep both ways of the link busy.
 DEPTH = 3
+# More buffers even out how long pieces take, and bring states in while the forward runs, when the link would rest.
+MOST_BUFFERS = 16
 # A piece of this size moves in 5 ms each way: long beside the start of a copy, short beside a region's backward.
 LARGEST_NBYTES = 256 * 2**20
 # Of a small model every piece is so small a part, that the ring stays small beside the states of the whole.
@@ -32,10 +34,12 @@ class Pieces(Sequence[Chunk]):
     """The pieces in the order of the parameters, whose states pass through a ring of ``depth`` buffers."""
 
     chunks: tuple[Chunk, ...] = ()
+    depth: int = DEPTH
 
-    @property
-    def depth(self) -> int:
-        return DEPTH
+    def deepened(self, free_nbytes: int, buffer_nbytes: int) -> Pieces:
+        """The same pieces with as many buffers more, of ``buffer_nbytes`` each, as ``free_nbytes`` have room for."""
+        most = max(min(MOST_BUFFERS, len(self.chunks)), self.depth)
+        return replace(self, depth=min(self.depth + free_nbytes // max(buffer_nbytes, 1), most))
 
     @overload
     def __getitem__(self, index: int) -> Chunk: ...

@@ -10,7 +10,7 @@ from chunkft_fx.plan.policy import Policy
 from chunkft_fx.plan.table import Considered, PlanTables
 
 # Of the JSON text of a plan; changes when a field comes, goes or means something else.
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from chunkft_fx.capture.blocks import block_paths, region_of_parameters
 from chunkft_fx.errors import BudgetInfeasible, NoTrainableParameters, UninitializedParameters, UnsupportedParameter
 from chunkft_fx.graph.region import Pass, ProgramPass
 from chunkft_fx.plan.cuts import ParameterSpec, cut
-from chunkft_fx.plan.pieces import cut_pieces
+from chunkft_fx.plan.pieces import DEPTH, Pieces, cut_pieces
 from chunkft_fx.plan.plan import Plan
 from chunkft_fx.plan.policy import Policy
 from chunkft_fx.plan.state_spec import ASSUMED, StateSpec
@@ -25,6 +25,7 @@ from chunkft_fx.plan.table import Considered
 from chunkft_fx.planning.choice import Fit, Predicts
 from chunkft_fx.planning.costs import BASE
 from chunkft_fx.planning.search import Search
+from chunkft_fx.predict.fixed_memory import RING_OF_STATES
 
 # Of the choices that were not taken, a plan keeps so many, those that came closest.
 KEPT_CHOICES = 40
@@ -127,6 +128,7 @@ def plan_for_batch(
         assert search.smallest is not None
         raise _infeasible(options.budget_bytes, search.smallest, batch)
     plan = Plan(options.budget_bytes, best.choice.chunks, options.order, options.interval, options.seed)
+    best = _deepened(best, search)
     return _completed(plan, search, best, batch, _closest(search.considered, best), spec)
 
 
@@ -142,11 +144,18 @@ def plan_again(
 
     Raises `BudgetInfeasible` when that cannot be enough.
     """
-    base = replace(BASE, pieces=known.policy.pieces, in_backward=known.policy.in_backward)
-    search = Search(model, parameter_specs(model, spec), predictor, options.budget_bytes, known.chunks, spec, base)
-    best = search.with_streamed(known.policy)
-    if best.nbytes > options.budget_bytes:
-        raise _infeasible(options.budget_bytes, best, batch, BEGUN)
+    pieces, budget = known.policy.pieces, options.budget_bytes
+
+    def kept(pieces: Pieces) -> tuple[Search, Fit]:
+        base = replace(BASE, pieces=pieces, in_backward=known.policy.in_backward)
+        search = Search(model, parameter_specs(model, spec), predictor, budget, known.chunks, spec, base)
+        return search, search.with_streamed(known.policy)
+
+    search, best = kept(pieces)
+    if best.nbytes > budget and pieces.depth > DEPTH:
+        search, best = kept(replace(pieces, depth=DEPTH))
+    if best.nbytes > budget:
+        raise _infeasible(budget, best, batch, BEGUN)
     return _completed(known, search, best, batch, (), spec)
 
 
@@ -155,6 +164,17 @@ def _base(options: Options, parameters: Sequence[ParameterSpec], spec: StateSpec
     if options.coverage != "all":
         return BASE
     return replace(BASE, pieces=cut_pieces(parameters), in_backward=spec.in_backward)
+
+
+def _deepened(best: Fit, search: Search) -> Fit:
+    """The same choice with a ring of states as deep as the rest of the budget lets it be, where steps are timed."""
+    pieces, ring = best.choice.policy.pieces, best.terms.get(RING_OF_STATES, 0)
+    if best.step_us is None or not pieces:
+        return best
+    nbytes = ring // pieces.depth
+    deeper = pieces.deepened(search.budget - best.nbytes, nbytes)
+    choice = replace(best.choice, policy=replace(best.choice.policy, pieces=deeper))
+    return Fit(choice, best.terms | {RING_OF_STATES: deeper.depth * nbytes}, best.peak_at, *search.costs.cost(choice))
 
 
 def _completed(

@@ -77,8 +77,9 @@ def step_us(bare: BareSteps, work: Work) -> float:
 def covering_step_us(times: StepTimes, policy: Policy, streamed: frozenset[int], work: Work) -> float:
     """Microseconds of a step that covers all parameters, of which ``work`` is that of them all.
 
-    Within the backward states move under its compute, beside its share of the weights that are fetched; at the step
-    they move when it is over, under nothing but the update itself.
+    Within the backward states move under its compute, beside its share of the weights that are fetched; those that the
+    ring has room for come in while the forward runs. At the step they move when the backward is over, under nothing
+    but the update itself.
     """
     bare = bare_steps(times, policy, streamed, policy.depth)
     compute, link = float(bare.compute_us[0]) + work.gradients_us, float(bare.link_us[0])
@@ -87,7 +88,8 @@ def covering_step_us(times: StepTimes, policy: Policy, streamed: frozenset[int],
     forward = sum(times.forward_us)
     fetched = sum(times.fetch_us[i] for i in streamed)
     forward = max(forward, fetched)
-    return max(forward + max(compute - forward, link - fetched + work.states_us), compute)
+    early = min(work.states_us * policy.pieces.depth / len(policy.pieces), forward - fetched)
+    return max(forward + max(compute - forward, link - fetched + work.states_us - early), compute)
 
 
 @dataclass(frozen=True)
