@@ -118,6 +118,14 @@ class SliceGradientError(ChunkFTError, RuntimeError):
     """An operation on the gradient of a slice would need the gradient of the whole parameter."""
 
 
+class WaitingGradientError(ChunkFTError, RuntimeError):
+    """A gradient that waits in host memory cannot be used so, or is not what it was any more."""
+
+
+class UsedGradientError(ChunkFTError, RuntimeError):
+    """A gradient was read that the backward has used already, for its update."""
+
+
 class DoubleBackward(ChunkFTError, RuntimeError):
     """A gradient was asked for that can itself be differentiated (``create_graph=True``)."""
 

@@ -113,6 +113,12 @@ def returns_view(target: Any) -> bool:
     return any(r.alias_info is not None for r in returns)
 
 
+def written_arguments(target: Any) -> frozenset[int]:
+    """The positions, in its schema, of the arguments that an operator writes."""
+    arguments = enumerate(target._schema.arguments)
+    return frozenset(i for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
+
+
 def is_erased(node: fx.Node) -> bool:
     """True for a node that was taken out of its graph."""
     return bool(node._erased)
@@ -137,6 +143,20 @@ def dynamo_meta(node: fx.Node, value: Any = None) -> dict[str, Any]:
     """Metadata for a new node of Dynamo's graph: the provenance of ``node``, and the fake value if it is known."""
     meta = {k: v for k, v in node.meta.items() if k != "example_value"}
     return meta if value is None else meta | {"example_value": value}
+
+
+def hooks_of(parameter: Tensor) -> frozenset[int]:
+    """The ids of the hooks on a parameter's gradient: those on its way, and those after accumulation."""
+    hooks = (parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None))
+    return frozenset(key for registered in hooks for key in registered or ())
+
+
+def accumulates(leaf: Tensor) -> bool:
+    """Whether the backward that runs now adds to the gradients of leaves such as this one, which it reaches.
+
+    False in `torch.autograd.grad`, and in a backward with ``inputs`` that do not name it.
+    """
+    return bool(torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(leaf).node))
 
 
 def before_every_optimizer_step(hook: Callable[[Optimizer, Any, Any], None]) -> Callable[[], None]:

@@ -8,6 +8,7 @@ if __name__ != "chunkft_fx.passes":
 
 import torch
 
+from chunkft_fx.graph import ops
 from chunkft_fx.graph.region import OutputDemand, Pass, ProgramPass
 from chunkft_fx.passes.program.insert_streams import InsertStreams
 from chunkft_fx.passes.program.insert_updates import InsertUpdates
@@ -63,7 +64,8 @@ def program_pipeline(policy: Policy, device: torch.device, state_nbytes: int = 0
 
     ``state_nbytes`` are the bytes of optimizer states that come in during the step.
     """
-    updates = (InsertUpdates(policy.pieces),) if policy.in_backward else ()
+    taker = ops.update if policy.in_backward else ops.keep
+    updates = (InsertUpdates(policy.pieces, taker),) if policy.takes_gradients else ()
     streams = (
         *updates,
         OffloadSaved(policy.offload_below, device),

@@ -1,30 +1,35 @@
-"""Engines: holds what copies for all programs of one model, the weight ring and the saved values.
+"""Engines: holds what copies for all programs of one model: the weight ring, saved values, and gradients that wait.
 
-The ring has a link of its own; saved values share one link for both directions. The third engine, the optimizer's stage
-(`copies.states.stage`), has two, and belongs to the optimizer.
+The weight ring has a link of its own; saved values share one link for both directions, gradients have one for each.
+The optimizer's stage (`copies.states.stage`) has two more, and belongs to the optimizer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import nn
 
 from chunkft_fx.copies.link import open_link
 from chunkft_fx.copies.residency import Residency
 from chunkft_fx.copies.saved_values import SavedValues
+from chunkft_fx.copies.states.ring import make_ring
 from chunkft_fx.copies.tier import Tier
+from chunkft_fx.copies.waiting_gradients import WaitingGradients
 from chunkft_fx.copies.weight_ring import Ring, ring_buffer_nbytes
+from chunkft_fx.plan.pieces import Pieces, waiting_nbytes
 
 
 class Engines:
-    """The copy engines of one model between ``device`` and ``tier``; only the ring takes device memory that stays."""
+    """The copy engines of one model between ``device`` and ``tier``; only rings take device memory that stays."""
 
     def __init__(self, device: torch.device, tier: Tier) -> None:
         self.saved = SavedValues(open_link(device), tier)
         self._fetches = open_link(device)
         self._tier = tier
         self._ring: Ring | None = None
+        self._waiting: WaitingGradients | None = None
 
     def ring(self, residency: Residency, uses: Sequence[frozenset[str]]) -> Ring | None:
         """The ring for a program whose region calls read these parameters; None where all weights are on the device.
@@ -41,3 +46,13 @@ class Engines:
             self._ring = None  # free before taking a larger one
             self._ring = Ring(self._fetches, self._tier, residency.depth, nbytes)
         return self._ring
+
+    def waiting(self, pieces: Pieces, parameters: Mapping[str, nn.Parameter]) -> WaitingGradients:
+        """The gradients of these parameters that wait in host memory, in these pieces."""
+        device, known = self._fetches.device, self._waiting
+        if known is None or not known.is_of(pieces, device):
+            known = self._waiting = None  # free before taking another
+            ring = make_ring(device, pieces.depth, waiting_nbytes(pieces, parameters))
+            known = self._waiting = WaitingGradients(ring, self._tier, pieces, parameters)
+        known.bind(parameters)
+        return known

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from chunkft_fx.gradients.slice_gradient import SliceGradient, cut_from
 from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.graph.layout import wide_dtype
+from chunkft_fx.torch_internals import hooks_of
 
 
 @dataclass
@@ -71,6 +72,14 @@ class GradientGate:
             elif p.requires_grad:
                 self._guarded[key] = _Guarded(name, weakref.ref(p))
                 self._guarded[key].handle = _admit_through(self._owner, self._guarded[key], p)
+
+    def hooked(self) -> str | None:
+        """A parameter with a hook on its gradient that is not the gate's; None if there is none."""
+        for guarded in self._guarded.values():
+            parameter = guarded.parameter()
+            if parameter is not None and hooks_of(parameter) - {guarded.handle.id}:
+                return guarded.name
+        return None
 
     def close(self) -> None:
         """Leave the parameters as they were."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from chunkft_fx.errors import SliceGradientError
+from chunkft_fx.gradients.used import UsedGradient
 from chunkft_fx.plan.chunk import Slice
 from chunkft_fx.torch_internals import tree_leaves, tree_map
 
@@ -109,7 +110,7 @@ def part_of(gradient: Tensor | None, part: Slice) -> Tensor | None:
     """A slice's part of what ``parameter.grad`` is, sharing its memory; None where it has none of this slice."""
     if isinstance(gradient, SliceGradient):
         return gradient.part if gradient.slice == part else None
-    return None if gradient is None else cut_from(gradient, part)
+    return None if gradient is None or isinstance(gradient, UsedGradient) else cut_from(gradient, part)
 
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

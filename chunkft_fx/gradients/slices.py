@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -80,3 +81,11 @@ class ActiveSlice:
         if is_own and self.slice.is_whole:
             return gradient
         return SliceGradient(gradient, self.slice, self.parameter.shape, wide, is_new=not is_own)
+
+
+def summed(contributions: Sequence[Tensor]) -> Tensor:
+    """The sum of contributions to a gradient, of which several are added in a wider dtype, as `runtime.step` does."""
+    total = contributions[0]
+    for value in contributions[1:]:
+        total = total.to(wide_dtype(total.dtype)) + value
+    return total

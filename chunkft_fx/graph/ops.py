@@ -13,7 +13,9 @@ ends that, and their own memory can be used again. ``admit(share)`` lets this sh
 states begin to come in, for the update behind the program.
 In a program that covers all parameters states move piece by piece: ``fetch_states(piece)`` begins to bring those of one
 piece into the ring of states, ``update(gradients, piece)`` waits for them and changes its weights and states, and
-``write_states(piece)`` begins to take the states back, and frees their buffer once they are there.
+``write_states(piece)`` begins to take the states back, and frees their buffer once they are there. Where gradients wait
+in host memory for the optimizer's step, the same nodes move what waits there of a piece, and
+``keep(gradients, piece)``, in the place of ``update``, adds to it.
 As operators they are plain synchronous copies, so that a program means the same wherever it runs; the run time
 lowers them to copy streams, a ring of buffers (`copies.weight_ring`) and reused host memory (`copies.saved_values`).
 """
@@ -81,8 +83,9 @@ _LIBRARY.impl("admit", _nothing, "CompositeExplicitAutograd")
 _LIBRARY.impl("offload", _offload, "CompositeExplicitAutograd")
 _LIBRARY.define("fetch_states(int piece) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.define("update(Tensor(a!)[] gradients, int piece) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.define("keep(Tensor(a!)[] gradients, int piece) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.define("write_states(int piece) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
-for _name in ("fetch_states", "update", "write_states"):
+for _name in ("fetch_states", "update", "keep", "write_states"):
     _LIBRARY.impl(_name, _nothing, "CompositeExplicitAutograd")
     torch.library.register_fake(f"chunkft_fx::{_name}", _nothing, lib=_LIBRARY)
 torch.library.register_fake("chunkft_fx::fetch", _fetch_meta, lib=_LIBRARY)
@@ -98,11 +101,14 @@ offload = torch.ops.chunkft_fx.offload.default
 admit = torch.ops.chunkft_fx.admit.default
 fetch_states = torch.ops.chunkft_fx.fetch_states.default
 update = torch.ops.chunkft_fx.update.default
+keep = torch.ops.chunkft_fx.keep.default
 write_states = torch.ops.chunkft_fx.write_states.default
 
 # Stands for the number of a ring buffer in a fetch whose copies get memory of their own.
 FRESH = -1
 # All stream nodes: the first three in the order in which one buffer of the ring sees them.
-STREAM_NODES = (fetch, wait, release, offload, admit, fetch_states, update, write_states)
+STREAM_NODES = (fetch, wait, release, offload, admit, fetch_states, update, keep, write_states)
+# Those that take the gradients of a piece, of which a program has one kind.
+TAKERS = (update, keep)
 # Those of pieces, in the order in which one piece sees them.
-PIECE_NODES = (fetch_states, update, write_states)
+PIECE_NODES = (fetch_states, *TAKERS, write_states)

@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from chunkft_fx.capture.tracing import trace
 from chunkft_fx.copies.engines import Engines
 from chunkft_fx.copies.residency import Residency
 from chunkft_fx.copies.tier import HostTier
+from chunkft_fx.copies.waiting_gradients import WaitingGradients
 from chunkft_fx.errors import NotPlanned
 from chunkft_fx.following import ownership
 from chunkft_fx.following.distribution import refuse_sharded
@@ -27,6 +28,8 @@ from chunkft_fx.following.model_watch import ModelWatch
 from chunkft_fx.following.moves import gradients_aside
 from chunkft_fx.gradients.gate import Arrivals, GradientGate
 from chunkft_fx.gradients.slices import ActiveSlice
+from chunkft_fx.gradients.used import UsedGradient
+from chunkft_fx.gradients.waiting import WaitingGradient
 from chunkft_fx.module.sessions import new_session
 from chunkft_fx.plan import schedule as schedules
 from chunkft_fx.plan.cuts import require_whole
@@ -91,10 +94,15 @@ class Training(Following):
 
     @contextlib.contextmanager
     def _gradients_unseen(self) -> Iterator[None]:
-        """While inside, until a session is called: Dynamo traces no parameter that has a wider gradient."""
-        wide = [p for p in self._watch.parameters.values() if p.grad is not None and p.grad.dtype != p.dtype]
+        """While inside, until a session is called: Dynamo traces no parameter with a gradient of its own kind."""
+        held = ((p, p.grad) for p in self._watch.parameters.values())
+        own = [
+            p
+            for p, g in held
+            if g is not None and (g.dtype != p.dtype or isinstance(g, WaitingGradient | UsedGradient))
+        ]
         with contextlib.ExitStack() as unseen:
-            unseen.enter_context(gradients_aside(wide))
+            unseen.enter_context(gradients_aside(own))
             self._unseen = unseen
             yield
 
@@ -248,6 +256,18 @@ class Training(Following):
         finally:
             self._is_accumulating = before
 
+    @property
+    def waiting(self) -> WaitingGradients | None:
+        """The gradients that wait in host memory; None where the plan has them on the device."""
+        known = self._plan
+        if known is None or not known.policy.host_gradients:
+            return None
+        return self.engines.waiting(known.policy.pieces, self._watch.parameters)
+
+    def hooked(self) -> str | None:
+        """A parameter on whose gradient the user has a hook; None if there is none."""
+        return self._gate.hooked()
+
     def came_to_parameter(self) -> None:
         """Autograd gave one of the parameters a gradient."""
         self.arrivals.outside = True
@@ -284,8 +304,11 @@ class Training(Following):
 
     @property
     def gradient_nbytes(self) -> int:
-        """Bytes of the gradients that active slices hold."""
-        return sum(s.grad.nbytes for s in self._slices or () if s.grad is not None)
+        """Bytes of the gradients that active slices hold on the device."""
+        return sum(g.nbytes for g in self._gradients() if not isinstance(g, WaitingGradient))
+
+    def _gradients(self) -> list[Tensor]:
+        return [s.grad for s in self._slices or () if s.grad is not None]
 
     @property
     def is_bound(self) -> bool:
@@ -294,7 +317,7 @@ class Training(Following):
             return True
         if self._schedule is not None and not (self._schedule.is_at_start and self._schedule.sweep == self._sweep):
             return True
-        return self.gradient_nbytes > 0 or any(session.has_pending for session in self.sessions)
+        return bool(self._gradients()) or any(session.has_pending for session in self.sessions)
 
     def adopt(self, plan: Plan) -> None:
         """Go by this plan from now on; with other chunks than before, from the first one."""

@@ -18,6 +18,7 @@ from chunkft_fx.copies.states.stage import Stage
 from chunkft_fx.errors import NotPlanned, OptimizerMismatch, OptionError
 from chunkft_fx.following import ownership
 from chunkft_fx.gradients.slices import ActiveSlice
+from chunkft_fx.gradients.used import drop_used
 from chunkft_fx.module.module import training_of
 from chunkft_fx.optim.checkpoint import ENTRY, describe, exported, read
 from chunkft_fx.optim.groups import (
@@ -274,6 +275,8 @@ class ChunkedOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, or fill them with zeros in place."""
         self._model.check()
+        for p in self._parameters():
+            drop_used(p)
         super().zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from typing import overload
 
 from torch import Tensor
 
-from chunkft_fx.graph.layout import stage_nbytes
+from chunkft_fx.graph.layout import stage_nbytes, wide_dtype
 from chunkft_fx.plan.chunk import Chunk
 from chunkft_fx.plan.cuts import ParameterSpec, Stream, cut
 from chunkft_fx.plan.state_spec import StateSpec, stage_capacity_nbytes
@@ -71,6 +71,13 @@ def piece_nbytes(
 ) -> int:
     """Bytes of a buffer of the ring: those of the largest piece's states, and of its weights that are ``streamed``."""
     return max(stage_capacity_nbytes(p, parameters, spec) + _weights(p, parameters, streamed) for p in pieces)
+
+
+def waiting_nbytes(pieces: Sequence[Chunk], parameters: Mapping[str, Tensor]) -> int:
+    """Bytes of a buffer that gradients pass through on their way to host memory and back: the largest piece's."""
+    widths = {name: wide_dtype(p.dtype).itemsize for name, p in parameters.items()}
+    sizes = {name: p.numel() for name, p in parameters.items()}
+    return max(sum(stage_nbytes(sizes[s.name] // s.size * s.length * widths[s.name]) for s in p.slices) for p in pieces)
 
 
 def _weights(piece: Chunk, parameters: Mapping[str, Tensor], streamed: frozenset[str]) -> int:

@@ -5,7 +5,7 @@ The planner makes it, and it is carried whole to the program, to each region's d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from chunkft_fx.plan.pieces import Pieces
 from chunkft_fx.plan.state_spec import ASSUMED, StateSpec
@@ -69,7 +69,8 @@ class Policy:
     ``pacing`` are the times by which optimizer states are let in during a step; without them states come all at once.
     ``states`` describes the optimizer that is planned for. ``pieces`` are the parts in which a step that covers all
     parameters updates them, empty where a step trains one chunk; with ``in_backward`` each is updated by the program,
-    as soon as its gradients are complete.
+    as soon as its gradients are complete; with ``host_gradients`` the program sends each to host memory then, where it
+    waits for the optimizer's step.
     """
 
     save_from: int = 0
@@ -81,6 +82,12 @@ class Policy:
     states: StateSpec = ASSUMED
     pieces: Pieces = NO_PIECES
     in_backward: bool = False
+    host_gradients: bool = False
+
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether programs take the gradients of parameters themselves, piece by piece, and give autograd none."""
+        return self.in_backward or self.host_gradients
 
     def of_region(self, index: int, has_head: bool) -> RegionPolicy:
         """What is decided for the region of that index, which holds the model's chunked head or not."""
@@ -89,8 +96,10 @@ class Policy:
     @property
     def of_steps(self) -> Policy:
         """What the moments of a step depend on if all weights are resident and states come all at once."""
-        pieces = self.pieces if self.in_backward else NO_PIECES
-        return Policy(self.save_from, self.offload_below, self.head_split, pieces=pieces, in_backward=self.in_backward)
+        steps = Policy(self.save_from, self.offload_below, self.head_split)
+        if not self.takes_gradients:
+            return steps
+        return replace(steps, pieces=self.pieces, in_backward=self.in_backward, host_gradients=self.host_gradients)
 
     @property
     def complexity(self) -> tuple[int, ...]:
@@ -116,6 +125,7 @@ class Policy:
             away: bool(self.streamed),
             f"the head holds 1/{self.head_split} of its usual block of logits": self.head_split > 1,
             f"every step updates all parameters in {len(self.pieces)} pieces, {when}": bool(self.pieces),
+            "gradients wait for the step in host memory": self.host_gradients,
         }
         return [sentence for sentence, is_told in told.items() if is_told]
 

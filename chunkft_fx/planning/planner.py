@@ -124,6 +124,15 @@ def plan_for_batch(
         chunks = cut(parameters, 1)
     search = Search(model, parameters, predictor, options.budget_bytes, chunks, spec, base)
     best = search.run()
+    if base.pieces and not base.in_backward and (best is None or best.step_us is not None):
+        # gradients of all parameters can wait beside the device, where a step without them there takes less
+        beside = Search(
+            model, parameters, predictor, options.budget_bytes, chunks, spec, replace(base, host_gradients=True)
+        )
+        other = beside.run()
+        if best is None or (other is not None and other.cost < best.cost):
+            beside.considered += search.considered
+            search, best = beside, other
     if best is None:
         assert search.smallest is not None
         raise _infeasible(options.budget_bytes, search.smallest, batch)
@@ -144,12 +153,13 @@ def plan_again(
 
     Raises `BudgetInfeasible` when that cannot be enough.
     """
-    pieces, budget = known.policy.pieces, options.budget_bytes
+    policy, budget = known.policy, options.budget_bytes
+    pieces = policy.pieces
 
     def kept(pieces: Pieces) -> tuple[Search, Fit]:
-        base = replace(BASE, pieces=pieces, in_backward=known.policy.in_backward)
+        base = replace(BASE, pieces=pieces, in_backward=policy.in_backward, host_gradients=policy.host_gradients)
         search = Search(model, parameter_specs(model, spec), predictor, budget, known.chunks, spec, base)
-        return search, search.with_streamed(known.policy)
+        return search, search.with_streamed(policy)
 
     search, best = kept(pieces)
     if best.nbytes > budget and pieces.depth > DEPTH:
@@ -167,9 +177,12 @@ def _base(options: Options, parameters: Sequence[ParameterSpec], spec: StateSpec
 
 
 def _deepened(best: Fit, search: Search) -> Fit:
-    """The same choice with a ring of states as deep as the rest of the budget lets it be, where steps are timed."""
+    """The same choice with a ring of states as deep as the rest of the budget lets it be, where steps are timed.
+
+    At the optimizer's step pieces move one behind the other with nothing between: more buffers would stay empty.
+    """
     pieces, ring = best.choice.policy.pieces, best.terms.get(RING_OF_STATES, 0)
-    if best.step_us is None or not pieces:
+    if best.step_us is None or not best.choice.policy.in_backward:
         return best
     nbytes = ring // pieces.depth
     deeper = pieces.deepened(search.budget - best.nbytes, nbytes)

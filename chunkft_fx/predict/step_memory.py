@@ -206,10 +206,10 @@ class _Replay:
             nbytes = self.copy_nbytes[slot] = self.copy_nbytes[instruction.inputs[index]]
             if node.target is ops.fetch:
                 self.storage_of[slot] = self._hold(_Storage(nbytes, SAVED), SAVED)
-        if node.target is ops.update and node.group != self.group:
+        if node.target in ops.TAKERS and node.group != self.group:
             self._let_go(node.group)
         for slot in instruction.last_use:
-            if node.target is ops.update:  # runs beside the backward call that follows
+            if node.target in ops.TAKERS:  # runs beside the backward call that follows
                 self.updating.append(slot)
             else:
                 self._drop(slot)

@@ -26,8 +26,8 @@ class StreamNode:
     """A stream node; ``number`` is a buffer of the ring, or for saved values tells their copies apart.
 
     ``share`` is that of ``admit``, whose ``number`` means nothing. Nodes of pieces have the piece for a number; for an
-    update ``names`` has the parameter of each gradient that it takes, and ``group`` tells the backward call that it
-    stands behind.
+    update, or a ``keep``, ``names`` has the parameter of each gradient that it takes, and ``group`` tells the backward
+    call that it stands behind.
     """
 
     target: Any
@@ -67,7 +67,15 @@ class Executable:
     @property
     def has_updates(self) -> bool:
         """Whether its backward updates weights."""
-        return any(isinstance(i.call, StreamNode) and i.call.target is ops.update for i in self.backward)
+        return self._has(ops.update)
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether its backward sends gradients to host memory."""
+        return self._has(ops.keep)
+
+    def _has(self, target: Any) -> bool:
+        return any(isinstance(i.call, StreamNode) and i.call.target is target for i in self.backward)
 
 
 class Slot(int):

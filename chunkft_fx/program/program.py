@@ -136,7 +136,7 @@ def build(
 
     calls = reversed(list(zip(outline.regions, variants, strict=True)))
     gradients = tuple(r.gradients[i][1] for r, v in calls for i in _asked(v) if i < len(r.gradients))
-    if spec.policy.in_backward:  # the program itself takes those of parameters
+    if spec.policy.takes_gradients:  # the program itself takes those of parameters
         gradients = tuple(primal for primal in gradients if primal not in capture.parameters)
     lowest = next((i for i, v in enumerate(variants) if v.backward is not None), len(variants))
     program = Program(gradients, tuple(variants), lowest, counts, write)

@@ -39,6 +39,7 @@ class _State:
     staged: set[int] = field(default_factory=set)  # pieces that hold a buffer of the ring of states
     updated: set[int] = field(default_factory=set)  # pieces
     changed: set[str] = field(default_factory=set)  # parameters that were updated
+    complete: set[str] = field(default_factory=set)  # parameters whose gradients were taken
 
 
 def verify_streams(module: fx.GraphModule, policy: Policy) -> None:
@@ -54,7 +55,7 @@ def verify_streams(module: fx.GraphModule, policy: Policy) -> None:
     States: shares that are admitted rise, to 1 at most.
     Pieces: an update belongs to backward; the states of its piece were fetched before it and are written behind it, and
     at most ``policy.pieces.depth`` pieces are between the two. Behind it no call reads one of its weights, and no other
-    gradient of them is made.
+    gradient of them is made. A ``keep`` is held to the same, but leaves weights as they are.
     """
     state = _State(policy)
     for node in module.graph.nodes:
@@ -188,11 +189,13 @@ def _piece(node: fx.Node, state: _State) -> None:
         state.staged.add(piece)
     elif piece not in state.staged:
         raise _broken(node, f"needs the states of piece {piece}, which are not there")
-    elif node.target is ops.update:
+    elif node.target in ops.TAKERS:
         if piece in state.updated:
             raise _broken(node, f"updates piece {piece} a second time")
         state.updated.add(piece)
-        state.changed |= set(node.meta["names"])
+        state.complete |= set(node.meta["names"])
+        if node.target is ops.update:
+            state.changed |= set(node.meta["names"])
     else:
         if piece not in state.updated:
             raise _broken(node, f"writes the states of piece {piece} before its update")
@@ -200,7 +203,7 @@ def _piece(node: fx.Node, state: _State) -> None:
 
 
 def _item(node: fx.Node, state: _State) -> None:
-    if node.meta.get("gradient_of") in state.changed:
+    if node.meta.get("gradient_of") in state.complete:
         raise _broken(node, f"is a gradient of {node.meta['gradient_of']} behind its update")
     if node.all_input_nodes[0].op == "call_module":
         state.made.add(node)

@@ -21,6 +21,7 @@ from chunkft_fx.copies.engines import Engines
 from chunkft_fx.copies.states.stage import Updates
 from chunkft_fx.errors import DoubleBackward, StaleBackward, UnsupportedGraph
 from chunkft_fx.gradients.slices import ActiveSlice
+from chunkft_fx.gradients.used import drop_used
 from chunkft_fx.head.missing_logits import MissingLogits
 from chunkft_fx.machine.memory_limit import explained
 from chunkft_fx.plan.plan import Plan
@@ -33,7 +34,7 @@ from chunkft_fx.program.programs import Programs
 from chunkft_fx.runtime import random_state
 from chunkft_fx.runtime.lower_ahead import lowered_beside
 from chunkft_fx.runtime.step import Machine, Step, run_backward, run_forward
-from chunkft_fx.torch_internals import as_traced, hint, is_in_forward_mode, keeps_graph, version
+from chunkft_fx.torch_internals import accumulates, as_traced, hint, is_in_forward_mode, keeps_graph, version
 
 
 class Owner(PlanOwner, Protocol):
@@ -57,6 +58,11 @@ class Owner(PlanOwner, Protocol):
     def is_accumulating(self) -> bool: ...
 
     def came_through(self, updated: bool = False) -> None: ...
+
+    @property
+    def waiting(self) -> Updates | None: ...
+
+    def hooked(self) -> str | None: ...
 
     def chunk_under(self, plan: Plan) -> int | None: ...
 
@@ -162,6 +168,8 @@ class Session:
         """
         policy = self._placed(self.plans.prepare(arguments, expected))
         policy = replace(policy, in_backward=self._will_update(policy))
+        if policy.host_gradients:
+            assert self.owner.waiting is not None, "its memory is taken before a step takes anything"
         owner = self.owner.active_slices()
         absent = frozenset(self.capture.tangents) - expected
         executable = self.programs.executable(tuple(s.slice for s in owner), absent, policy)
@@ -201,7 +209,9 @@ class Session:
     def _asked(self) -> tuple[ActiveSlice, ...]:
         """The slices that autograd is to ask for: those that are active, none before there is a plan."""
         known = self.owner.known_plan
-        return () if known is None or self._will_update(known.policy) else self.owner.active_slices()
+        if known is None or known.policy.host_gradients or self._will_update(known.policy):
+            return ()
+        return self.owner.active_slices()
 
     def _will_update(self, policy: Policy) -> bool:
         """Whether the backward of a forward that runs now updates weights itself."""
@@ -291,11 +301,18 @@ class Session:
         return given
 
     def _backward(self, step: Step, tangents: dict[int, Tensor]) -> dict[str, Tensor]:
-        """Run a step's backward, with its updates if it has any; gradients that are left, by primal."""
-        if not step.executable.has_updates:
-            totals = run_backward(step, tangents, self._machine())
-            self.owner.came_through()
-            return totals
+        """Run a step's backward; gradients that it leaves to autograd, by primal."""
+        for s in step.owner:
+            drop_used(s.parameter)
+        if step.executable.has_updates or step.executable.keeps_gradients:
+            self._refuse_partial()
+            return self._updating(step, tangents) if step.executable.has_updates else self._keeping(step, tangents)
+        totals = run_backward(step, tangents, self._machine())
+        self.owner.came_through()
+        return totals
+
+    def _updating(self, step: Step, tangents: dict[int, Tensor]) -> dict[str, Tensor]:
+        """Run a backward that updates weights."""
         optimizer = self.owner.optimizer
         updates = None if optimizer is None else optimizer.updates
         if optimizer is None or updates is None or self.owner.is_accumulating:
@@ -307,10 +324,45 @@ class Session:
         optimizer.begin_backward()
         updates.begin()
         totals = run_backward(step, tangents, self._machine(updates))
-        updates.complete()
+        with self.owner.residency.presented():
+            updates.complete()
         optimizer.end_backward()
         self.owner.came_through(updated=True)
         return totals
+
+    def _keeping(self, step: Step, tangents: dict[int, Tensor]) -> dict[str, Tensor]:
+        """Run a backward that sends gradients to host memory."""
+        waiting = self.owner.waiting
+        assert waiting is not None, "a pending backward keeps its plan"
+        waiting.begin()
+        totals = run_backward(step, tangents, self._machine(waiting))
+        with self.owner.residency.presented():
+            waiting.complete()
+        self.owner.came_through()
+        return totals
+
+    def _refuse_partial(self) -> None:
+        """Raise for a backward that is to fill other gradients than ``backward()`` does, or tell hooks of them.
+
+        A program that takes gradients itself takes them all, and passes none through autograd.
+        """
+        if not accumulates(self._anchor):
+            raise UnsupportedGraph(
+                "torch.autograd.grad, or a backward with inputs=, asks for some gradients alone, but the program of "
+                f"this plan takes the gradients of all parameters itself ({self._taken()}); call loss.backward()"
+            )
+        hooked = self.owner.hooked()
+        if hooked is not None:
+            raise UnsupportedGraph(
+                f"{hooked!r} has a hook on its gradient, which would not be called: the program of this plan takes "
+                f"gradients itself ({self._taken()}); remove the hook"
+            )
+
+    def _taken(self) -> str:
+        known = self.owner.known_plan
+        if known is not None and known.policy.in_backward:
+            return 'update="backward"'
+        return "they wait in host memory, as a larger budget would not have it"
 
 
 class _StepFunction(torch.autograd.Function):

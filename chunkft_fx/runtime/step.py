@@ -28,7 +28,7 @@ from chunkft_fx.program.program import RegionCall
 @dataclass(frozen=True)
 class Machine:
     """What instructions run on: how regions are lowered, what carries streamed weights, saved values and states, and
-    what updates weights within the backward."""
+    what updates weights, or keeps gradients, within the backward."""
 
     backend: str
     fake_mode: Any
@@ -68,7 +68,7 @@ class Machine:
         assert self.updates is not None
         if call.target is ops.fetch_states:
             self.updates.fetch_states(call.number)
-        elif call.target is ops.update:
+        elif call.target in ops.TAKERS:
             self.updates.update(call.number, call.names, list(arguments), call.group)
         else:
             self.updates.write_states(call.number)

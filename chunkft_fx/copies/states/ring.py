@@ -1,4 +1,4 @@
-"""Ring of states: copies optimizer states piece by piece through a few buffers on the device, and back.
+"""Ring of pieces: copies optimizer states, or gradients, piece by piece through a few buffers on the device, and back.
 
 A step that covers all parameters fetches the states of one piece while those of another are updated and those of a
 third go out. They come in over one link and go out over another (`copies.link`), so that both ways of the bus are
@@ -35,6 +35,14 @@ class PieceRing:
         """Whether a piece has a buffer."""
         return piece in self._there
 
+    def take(self, piece: int, host: Sequence[Tensor]) -> list[Tensor]:
+        """Memory for values that are to go to these host tensors, ready for work on the current stream.
+
+        A piece that was fetched gives its buffer, with what it holds; any other gets a free one.
+        """
+        self._there[piece] = list(host)
+        return self._there[piece]
+
     def tensors(self, piece: int) -> list[Tensor]:
         """The tensors of a fetched piece, in order, ready for work on the current stream."""
         return self._there[piece]
@@ -42,6 +50,13 @@ class PieceRing:
     def write_back(self, piece: int) -> None:
         """Begin to take a piece back to where it came from, behind the work on the current stream."""
         del self._there[piece]
+
+    def let_go(self, piece: int) -> None:
+        """Free the buffer of a piece, behind the work on the current stream, as if it had never been fetched."""
+        del self._there[piece]
+
+    def follow(self) -> None:
+        """Put copies in that begin from now on behind the work of the current stream, which wrote host memory."""
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -94,18 +109,44 @@ class CopyingRing(PieceRing):
             self._tier.copy_in(self._incoming, batch.host, batch.staged)
         self._came[piece] = self._incoming.mark()
 
+    def take(self, piece: int, host: Sequence[Tensor]) -> list[Tensor]:
+        if piece in self._held:
+            self._incoming.wait(self._came.pop(piece))
+        else:
+            self._held[piece] = at = self._free.pop(0)
+            if at in self._emptied:
+                self._outgoing.wait(self._emptied[at])
+        buffer = self._buffers[self._held[piece]]
+        places, _ = stage_places(host)
+        self._there[piece] = carved(buffer, host, places)
+        self._batches[piece] = batches_of(buffer, host, places)
+        return self._there[piece]
+
     def tensors(self, piece: int) -> list[Tensor]:
         self._incoming.wait(self._came[piece])
         return self._there[piece]
 
     def write_back(self, piece: int) -> None:
         self._outgoing.follow()
-        for batch in self._batches.pop(piece):
+        for batch in self._batches[piece]:
             self._tier.copy_out(self._outgoing, batch.staged, batch.host)
+        self._left[piece] = self._empty(piece)
+
+    def let_go(self, piece: int) -> None:
+        self._outgoing.follow()
+        self._empty(piece)
+
+    def follow(self) -> None:
+        self._incoming.follow()
+
+    def _empty(self, piece: int) -> Mark:
+        """Free a buffer behind the copies out begun so far, and all that these follow."""
         at = self._held.pop(piece)
-        self._left[piece] = self._emptied[at] = self._outgoing.mark()
+        mark = self._emptied[at] = self._outgoing.mark()
         self._free.append(at)
-        del self._there[piece], self._came[piece]
+        del self._there[piece], self._batches[piece]
+        self._came.pop(piece, None)
+        return mark
 
     @contextmanager
     def beside(self) -> Iterator[None]:

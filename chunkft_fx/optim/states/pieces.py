@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from chunkft_fx.copies.states.ring import PieceRing
+from chunkft_fx.copies.waiting_gradients import WaitingGradients
 from chunkft_fx.errors import OutsideGradient, PartialStep
 from chunkft_fx.gradients.slice_gradient import cut_from
-from chunkft_fx.gradients.slices import ActiveSlice
+from chunkft_fx.gradients.slices import ActiveSlice, summed
+from chunkft_fx.gradients.used import UsedGradient, drop_used
 from chunkft_fx.graph.layout import front, wide_dtype
 from chunkft_fx.module.training import Training
 from chunkft_fx.optim.states.staging import StagedStates
@@ -29,7 +31,7 @@ class PieceUpdates:
     """The updates of ``pieces``, whose states pass through ``ring``; ``apply`` is the optimizer's update."""
 
     def __init__(self, model: Training, states: StagedStates, ring: PieceRing, pieces: Pieces, apply: Apply) -> None:
-        self._states, self._ring, self._apply, self._given = states, ring, apply, pieces
+        self._model, self._states, self._ring, self._apply, self._given = model, states, ring, apply, pieces
         parameters = dict(model.named_parameters())
         self._slices = [[ActiveSlice(s, parameters[s.name]) for s in piece.slices] for piece in pieces]
         self._pieces_of: dict[str, int] = {}
@@ -50,20 +52,36 @@ class PieceUpdates:
     def at_step(self) -> None:
         """Update everything that has a gradient, one piece behind the other."""
         depth = self._given.depth
-        order = [i for i, slices in enumerate(self._slices) if any(s.grad is not None for s in slices)]
+        order = [i for i, slices in enumerate(self._slices) if any(s.parameter.grad is not None for s in slices)]
+        waiting = self._model.waiting
         self.begin()
         try:
             for i in order[:depth]:
-                self.fetch_states(i)
+                self._fetch(i, waiting)
             for at, i in enumerate(order):
-                self._update(i, [(s, s.grad) for s in self._slices[i] if s.grad is not None])
+                self._update(i, self._graded(i, waiting))
                 self.write_states(i)
+                if waiting is not None:
+                    waiting.let_go(i)
                 if at + depth < len(order):
-                    self.fetch_states(order[at + depth])
+                    self._fetch(order[at + depth], waiting)
         except BaseException:
             self.abandon()
+            if waiting is not None:
+                waiting.abandon()
             raise
-        self.complete()
+        self._end()
+
+    def _fetch(self, piece: int, waiting: WaitingGradients | None) -> None:
+        self.fetch_states(piece)
+        if waiting is not None:
+            waiting.fetch_states(piece)
+
+    def _graded(self, piece: int, waiting: WaitingGradients | None) -> list[tuple[ActiveSlice, Tensor]]:
+        """The slices of a piece that have a gradient, which may have come back from host memory."""
+        there = {} if waiting is None else waiting.gradients(piece)
+        found = [(s, there.get(s.name, s.grad)) for s in self._slices[piece]]
+        return [(s, gradient) for s, gradient in found if gradient is not None]
 
     def begin(self) -> None:
         """Begin a step; `PartialStep` if the step before was left halfway."""
@@ -72,6 +90,14 @@ class PieceUpdates:
         self._done, self._left = {}, {}
 
     def complete(self) -> None:
+        """End a backward that updates: of the gradients that it has used nothing can be read from now on."""
+        used = {name for names in self._done.values() for name in names}
+        self._end()
+        for s in (s for slices in self._slices for s in slices if s.name in used):
+            p = s.parameter
+            p.grad = UsedGradient(s.name, p.shape, wide_dtype(p.dtype), self._ring.device)
+
+    def _end(self) -> None:
         """End a step: everything that had a gradient was updated, and weights in host memory can be fetched again."""
         self._join()
         self._done, self._left = {}, {}
@@ -119,7 +145,7 @@ class PieceUpdates:
             if s.name in by_name:
                 held = s.grad
                 parts = [cut_from(g, s.slice) for g in by_name[s.name]]
-                graded.append((s, _total([held, *parts] if held is not None else parts)))
+                graded.append((s, summed([held, *parts] if held is not None else parts)))
         self._update(piece, graded)
         for s, _ in graded:
             self._left[s.name] = self._left.get(s.name, self._pieces_of[s.name]) - 1
@@ -152,6 +178,8 @@ class PieceUpdates:
                 'outside, needs update="step"; zero_grad() drops that gradient'
             )
         self._updated.clear()
+        for s in (s for slices in self._slices for s in slices):
+            drop_used(s.parameter)
 
     def abandon(self) -> None:
         """A step failed: what was updated goes back to host memory, and nothing goes on before someone has decided."""
@@ -193,11 +221,3 @@ class PieceUpdates:
         Beside a CPU nothing is copied.
         """
         return s.name in self._states.travelling and front(s.weight(), s.dim).is_contiguous()
-
-
-def _total(contributions: Sequence[Tensor]) -> Tensor:
-    """The sum of contributions to a gradient, in a wider dtype, as `runtime.step` adds them up."""
-    total = contributions[0]
-    for value in contributions[1:]:
-        total = total.to(wide_dtype(total.dtype)) + value
-    return total
