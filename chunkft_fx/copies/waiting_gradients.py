@@ -138,8 +138,9 @@ class WaitingGradients:
         totals = []
         for s in graded:
             total = summed([front(cut_from(g, s.slice), s.dim) for g in by_name[s.name]])
-            # one that does not wait was set by the user, or came from outside of the call
-            earlier = before.get(s.name, s.grad)
+            earlier = before.get(s.name)
+            if earlier is None:  # one that does not wait was set by the user, or came from outside of the call
+                earlier = s.grad
             if earlier is not None:
                 total = front(earlier, s.dim).to(wide_dtype(s.parameter.dtype), copy=True).add_(total)
             totals.append(total)

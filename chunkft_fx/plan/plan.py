@@ -10,7 +10,7 @@ from chunkft_fx.plan.policy import Policy
 from chunkft_fx.plan.table import Considered, PlanTables
 
 # Of the JSON text of a plan; changes when a field comes, goes or means something else.
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Plan(PlanTables):
     """What a run will do, decided before it starts.
 
     ``policy`` holds all that programs and passes act on: which weights are streamed, what is saved, and how.
-    ``terms`` maps each part of the predicted peak to its bytes, ``peak_at`` names the moment of the step,
+    ``terms`` maps each part of the predicted peak to its bytes, ``host_terms`` each kind of host memory that a GPU's
+    training takes beside it (none of it on the CPU), ``peak_at`` names the moment of the step,
     ``predicted_step_us`` is the mean step of a sweep (None on the CPU, where memory alone decides), and
     ``considered`` lists choices that were not taken. ``batch`` says for which input
     shapes the prediction was made, ``batch_nbytes`` how large that batch is; before the first training batch these and
@@ -36,6 +37,7 @@ class Plan(PlanTables):
     peak_at: str = ""
     considered: tuple[Considered, ...] = ()
     terms: tuple[tuple[str, int], ...] = ()
+    host_terms: tuple[tuple[str, int], ...] = ()
     batch: str = ""
     batch_nbytes: int = 0
 

@@ -26,6 +26,7 @@ class StepTimes:
     ``fetch_us`` brings all its weights from host memory, ``offload_us`` moves what it keeps between forward and
     backward one way. ``state_us_per_byte`` is the time of a chunk's states, both ways at once,
     ``update_us_per_element`` that of its update. ``split_us`` gives for each split of the head what a step takes more.
+    ``leave_us`` is the way of all gradients to host memory, ``return_us`` their way back.
     """
 
     forward_us: tuple[float, ...]
@@ -37,6 +38,8 @@ class StepTimes:
     state_us_per_byte: float
     update_us_per_element: float
     split_us: tuple[tuple[int, float], ...] = ((1, 0.0),)
+    leave_us: float = 0.0
+    return_us: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -108,12 +111,13 @@ class Policy:
 
     def described(self) -> dict[str, str]:
         """The decisions as the columns of a table: titles and entries."""
+        waits = {"gradients": "host" if self.host_gradients else "device"} if self.pieces else {}
         return {
             "buffers": str(self.depth),
             "recompute": str(self.save_from),
             "offload": str(self.offload_below),
             "split": str(self.head_split),
-        }
+        } | waits
 
     def sentences(self) -> list[str]:
         """The decisions in words, those that change nothing left out."""

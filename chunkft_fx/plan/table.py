@@ -48,6 +48,7 @@ class PlanTables:
     peak_at: str
     considered: tuple[Considered, ...]
     terms: tuple[tuple[str, int], ...]
+    host_terms: tuple[tuple[str, int], ...]
     batch: str
 
     def __str__(self) -> str:
@@ -110,8 +111,10 @@ def _head(plan: PlanTables) -> list[str]:
     terms = [f"  {format_bytes(nbytes):>11}  {name}" for name, nbytes in plan.terms]
     time = "" if plan.predicted_step_us is None else f", a step predicted to take {plan.predicted_step_us / 1e3:.0f} ms"
     schedule = f"{len(plan.chunks)} chunk(s), {plan.order} order{seed}, {steps} each{time}"
+    kinds = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in plan.host_terms)
+    host = [f"host memory {format_bytes(sum(n for _, n in plan.host_terms))}: {kinds}"] if kinds else []
     decided = plan.policy.sentences() if plan.batch else []
-    return [f"budget {format_bytes(plan.budget_bytes)}, {peak}", *terms, schedule, *decided]
+    return [f"budget {format_bytes(plan.budget_bytes)}, {peak}", *terms, *host, schedule, *decided]
 
 
 def _shown(count: int) -> list[int | None]:

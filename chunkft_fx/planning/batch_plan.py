@@ -27,7 +27,14 @@ from chunkft_fx.plan.plan import Plan
 from chunkft_fx.plan.policy import Policy
 from chunkft_fx.plan.state_spec import spec_of
 from chunkft_fx.planning.planner import Options, plan_again, plan_for_batch
-from chunkft_fx.predict.fixed_memory import RING_OF_STATES, chunk_terms, piece_terms, resident_nbytes, weight_terms
+from chunkft_fx.predict.fixed_memory import (
+    RING_OF_GRADIENTS,
+    RING_OF_STATES,
+    chunk_terms,
+    piece_terms,
+    resident_nbytes,
+    weight_terms,
+)
 from chunkft_fx.predict.predictor import BATCH, Predictor
 from chunkft_fx.predict.step_memory import step_timeline, storages_nbytes
 from chunkft_fx.program.programs import Programs
@@ -232,7 +239,7 @@ class BatchPlans:
         )
         if policy.pieces:
             kept = piece_terms(residency.parameters, plan.chunks[0], policy, policy.states, policy.streamed)
-            staged = kept[RING_OF_STATES]
+            staged = kept[RING_OF_STATES] + kept.get(RING_OF_GRADIENTS, 0)
         else:
             kept = chunk_terms(residency.parameters, plan.chunks, policy.states)
             staged = kept["optimizer state of the active chunk"]

@@ -16,7 +16,7 @@ from chunkft_fx.plan.policy import DEPTH, Policy, StepTimes
 from chunkft_fx.plan.state_spec import ASSUMED, StateSpec, stage_capacity_nbytes
 from chunkft_fx.planning.choice import Choice, Cost, Predicts
 from chunkft_fx.planning.chunk_path import cheapest_chunks
-from chunkft_fx.predict.fixed_memory import Terms, chunk_terms, piece_terms, resident_nbytes, weight_terms
+from chunkft_fx.predict.fixed_memory import Terms, chunk_terms, host_terms, piece_terms, resident_nbytes, weight_terms
 from chunkft_fx.predict.step_time import (
     BareSteps,
     SweepWork,
@@ -130,6 +130,12 @@ class ChoiceCosts:
         streamed = sum(self.named[n].numel() * self.named[n].itemsize for n in self.streamed_names(choice.streamed))
         work = self._predictor.work(whole, times, self.states + streamed)
         return covering_step_us(times, policy, placed, work)
+
+    def host_terms(self, choice: Choice) -> Terms:
+        """Bytes of host memory by kind, of a choice that has its streamed weights in its policy."""
+        away = self._predictor.offloaded_nbytes(choice.policy.offload_below)
+        terms = host_terms(self.named, choice.chunks, choice.policy, self._spec)
+        return terms | ({"offloaded activations": away} if away else {})
 
     def fixed_terms(self, choice: Choice) -> Terms:
         """Bytes of weights and their ring, of gradients and staged states."""

@@ -25,7 +25,7 @@ from chunkft_fx.plan.table import Considered
 from chunkft_fx.planning.choice import Fit, Predicts
 from chunkft_fx.planning.costs import BASE
 from chunkft_fx.planning.search import Search
-from chunkft_fx.predict.fixed_memory import RING_OF_STATES
+from chunkft_fx.predict.fixed_memory import RING_OF_STATES, Terms
 
 # Of the choices that were not taken, a plan keeps so many, those that came closest.
 KEPT_CHOICES = 40
@@ -205,10 +205,15 @@ def _completed(
         predicted_peak_bytes=best.nbytes,
         predicted_step_us=best.step_us,
         peak_at=best.peak_at,
-        terms=tuple(sorted(best.terms.items(), key=lambda item: -item[1])),
+        terms=_largest_first(best.terms),
+        host_terms=_largest_first(search.costs.host_terms(replace(best.choice, policy=policy))),
         considered=tuple(considered),
         batch=batch,
     )
+
+
+def _largest_first(terms: Terms) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted(terms.items(), key=lambda item: -item[1]))
 
 
 def _closest(considered: Sequence[Considered], best: Fit) -> list[Considered]:

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from chunkft_fx.copies.weight_ring import ring_buffer_nbytes
 from chunkft_fx.plan.chunk import Chunk
-from chunkft_fx.plan.pieces import piece_nbytes
+from chunkft_fx.plan.pieces import piece_nbytes, waiting_nbytes
 from chunkft_fx.plan.policy import DEPTH, Policy
 from chunkft_fx.plan.state_spec import ASSUMED, StateSpec, stage_capacity_nbytes
 
 # The parts of a predicted peak by name, in bytes.
 Terms = dict[str, int]
 RING_OF_STATES = "ring of optimizer states"
+RING_OF_GRADIENTS = "ring of gradients"
 
 
 def resident_nbytes(model: nn.Module) -> int:
@@ -53,17 +54,40 @@ def piece_terms(
     spec: StateSpec = ASSUMED,
     streamed: frozenset[str] = frozenset(),
 ) -> Terms:
-    """Gradients of all parameters, where they wait for the step, and the ring that states pass through in pieces.
+    """Gradients of all parameters, where they wait for the step, and the rings that pieces pass through.
 
-    ``streamed`` are the weights that pass through it with their states. An update holds the gradients of its piece in
-    a wider dtype.
+    ``streamed`` are the weights that pass through the ring of states with their states. An update, or a sum that is to
+    wait in host memory, holds the gradients of its piece in a wider dtype.
     """
     gradients = chunk_terms(parameters, [whole], spec)["gradients of the active chunk"]
     widest = max(piece.numel for piece in policy.pieces) * 4
-    return {
+    terms = {
         RING_OF_STATES: policy.pieces.depth * piece_nbytes(policy.pieces, parameters, spec, streamed),
-        "gradients": widest if policy.in_backward else gradients,
+        "gradients": widest if policy.takes_gradients else gradients,
     }
+    if policy.host_gradients:
+        terms[RING_OF_GRADIENTS] = policy.pieces.depth * waiting_nbytes(policy.pieces, parameters)
+    return terms
+
+
+def host_terms(
+    parameters: Mapping[str, Tensor], chunks: Sequence[Chunk], policy: Policy, spec: StateSpec = ASSUMED
+) -> Terms:
+    """Bytes of host memory beside a GPU that stay from step to step, by kind.
+
+    Gradients wait in the dtype of their parameters; where several backward passes are added up, in the wide dtype.
+    """
+    terms = {
+        "optimizer states": sum(stage_capacity_nbytes(c, parameters, spec) for c in chunks) if spec.is_kept else 0,
+        "streamed weights": sum(parameters[name].nbytes for name in policy.streamed),
+        "gradients": _gradients_nbytes(parameters, chunks) if policy.host_gradients else 0,
+    }
+    return {name: nbytes for name, nbytes in terms.items() if nbytes}
+
+
+def _gradients_nbytes(parameters: Mapping[str, Tensor], chunks: Sequence[Chunk]) -> int:
+    """Bytes of the gradients of all chunks, as the backward makes them."""
+    return sum(parameters[s.name].nbytes // s.size * s.length for c in chunks for s in c.slices)
 
 
 def chunk_terms(parameters: Mapping[str, Tensor], chunks: Sequence[Chunk], spec: StateSpec = ASSUMED) -> Terms:

@@ -120,6 +120,10 @@ class Predictor:
         update = chunk.numel * times.update_us_per_element
         return Work(lowest, gradients + update, states_nbytes * times.state_us_per_byte)
 
+    def offloaded_nbytes(self, below: int) -> int:
+        """Bytes that the regions below this one keep in host memory between forward and backward, if they offload."""
+        return sum(self._kept(r) for r in self._programs.outline.regions[:below])
+
     def _predicted(self, deepest: Chunk, known: Rates) -> StepTimes:
 
         def us(variant: Variant, is_backward: bool) -> float:
@@ -137,6 +141,7 @@ class Predictor:
             each = sum(us(v, is_backward) for v in variants for is_backward in (False, True))
             split_us.append((split, max(each - whole, 0.0)))
         parameters = self._programs.parameters
+        gradients = sum(parameters[s.name].nbytes // s.size * s.length for s in deepest.slices)
         weights = [sum(parameters[n].numel() * parameters[n].itemsize for n in use) for use in self._regions]
         return StepTimes(
             forward_us=forward,
@@ -150,6 +155,8 @@ class Predictor:
             state_us_per_byte=transfer_us(1, known, "both_ways"),
             update_us_per_element=self._spec.update_nbytes / known.memory_nbytes_per_s * 1e6,
             split_us=tuple(split_us),
+            leave_us=transfer_us(gradients, known, "device_to_host"),
+            return_us=transfer_us(gradients, known, "host_to_device"),
         )
 
     def _variants(self, chunk: Chunk, policy: Policy) -> Sequence[Variant]:

@@ -79,13 +79,16 @@ def covering_step_us(times: StepTimes, policy: Policy, streamed: frozenset[int],
 
     Within the backward states move under its compute, beside its share of the weights that are fetched; those that the
     ring has room for come in while the forward runs. At the step they move when the backward is over, under nothing
-    but the update itself.
+    but the update itself; gradients that wait in host memory leave under the backward, the way that weights do not
+    take, and come back with the states.
     """
     bare = bare_steps(times, policy, streamed, policy.depth)
     compute, link = float(bare.compute_us[0]) + work.gradients_us, float(bare.link_us[0])
+    forward = sum(times.forward_us)
+    if policy.host_gradients:
+        return max(compute, link, forward + times.leave_us) + work.states_us + times.return_us
     if not policy.in_backward:
         return max(compute, link) + work.states_us
-    forward = sum(times.forward_us)
     fetched = sum(times.fetch_us[i] for i in streamed)
     forward = max(forward, fetched)
     early = min(work.states_us * policy.pieces.depth / len(policy.pieces), forward - fetched)

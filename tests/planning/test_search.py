@@ -90,6 +90,9 @@ class Predicted:
         split_us = ((1, 0.0), (2, 15.0), (4, 40.0), (8, 100.0)) if self.logits else ((1, 0.0),)
         return StepTimes(forward, backward, again, gradients, fetch, keep, 2e-4, 1e-5, split_us)
 
+    def offloaded_nbytes(self, below: int) -> int:
+        return self.kept * below
+
     def work(self, chunk: Chunk, times: StepTimes, states_nbytes: int) -> Work:
         share = chunk.numel / sum(self.sizes.values())
         return Work(self.lowest(chunk), share * sum(times.gradients_us), states_nbytes * times.state_us_per_byte)

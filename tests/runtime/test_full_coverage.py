@@ -254,7 +254,7 @@ def test_a_gradient_behind_its_update_is_refused() -> None:
         compiled.get_parameter("layers.0.weight").square().sum().backward()
     with compiled.no_sync():
         compiled(batch(1)).backward()
-    with pytest.raises(OutsideGradient, match=r"embed\.weight"):
+    with pytest.raises(OutsideGradient, match="behind its update"):
         ours.step()
     assert all(torch.equal(v, before[k]) for k, v in compiled.state_dict().items())
     ours.zero_grad()

@@ -80,8 +80,9 @@ class PieceUpdates:
     def _graded(self, piece: int, waiting: WaitingGradients | None) -> list[tuple[ActiveSlice, Tensor]]:
         """The slices of a piece that have a gradient, which may have come back from host memory."""
         there = {} if waiting is None else waiting.gradients(piece)
-        found = [(s, there.get(s.name, s.grad)) for s in self._slices[piece]]
-        return [(s, gradient) for s, gradient in found if gradient is not None]
+        on_device = {s.name: s.grad for s in self._slices[piece] if s.name not in there}
+        found = there | {name: gradient for name, gradient in on_device.items() if gradient is not None}
+        return [(s, found[s.name]) for s in self._slices[piece] if s.name in found]
 
     def begin(self) -> None:
         """Begin a step; `PartialStep` if the step before was left halfway."""
