@@ -19,7 +19,7 @@ import torch
 import chunkft_fx
 from benchmarks.shapes import batches, build
 from chunkft_fx.bytes import format_bytes, parse_bytes
-from chunkft_fx.optim.states.host_states import available_nbytes
+from chunkft_fx.copies.host_memory import available_nbytes
 
 SPOTS = 5
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from chunkft_fx.copies.host_memory import require_room
 from chunkft_fx.copies.link import open_link
 from chunkft_fx.copies.residency import Residency
 from chunkft_fx.copies.saved_values import SavedValues
@@ -47,11 +48,16 @@ class Engines:
             self._ring = Ring(self._fetches, self._tier, residency.depth, nbytes)
         return self._ring
 
-    def waiting(self, pieces: Pieces, parameters: Mapping[str, nn.Parameter]) -> WaitingGradients:
-        """The gradients of these parameters that wait in host memory, in these pieces."""
+    def waiting(self, pieces: Pieces, parameters: Mapping[str, nn.Parameter], others: int) -> WaitingGradients:
+        """The gradients of these parameters that wait in host memory, in these pieces.
+
+        Raises `HostMemoryExceeded` if there is no room for them beside ``others``, bytes that are still to be taken.
+        """
         device, known = self._fetches.device, self._waiting
         if known is None or not known.is_of(pieces, device):
             known = self._waiting = None  # free before taking another
+            own = (parameters[s.name].nbytes // s.size * s.length for piece in pieces for s in piece.slices)
+            require_room(sum(own), others)
             ring = make_ring(device, pieces.depth, waiting_nbytes(pieces, parameters))
             known = self._waiting = WaitingGradients(ring, self._tier, pieces, parameters)
         known.bind(parameters)

@@ -15,6 +15,7 @@ from math import inf
 import torch
 from torch import Tensor, nn
 
+from chunkft_fx.copies.host_memory import require_room
 from chunkft_fx.copies.states.ring import PieceRing
 from chunkft_fx.copies.tier import Tier
 from chunkft_fx.errors import WaitingGradientError
@@ -54,10 +55,16 @@ class WaitingGradients:
             self._slices = [[ActiveSlice(s.slice, parameters[s.name]) for s in slices] for slices in self._slices]
 
     def begin(self) -> None:
-        """Begin a backward; `WaitingGradientError` if a gradient waits that cannot be added to."""
-        for slices in self._slices:
-            for s in slices:
-                self._own(s)
+        """Begin a backward, checked before anything runs of it.
+
+        Raises `WaitingGradientError` if a gradient waits that cannot be added to, `HostMemoryExceeded` if there is no
+        room for sums, which take more than what is added up.
+        """
+        sums = [s for slices in self._slices for s in slices if self._own(s) is not None]
+        widths = (wide_dtype(s.parameter.dtype).itemsize for s in sums)
+        wider = sum(s.weight().numel() * w - self._rooms[s.slice].numel() for s, w in zip(sums, widths, strict=True))
+        if wider > 0:
+            require_room(wider)
 
     def fetch_states(self, piece: int) -> None:
         """Begin to bring back what waits of a piece."""

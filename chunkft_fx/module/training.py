@@ -262,7 +262,9 @@ class Training(Following):
         known = self._plan
         if known is None or not known.policy.host_gradients:
             return None
-        return self.engines.waiting(known.policy.pieces, self._watch.parameters)
+        optimizer = self.optimizer
+        others = 0 if optimizer is None else optimizer.untaken_nbytes
+        return self.engines.waiting(known.policy.pieces, self._watch.parameters, others)
 
     def hooked(self) -> str | None:
         """A parameter on whose gradient the user has a hook; None if there is none."""

@@ -325,6 +325,11 @@ class ChunkedOptimizer(Optimizer):
         """Where the active slices' states are updated."""
         return self._states.stage
 
+    @property
+    def untaken_nbytes(self) -> int:
+        """Bytes of host memory that states are still to take."""
+        return self._states.untaken_nbytes
+
     def take_stage(self) -> None:
         """Take memory for the states of the largest chunk where the model runs, unless it is taken."""
         self._states.take_stage()

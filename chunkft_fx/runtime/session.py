@@ -19,14 +19,14 @@ from torch import Tensor
 from chunkft_fx.capture.capture import Capture, OutputName
 from chunkft_fx.copies.engines import Engines
 from chunkft_fx.copies.states.stage import Updates
-from chunkft_fx.errors import DoubleBackward, StaleBackward, UnsupportedGraph
+from chunkft_fx.errors import DoubleBackward, UnsupportedGraph
 from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.gradients.used import drop_used
 from chunkft_fx.head.missing_logits import MissingLogits
 from chunkft_fx.machine.memory_limit import explained
 from chunkft_fx.plan.plan import Plan
 from chunkft_fx.plan.policy import Policy
-from chunkft_fx.planning.batch_plan import BatchPlans, PlanOwner
+from chunkft_fx.planning.batch_plan import BatchPlans
 from chunkft_fx.planning.example_batch import PlanMade
 from chunkft_fx.predict.step_memory import storages_nbytes
 from chunkft_fx.program.instructions import Executable
@@ -34,10 +34,11 @@ from chunkft_fx.program.programs import Programs
 from chunkft_fx.runtime import random_state
 from chunkft_fx.runtime.lower_ahead import lowered_beside
 from chunkft_fx.runtime.step import Machine, Step, run_backward, run_forward
+from chunkft_fx.runtime.taking import TakingOwner, run_taking, takes_gradients
 from chunkft_fx.torch_internals import accumulates, as_traced, hint, is_in_forward_mode, keeps_graph, version
 
 
-class Owner(PlanOwner, Protocol):
+class Owner(TakingOwner, Protocol):
     """What a session needs of the compiled module: which chunk is active, its slices, and what plans need.
 
     ``is_planning`` says that a call only has a plan made.
@@ -53,16 +54,6 @@ class Owner(PlanOwner, Protocol):
     def is_planning(self) -> bool: ...
 
     def active_slices(self) -> tuple[ActiveSlice, ...]: ...
-
-    @property
-    def is_accumulating(self) -> bool: ...
-
-    def came_through(self, updated: bool = False) -> None: ...
-
-    @property
-    def waiting(self) -> Updates | None: ...
-
-    def hooked(self) -> str | None: ...
 
     def chunk_under(self, plan: Plan) -> int | None: ...
 
@@ -304,65 +295,11 @@ class Session:
         """Run a step's backward; gradients that it leaves to autograd, by primal."""
         for s in step.owner:
             drop_used(s.parameter)
-        if step.executable.has_updates or step.executable.keeps_gradients:
-            self._refuse_partial()
-            return self._updating(step, tangents) if step.executable.has_updates else self._keeping(step, tangents)
+        if takes_gradients(step.executable):
+            return run_taking(self.owner, step, tangents, self._machine, accumulates(self._anchor))
         totals = run_backward(step, tangents, self._machine())
         self.owner.came_through()
         return totals
-
-    def _updating(self, step: Step, tangents: dict[int, Tensor]) -> dict[str, Tensor]:
-        """Run a backward that updates weights."""
-        optimizer = self.owner.optimizer
-        updates = None if optimizer is None else optimizer.updates
-        if optimizer is None or updates is None or self.owner.is_accumulating:
-            why = "its backward is inside" if self.owner.is_accumulating else "its optimizer is gone"
-            raise StaleBackward(
-                'this forward ran for a backward that updates weights (update="backward"), outside of no_sync(), but '
-                f"{why}; put forward and backward into the same no_sync() context, and keep the optimizer"
-            )
-        optimizer.begin_backward()
-        updates.begin()
-        totals = run_backward(step, tangents, self._machine(updates))
-        with self.owner.residency.presented():
-            updates.complete()
-        optimizer.end_backward()
-        self.owner.came_through(updated=True)
-        return totals
-
-    def _keeping(self, step: Step, tangents: dict[int, Tensor]) -> dict[str, Tensor]:
-        """Run a backward that sends gradients to host memory."""
-        waiting = self.owner.waiting
-        assert waiting is not None, "a pending backward keeps its plan"
-        waiting.begin()
-        totals = run_backward(step, tangents, self._machine(waiting))
-        with self.owner.residency.presented():
-            waiting.complete()
-        self.owner.came_through()
-        return totals
-
-    def _refuse_partial(self) -> None:
-        """Raise for a backward that is to fill other gradients than ``backward()`` does, or tell hooks of them.
-
-        A program that takes gradients itself takes them all, and passes none through autograd.
-        """
-        if not accumulates(self._anchor):
-            raise UnsupportedGraph(
-                "torch.autograd.grad, or a backward with inputs=, asks for some gradients alone, but the program of "
-                f"this plan takes the gradients of all parameters itself ({self._taken()}); call loss.backward()"
-            )
-        hooked = self.owner.hooked()
-        if hooked is not None:
-            raise UnsupportedGraph(
-                f"{hooked!r} has a hook on its gradient, which would not be called: the program of this plan takes "
-                f"gradients itself ({self._taken()}); remove the hook"
-            )
-
-    def _taken(self) -> str:
-        known = self.owner.known_plan
-        if known is not None and known.policy.in_backward:
-            return 'update="backward"'
-        return "they wait in host memory, as a larger budget would not have it"
 
 
 class _StepFunction(torch.autograd.Function):

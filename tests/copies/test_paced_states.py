@@ -167,6 +167,7 @@ class Asked:
         self.state: dict[Any, Any] = {}
         self.notes: list[str] = []
         self.updates = None
+        self.untaken_nbytes = 0
 
     def begin_backward(self) -> None:
         raise AssertionError("no backward updates weights")

@@ -15,13 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from chunkft_fx.copies import host_memory
+from chunkft_fx.copies.host_memory import available_nbytes
 from chunkft_fx.copies.states.stage import FreshStage
 from chunkft_fx.copies.tier import LARGEST_SLAB
 from chunkft_fx.errors import BudgetParseError, CheckpointMismatch, HostMemoryExceeded, OptionError
 from chunkft_fx.graph.layout import front
 from chunkft_fx.optim.rules.adamw import AdamW
 from chunkft_fx.optim.states import host_states as optim_host
-from chunkft_fx.optim.states.host_states import HostStates, available_nbytes, pack, require_room
+from chunkft_fx.optim.states.host_states import HostStates, pack, require_room
 from chunkft_fx.plan.state_spec import ASSUMED, StateSpec, StateTensor, stage_capacity_nbytes
 from tests.optim.test_adamw import OPTIONS, Reference, assert_equal, fed, masks, train
 from tests.support.small_net import batch, compiled, dense_gradients, net, train_step
@@ -280,7 +282,7 @@ def test_idle_pinned_memory_is_given_back_before_states_are_refused(
 def test_a_control_group_bounds_available_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], left: int | None
 ) -> None:
-    monkeypatch.setattr(optim_host, "CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr(host_memory, "CONTROL_GROUPS", tmp_path)
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)

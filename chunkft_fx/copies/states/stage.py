@@ -96,6 +96,10 @@ class StageOwner(Protocol):
     @property
     def stage(self) -> Stage: ...
 
+    @property
+    def untaken_nbytes(self) -> int:
+        """Bytes of host memory that its states are still to take."""
+
     def take_stage(self) -> None:
         """Take the stage's memory, for the largest chunk of the model's plan, where the model runs."""
 

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from itertools import chain
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from chunkft_fx.bytes import format_bytes
+from chunkft_fx.copies.host_memory import available_nbytes
 from chunkft_fx.copies.tier import LARGEST_SLAB
 from chunkft_fx.errors import HostMemoryExceeded
 from chunkft_fx.graph.layout import front, stage_nbytes
 from chunkft_fx.plan.cuts import cut_dim
 from chunkft_fx.plan.state_spec import StateLayout, StateSpec
 from chunkft_fx.torch_internals import release_idle_pinned
-
-# Read here because psutil knows no control groups, and in a container their limit is the one that is met.
-CONTROL_GROUPS = Path("/sys/fs/cgroup")
-# Of a control group: its limit, its use, and in its memory.stat the files' pages, which give way when asked for.
-_LIMITS = (
-    ("memory.max", "memory.current", "memory.stat", ("active_file", "inactive_file")),
-    (
-        "memory/memory.limit_in_bytes",
-        "memory/memory.usage_in_bytes",
-        "memory/memory.stat",
-        ("total_active_file", "total_inactive_file"),
-    ),
-)
 
 
 class HostStates:
@@ -48,10 +34,17 @@ class HostStates:
         self._first = [sum(len(s) for s in sizes[:i]) for i in range(len(sizes))]
         self._places, self._slab_sizes = pack(self._sizes)
         self._slabs: dict[int, Tensor] = {}
+        self._asked: set[int] = set()
 
     def nbytes(self, pinned: bool) -> int:
         """Bytes of host memory that the states of all parameters take."""
         return sum(self._slab_sizes) if pinned else sum(self._sizes)
+
+    def untaken_nbytes(self, pinned: bool) -> int:
+        """Bytes of it that are still to be taken, when states are first asked for."""
+        if pinned:
+            return sum(nbytes for i, nbytes in enumerate(self._slab_sizes) if i not in self._slabs)
+        return sum(nbytes for i, nbytes in enumerate(self._sizes) if i not in self._asked)
 
     def holds(self, parameter: Tensor) -> bool:
         """Whether a parameter's states have their place here."""
@@ -70,6 +63,7 @@ class HostStates:
 
     def _tensor(self, at: int, layout: StateLayout, parameter: Tensor, pinned: bool) -> Tensor:
         dim = cut_dim(parameter.shape)
+        self._asked.add(at)
         shape = front(parameter, dim).shape if layout.is_sliced else layout.shape
         host = self._pinned(at).view(layout.dtype).view(shape) if pinned else torch.zeros(shape, dtype=layout.dtype)
         if not layout.is_sliced:
@@ -124,31 +118,6 @@ def require_room(states: HostStates, pinned: bool, host_budget: int | None, smal
         needed,
         limit,
     )
-
-
-def available_nbytes() -> int:
-    """Bytes of physical memory that can still be taken: the system's, or what a control group leaves of its limit."""
-    left = [_left(*names) for names in _LIMITS]
-    return min([_system_nbytes(), *(nbytes for nbytes in left if nbytes is not None)])
-
-
-def _system_nbytes() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # not Linux: all memory, since what is free says little about what can be had
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _left(limit: str, usage: str, statistics: str, files: Sequence[str]) -> int | None:
-    """What a control group leaves, None when there is none or it has no limit."""
-    try:
-        most = int((CONTROL_GROUPS / limit).read_text())
-        taken = int((CONTROL_GROUPS / usage).read_text())
-        lines = dict(line.split() for line in (CONTROL_GROUPS / statistics).read_text().splitlines())
-    except (OSError, ValueError):  # ValueError: the limit is "max"
-        return None
-    return max(0, most - taken + sum(int(lines.get(f, 0)) for f in files))
 
 
 def _power_of_two(nbytes: int) -> int:

@@ -68,6 +68,11 @@ class StagedStates:
             require_room(states, self._is_pinned(), self._host_budget, self._smaller)
         return states
 
+    @property
+    def untaken_nbytes(self) -> int:
+        """Bytes of host memory that are still to be taken for states that it keeps."""
+        return sum(s.untaken_nbytes(self._is_pinned()) for s in self._kept) if self._spec.is_kept else 0
+
     def holds(self, parameter: Tensor) -> bool:
         """Whether this parameter's states have a place."""
         return any(states.holds(parameter) for states in self._kept)
