@@ -54,16 +54,21 @@ class WaitingGradients:
         if any(parameters[s.name] is not s.parameter for slices in self._slices for s in slices):
             self._slices = [[ActiveSlice(s.slice, parameters[s.name]) for s in slices] for slices in self._slices]
 
+    def check(self) -> list[ActiveSlice]:
+        """The slices whose gradients wait; `WaitingGradientError` if one waits that cannot be used."""
+        return [s for slices in self._slices for s in slices if self._own(s) is not None]
+
     def begin(self) -> None:
         """Begin a backward, checked before anything runs of it.
 
         Raises `WaitingGradientError` if a gradient waits that cannot be added to, `HostMemoryExceeded` if there is no
         room for sums, which take more than what is added up.
         """
-        sums = [s for slices in self._slices for s in slices if self._own(s) is not None]
+        sums = self.check()
         widths = (wide_dtype(s.parameter.dtype).itemsize for s in sums)
-        wider = sum(s.weight().numel() * w - self._rooms[s.slice].numel() for s, w in zip(sums, widths, strict=True))
-        if wider > 0:
+        needed = (stage_nbytes(s.weight().numel() * width) for s, width in zip(sums, widths, strict=True))
+        wider = sum(max(n - self._rooms[s.slice].numel(), 0) for s, n in zip(sums, needed, strict=True))
+        if wider:
             require_room(wider)
 
     def fetch_states(self, piece: int) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from chunkft_fx.errors import ChunkFTWarning
+from chunkft_fx.gradients.used import UsedGradient
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def gradients_aside(parameters: Iterable[Tensor]) -> Iterator[None]:
             if p.dtype == dtype and p.device in (device, gradient.device):
                 p.grad = gradient
             else:
-                dropped += 1
+                dropped += not isinstance(gradient, UsedGradient)
         if dropped:
             warn_of_dropped_gradients()
 

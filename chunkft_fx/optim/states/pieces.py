@@ -54,6 +54,8 @@ class PieceUpdates:
         depth = self._given.depth
         order = [i for i, slices in enumerate(self._slices) if any(s.parameter.grad is not None for s in slices)]
         waiting = self._model.waiting
+        if waiting is not None:
+            waiting.check()
         self.begin()
         try:
             for i in order[:depth]:
