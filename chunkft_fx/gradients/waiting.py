@@ -87,6 +87,8 @@ class Waiting:
     def write(self, values: Tensor) -> None:
         """Have these values wait instead."""
         self.require()
+        if values.shape != self.shape:
+            raise WaitingGradientError(f"the gradient of {self.name!r} cannot get the shape {list(values.shape)}")
         self.parts[:] = [self.send(part.slice, cut_from(values, part.slice)) for part in self.parts]
 
     def clear(self) -> None:
@@ -166,7 +168,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if operator is aten.linalg_vector_norm and not kwargs and (args[1:] or (2,)) in ((2,), (inf,)):
             return first.value.norm(*args[1:] or (2,))
     written = written_arguments(func)
-    is_view = returns_view(func) and not written
+    is_view = (returns_view(func) and not written) or torch.Tag.inplace_view in func.tags
     if is_view or written - {0} or any(isinstance(a, list | tuple) and _has_waiting(a) for a in args):
         name = next(a.value.name for a in tree_leaves((args, kwargs)) if isinstance(a, WaitingGradient))
         raise WaitingGradientError(

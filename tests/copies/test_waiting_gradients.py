@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -126,3 +127,24 @@ def test_gradients_move_with_parameters_that_were_replaced(machine: Machine) -> 
     for name, p in other.items():
         assert p.grad is not None
         assert torch.equal(p.grad.clone(), torch.full(p.shape, 1.0 if name == "d" else 2.0))
+
+
+def test_copies_come_behind_what_uses_their_memory(machine: Machine) -> None:
+    """A sum that the user changed is fetched as it is then; a buffer is filled again behind the step that reads it."""
+    known = parameters(torch.float32)
+    waiting = made(known, 2)
+    backward(waiting, {name: [torch.ones(p.shape)] for name, p in known.items()}, 2)
+    ring = waiting._ring
+    assert isinstance(ring, CopyingRing)
+    links: list[Any] = [ring._incoming, ring._outgoing]
+    incoming, outgoing = (link._stream for link in links)
+    before = len(incoming.waits)
+    gradient = known["d"].grad
+    assert gradient is not None
+    gradient.add_(torch.ones(5))
+    assert [stream for stream, _ in incoming.waits[before:]] == [machine.compute]
+    waiting.fetch_states(3)
+    waiting.gradients(3)
+    before = len(outgoing.waits)
+    waiting.let_go(3)
+    assert [stream for stream, _ in outgoing.waits[before:]] == [machine.compute]
