@@ -70,7 +70,7 @@ class OptimizerMismatch(ChunkFTError, TypeError):
 
 
 class HostMemoryExceeded(ChunkFTError, MemoryError):
-    """Optimizer states need more host memory (``needed_bytes``) than they may take (``limit_bytes``)."""
+    """Optimizer states or gradients need more host memory (``needed_bytes``) than they may take (``limit_bytes``)."""
 
     def __init__(self, message: str, needed_bytes: int, limit_bytes: int) -> None:
         super().__init__(message)

@@ -19,6 +19,8 @@ import chunkft_fx
 from chunkft_fx import errors
 from chunkft_fx.gradients.slice_gradient import SliceGradient
 from chunkft_fx.gradients.slices import ActiveSlice
+from chunkft_fx.gradients.used import UsedGradient
+from chunkft_fx.gradients.waiting import WaitingGradient
 from chunkft_fx.head.missing_logits import MissingLogits
 from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.optim.optimizer import ChunkedOptimizer
@@ -34,6 +36,8 @@ GIVEN: dict[type, tuple[str, ...] | None] = {
     Considered: (),
     ActiveSlice: ("grad", "weight"),
     SliceGradient: ("part",),
+    WaitingGradient: (),
+    UsedGradient: (),
     MissingLogits: (),
 }
 # What torch calls.

@@ -64,8 +64,10 @@ class ChunkedOptimizer(Optimizer):
 
     ``update`` says when a model that was compiled with ``coverage="all"`` changes: at the ``"step"``, as with torch's
     optimizers, or in the ``"backward"``, where each part is updated as soon as its gradients are complete. No
-    gradients are then left, so they cannot be clipped or scaled; ``step()`` only counts. Backward passes inside
-    ``model.no_sync()`` add to gradients which the next one outside uses.
+    gradients are then left, so they cannot be read, clipped or scaled (`UsedGradientError`); ``step()`` only counts.
+    Backward passes inside ``model.no_sync()`` add to gradients which the next one outside uses. Gradients that wait for
+    the step do so where the plan has room for them, on the device or in host memory (`WaitingGradient`), where
+    ``host_budget`` does not count them.
 
     Raises `OptimizerMismatch` for anything but a module returned by `chunkft_fx.compile`, `OptionError`
     for an option out of range, `BudgetParseError` for a ``host_budget`` that is not bytes,
