@@ -9,6 +9,14 @@ import torch
 
 import chunkft_fx
 from chunkft_fx.tools.zoo import FAMILIES, tiny
+from tests.support.waiting import waiting_in_host
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_ten_steps_of_a_family_with_gradients_in_host_memory(family: str) -> None:
+    with waiting_in_host(is_copied=True):
+        test_ten_steps_of_a_family(family, "step")
 
 
 @pytest.mark.slow
