@@ -107,12 +107,10 @@ class Waiting:
     def norm(self, order: float) -> Tensor:
         """The 2-norm, or with ``order`` infinity the largest absolute value: 0-d on the device."""
         self.require()
-        of_parts = []
-        for part in self.parts:
-            value = (part.norm if order == 2 else part.largest).clone()
+        of_parts = [part.norm if order == 2 else part.largest for part in self.parts]
+        for i, part in enumerate(self.parts):
             for factor in part.factors:
-                value.mul_(abs(factor))
-            of_parts.append(value)
+                of_parts[i] = (of_parts[i] * abs(factor)).to(self.dtype)
         return torch.linalg.vector_norm(torch.stack(of_parts), order)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any, cast
@@ -14,16 +15,23 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import chunkft_fx
-from chunkft_fx.copies import host_memory
+from chunkft_fx.copies import engines, host_memory
+from chunkft_fx.copies.link import CudaLink
+from chunkft_fx.copies.states.ring import CopyingRing
+from chunkft_fx.copies.tier import HostTier
 from chunkft_fx.copies.waiting_gradients import WaitingGradients
 from chunkft_fx.errors import HostMemoryExceeded, UnsupportedGraph, WaitingGradientError
 from chunkft_fx.gradients.waiting import WaitingGradient
 from chunkft_fx.graph import ops
 from chunkft_fx.module.module import CompiledModule
+from chunkft_fx.optim.states import staging
 from chunkft_fx.plan import pieces
 from tests.runtime.test_full_coverage import assert_equal, batch, twins
 from tests.support.forced_streaming import streaming
+from tests.support.stream_machine import Machine, machine
 from tests.support.waiting import waiting_in_host
+
+__all__ = ["machine"]
 
 COMPILED = {"coverage": "all", "backend": "eager"}
 
@@ -91,6 +99,36 @@ def test_steps_are_those_of_the_plain_model(data: st.DataObject) -> None:
             for o in (ours, theirs):
                 o.zero_grad(set_to_none=to_none)
         assert_equal(ours_model, plain, 1e-9)
+
+
+def late_ring(device: torch.device, depth: int, nbytes: int) -> CopyingRing:
+    """A ring over streams of the machine."""
+    return CopyingRing(CudaLink(device), CudaLink(device), HostTier(device), depth, nbytes)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_steps_are_right_whenever_copies_happen(machine: Machine, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients and states through their rings, over streams that work as late, or as early, as they may."""
+    plain, model = twins(seed)
+    machine.chance = random.Random(seed) if seed else None
+    monkeypatch.setattr(engines, "make_ring", late_ring)
+    monkeypatch.setattr(staging, "make_ring", late_ring)
+    with waiting_in_host():
+        ours = compiled(model)
+        optimizers = [chunkft_fx.AdamW(ours, lr=1e-2), torch.optim.AdamW(plain.parameters(), lr=1e-2)]
+        for step in range(4):
+            for m in (ours, plain):
+                for i in range(1 + (seed + step) % 3):
+                    m(batch(10 * step + i)).backward()
+                torch.nn.utils.clip_grad_norm_(m.parameters(), 0.05)
+            for o in optimizers:
+                o.step()
+                o.zero_grad()
+        assert isinstance(optimizers[0], chunkft_fx.AdamW)
+        state = optimizers[0].state_dict()["state"]  # waits for what goes out
+    assert_equal(ours, plain, 1e-9)
+    for i, p in enumerate(plain.parameters()):
+        torch.testing.assert_close(state[i]["exp_avg"], optimizers[1].state[p]["exp_avg"], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.usefixtures("host")
