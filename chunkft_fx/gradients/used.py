@@ -66,8 +66,8 @@ class UsedGradient(Tensor):
 def _used(name: str, what: str) -> UsedGradientError:
     return UsedGradientError(
         f'the gradient of {name!r} was {what}, but with update="backward" it was used for the update and is gone when '
-        "backward() returns: gradients cannot be clipped, scaled or looked at there; make the optimizer with "
-        'update="step"'
+        "backward() returns: gradients cannot be clipped, scaled or looked at there; leave that out, or make the "
+        'optimizer with update="step"'
     )
 
 

@@ -259,6 +259,13 @@ class Training(Following):
     @property
     def waiting(self) -> WaitingGradients | None:
         """The gradients that wait in host memory; None where the plan has them on the device."""
+        return self._waiting_gradients()
+
+    def take_ring(self) -> None:
+        """Take the device memory that gradients pass through to host memory, if any do, unless it is taken."""
+        self._waiting_gradients()
+
+    def _waiting_gradients(self) -> WaitingGradients | None:
         known = self._plan
         if known is None or not known.policy.host_gradients:
             return None

@@ -159,8 +159,7 @@ class Session:
         """
         policy = self._placed(self.plans.prepare(arguments, expected))
         policy = replace(policy, in_backward=self._will_update(policy))
-        if policy.host_gradients:
-            assert self.owner.waiting is not None, "its memory is taken before a step takes anything"
+        self.owner.take_ring()
         owner = self.owner.active_slices()
         absent = frozenset(self.capture.tangents) - expected
         executable = self.programs.executable(tuple(s.slice for s in owner), absent, policy)

@@ -24,7 +24,8 @@ MachineOf = Callable[[Updates], Machine]
 class TakingOwner(PlanOwner, Protocol):
     """What such a backward needs of the compiled module.
 
-    ``waiting`` keeps gradients in host memory, ``hooked`` names a parameter with a hook of the user's on its gradient.
+    ``waiting`` keeps gradients in host memory, through a ring whose memory ``take_ring`` takes before a step takes
+    anything; ``hooked`` names a parameter with a hook of the user's on its gradient.
     """
 
     @property
@@ -32,6 +33,8 @@ class TakingOwner(PlanOwner, Protocol):
 
     @property
     def waiting(self) -> Updates | None: ...
+
+    def take_ring(self) -> None: ...
 
     def hooked(self) -> str | None: ...
 
