@@ -15,7 +15,7 @@ from chunkft_fx.copies.host_memory import require_room
 from chunkft_fx.copies.link import open_link
 from chunkft_fx.copies.residency import Residency
 from chunkft_fx.copies.saved_values import SavedValues
-from chunkft_fx.copies.states.ring import make_ring
+from chunkft_fx.copies.states.ring import PieceRing, make_ring
 from chunkft_fx.copies.tier import Tier
 from chunkft_fx.copies.waiting_gradients import WaitingGradients
 from chunkft_fx.copies.weight_ring import Ring, ring_buffer_nbytes
@@ -31,6 +31,7 @@ class Engines:
         self._tier = tier
         self._ring: Ring | None = None
         self._waiting: WaitingGradients | None = None
+        self._gradients: PieceRing | None = None
 
     def ring(self, residency: Residency, uses: Sequence[frozenset[str]]) -> Ring | None:
         """The ring for a program whose region calls read these parameters; None where all weights are on the device.
@@ -48,17 +49,22 @@ class Engines:
             self._ring = Ring(self._fetches, self._tier, residency.depth, nbytes)
         return self._ring
 
-    def waiting(self, pieces: Pieces, parameters: Mapping[str, nn.Parameter], others: int) -> WaitingGradients:
-        """The gradients of these parameters that wait in host memory, in these pieces.
+    def waiting(
+        self, pieces: Pieces, parameters: Mapping[str, nn.Parameter], others: int, ring: PieceRing | None
+    ) -> WaitingGradients:
+        """The gradients of these parameters that wait in host memory, in these pieces, moved by ``ring``.
 
-        Raises `HostMemoryExceeded` if there is no room for them beside ``others``, bytes that are still to be taken.
+        Without one a ring of their own moves them. Raises `HostMemoryExceeded` if there is no room for them beside
+        ``others``, bytes that are still to be taken.
         """
-        device, known = self._fetches.device, self._waiting
-        if known is None or not known.is_of(pieces, device):
-            known = self._waiting = None  # free before taking another
+        known = self._waiting
+        if known is None or not known.is_of(pieces):
+            self._waiting = self._gradients = None  # free before taking others
             own = (parameters[s.name].nbytes // s.size * s.length for piece in pieces for s in piece.slices)
             require_room(sum(own), others)
-            ring = make_ring(device, pieces.depth, waiting_nbytes(pieces, parameters))
-            known = self._waiting = WaitingGradients(ring, self._tier, pieces, parameters)
-        known.bind(parameters)
+            known = self._waiting = WaitingGradients(self._tier, pieces)
+        if ring is None:
+            ring = self._gradients or make_ring(self._fetches.device, pieces.depth, waiting_nbytes(pieces, parameters))
+            self._gradients = ring
+        known.bind(parameters, ring)
         return known

@@ -1,10 +1,11 @@
 """Waiting gradients: copies gradients to host memory as the backward completes them, and back for the optimizer's step.
 
-They move in the pieces of full coverage through a ring of their own (`copies.states.ring`). A backward that finds a
-gradient waiting brings it back, adds to it on the device, and sends the sum: the same numbers, in the same dtypes, that
-gradients on the device have. The first gradient of a step waits in the dtype in which the backward made it, a sum in
-the wide one: host memory and link then carry half of a bfloat16 model's. A backward that fails leaves gradients that
-came from earlier ones half added to; they say so when they are read.
+They move in the pieces of full coverage through a ring (`copies.states.ring`): one of their own, or that of states in a
+backward that updates nothing. A backward that finds a gradient waiting brings it back, adds to it on the device, and
+sends the sum: the same numbers, in the same dtypes, that gradients on the device have. The first gradient of a step
+waits in the dtype in which the backward made it, a sum in the wide one: host memory and link then carry half of a
+bfloat16 model's. A backward that fails leaves gradients that came from earlier ones half added to; they say so when
+they are read.
 """
 
 from __future__ import annotations
@@ -34,25 +35,36 @@ OVERWRITTEN = "was taken off its parameter, and another is in its place in host 
 
 
 class WaitingGradients:
-    """The gradients of one model's ``parameters`` in host memory, in these pieces, which pass through ``ring``."""
+    """The gradients of one model in host memory, in these pieces; `bind` says whose, and what moves them."""
 
-    def __init__(self, ring: PieceRing, tier: Tier, pieces: Pieces, parameters: Mapping[str, nn.Parameter]) -> None:
-        self._ring, self._tier, self._given = ring, tier, pieces
-        self._slices = [[ActiveSlice(s, parameters[s.name]) for s in piece.slices] for piece in pieces]
+    _ring: PieceRing
+
+    def __init__(self, tier: Tier, pieces: Pieces) -> None:
+        self._tier, self._given = tier, pieces
+        self._slices: list[list[ActiveSlice]] = []
         self._rooms: dict[Slice, Tensor] = {}  # uint8
         self._latest: dict[str, Waiting] = {}  # by parameter, what waits or waited last
         self._new: dict[str, list[WaitingPart]] = {}  # of the backward under way
         self._held: list[Tensor] = []  # gradients that work beside the backward may still read
         self._group: int | None = None
 
-    def is_of(self, pieces: Pieces, device: torch.device) -> bool:
-        """Whether these are gradients in just these pieces, beside this device, through as many buffers."""
-        return self._given == pieces and self._ring.device == device
+    def is_of(self, pieces: Pieces) -> bool:
+        """Whether these are gradients in just these pieces, through whatever number of buffers."""
+        return self._given.chunks == pieces.chunks
 
-    def bind(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Be the gradients of these parameters of the same names; those that were not replaced keep what waits."""
-        if any(parameters[s.name] is not s.parameter for slices in self._slices for s in slices):
-            self._slices = [[ActiveSlice(s.slice, parameters[s.name]) for s in slices] for slices in self._slices]
+    def bind(self, parameters: Mapping[str, nn.Parameter], ring: PieceRing) -> None:
+        """Be the gradients of these parameters, moved by ``ring``, none of whose copies are under way.
+
+        A parameter that takes the place of one of the same name has none yet, others keep what waits.
+        """
+        self._ring = ring
+        known = {s.name: s.parameter for slices in self._slices for s in slices}
+        if any(known.get(s.name) is not parameters[s.name] for piece in self._given for s in piece.slices):
+            self._slices = [[ActiveSlice(s, parameters[s.name]) for s in piece.slices] for piece in self._given]
+
+    def is_through(self, ring: PieceRing) -> bool:
+        """Whether this ring moves them."""
+        return self._ring is ring
 
     def check(self) -> list[ActiveSlice]:
         """The slices whose gradients wait; `WaitingGradientError` if one waits that cannot be used."""
@@ -198,10 +210,25 @@ class WaitingGradients:
             room = self._rooms[s] = self._tier.allocate((stage_nbytes(value.nbytes),), torch.uint8)
         return room[: value.nbytes].view(value.dtype).view(value.shape)
 
+    def settle(self) -> None:
+        """Put work that follows on the current stream behind all copies to host memory."""
+        self._ring.settle()
+
+    def brought(self, piece: int) -> dict[str, Tensor]:
+        """As `gradients`, in the wide dtype, of a piece that was not fetched: copied by the current stream itself.
+
+        The ring can be full of other things then. Called behind `settle`.
+        """
+        found = self._waiting(piece)
+        return {s.name: self._copied(s, found[s.name]) for s in self._slices[piece] if s.name in found}
+
     def _bring(self, part: WaitingPart) -> Tensor:
         """A part as the user reads it: a copy on the device, behind the copies out."""
         s = next(s for slices in self._slices for s in slices if s.slice == part.slice)
         self._ring.settle()
+        return self._copied(s, part)
+
+    def _copied(self, s: ActiveSlice, part: WaitingPart) -> Tensor:
         wide = wide_dtype(s.parameter.dtype)
         there = None if part.host is None else part.host.to(self._ring.device, non_blocking=True)
         made = self._made(s, part, there)

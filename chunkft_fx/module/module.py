@@ -103,7 +103,8 @@ class CompiledModule(StandIn):
         """A context in which backward passes only add to gradients, whatever the optimizer's ``update`` is.
 
         The forward belongs into it, too, as in `torch.nn.parallel.DistributedDataParallel.no_sync`. With
-        ``update="backward"`` the next backward of a forward outside uses what was added up.
+        ``update="backward"`` gradients wait in host memory, and the next backward of a forward outside uses what was
+        added up.
         """
         return self._training.no_sync()
 

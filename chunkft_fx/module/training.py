@@ -258,20 +258,28 @@ class Training(Following):
 
     @property
     def waiting(self) -> WaitingGradients | None:
-        """The gradients that wait in host memory; None where the plan has them on the device."""
+        """The gradients that wait in host memory; None where the plan has them on the device.
+
+        Where the backward updates weights, those of passes that only accumulate wait there, moved by the ring of
+        states, which has nothing else to do in such a pass.
+        """
         return self._waiting_gradients()
 
     def take_ring(self) -> None:
         """Take the device memory that gradients pass through to host memory, if any do, unless it is taken."""
-        self._waiting_gradients()
+        if self._plan is not None and self._plan.policy.host_gradients:
+            self._waiting_gradients()
 
     def _waiting_gradients(self) -> WaitingGradients | None:
-        known = self._plan
-        if known is None or not known.policy.host_gradients:
+        known, optimizer = self._plan, self.optimizer
+        if known is None or not known.policy.takes_gradients:
             return None
-        optimizer = self.optimizer
+        updates = optimizer.updates if optimizer is not None and known.policy.in_backward else None
+        if known.policy.in_backward and updates is None:
+            return None
         others = 0 if optimizer is None else optimizer.untaken_nbytes
-        return self.engines.waiting(known.policy.pieces, self._watch.parameters, others)
+        ring = None if updates is None else updates.ring
+        return self.engines.waiting(known.policy.pieces, self._watch.parameters, others, ring)
 
     def hooked(self) -> str | None:
         """A parameter on whose gradient the user has a hook; None if there is none."""

@@ -69,8 +69,12 @@ def cut_pieces(parameters: Sequence[ParameterSpec]) -> Pieces:
 def piece_nbytes(
     pieces: Sequence[Chunk], parameters: Mapping[str, Tensor], spec: StateSpec, streamed: frozenset[str]
 ) -> int:
-    """Bytes of a buffer of the ring: those of the largest piece's states, and of its weights that are ``streamed``."""
-    return max(stage_capacity_nbytes(p, parameters, spec) + _weights(p, parameters, streamed) for p in pieces)
+    """Bytes of a buffer of the ring: those of the largest piece's states, and of its weights that are ``streamed``.
+
+    Where the backward updates, gradients that only accumulate pass through the same buffers.
+    """
+    states = max(stage_capacity_nbytes(p, parameters, spec) + _weights(p, parameters, streamed) for p in pieces)
+    return max(states, waiting_nbytes(pieces, parameters)) if spec.in_backward else states
 
 
 def waiting_nbytes(pieces: Sequence[Chunk], parameters: Mapping[str, Tensor]) -> int:

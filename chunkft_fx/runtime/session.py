@@ -158,7 +158,7 @@ class Session:
         Raises `BudgetInfeasible`, before anything ran, for a batch that no plan fits.
         """
         policy = self._placed(self.plans.prepare(arguments, expected))
-        policy = replace(policy, in_backward=self._will_update(policy))
+        policy = self._now(policy)
         self.owner.take_ring()
         owner = self.owner.active_slices()
         absent = frozenset(self.capture.tangents) - expected
@@ -199,13 +199,13 @@ class Session:
     def _asked(self) -> tuple[ActiveSlice, ...]:
         """The slices that autograd is to ask for: those that are active, none before there is a plan."""
         known = self.owner.known_plan
-        if known is None or known.policy.host_gradients or self._will_update(known.policy):
-            return ()
-        return self.owner.active_slices()
+        return () if known is None or self._now(known.policy).takes_gradients else self.owner.active_slices()
 
-    def _will_update(self, policy: Policy) -> bool:
-        """Whether the backward of a forward that runs now updates weights itself."""
-        return policy.in_backward and not self.owner.is_accumulating
+    def _now(self, policy: Policy) -> Policy:
+        """What a policy is for a forward that runs now: one that only accumulates has gradients wait for an update."""
+        if not policy.in_backward or not self.owner.is_accumulating:
+            return policy
+        return replace(policy, in_backward=False, host_gradients=self.owner.waiting is not None)
 
     def start(self, arguments: Sequence[Any]) -> tuple[list[Any], list[Tensor], Step]:
         """Run forward with gradients enabled; returns the outputs, new values of buffers, and what backward needs."""

@@ -54,7 +54,7 @@ def run_taking(
     ``is_whole`` says that the call is for all gradients, as ``backward()`` is. Raises `UnsupportedGraph` if it is not,
     or where a parameter has hooks, `StaleBackward` if weights can no more be updated as the forward expected.
     """
-    why = 'update="backward"' if step.executable.has_updates else "they wait in host memory, for want of budget"
+    why = 'update="backward"' if step.executable.has_updates else "they wait in host memory"
     if not is_whole:
         raise UnsupportedGraph(
             "torch.autograd.grad, or a backward with inputs=, asks for some gradients alone, but this plan's program "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -39,10 +40,17 @@ def parameters(dtype: torch.dtype) -> dict[str, nn.Parameter]:
     return made
 
 
+ALL = Pieces(tuple(Chunk(tuple(slices), 1, 1) for slices in PIECES))
+
+
+def ring(known: dict[str, nn.Parameter], depth: int) -> CopyingRing:
+    return CopyingRing(CudaLink(CPU), CudaLink(CPU), HostTier(CPU), depth, waiting_nbytes(ALL, known))
+
+
 def made(known: dict[str, nn.Parameter], depth: int) -> WaitingGradients:
-    pieces = Pieces(tuple(Chunk(tuple(slices), 1, 1) for slices in PIECES), depth)
-    ring = CopyingRing(CudaLink(CPU), CudaLink(CPU), HostTier(CPU), depth, waiting_nbytes(pieces, known))
-    return WaitingGradients(ring, HostTier(CPU), pieces, known)
+    waiting = WaitingGradients(HostTier(CPU), ALL)
+    waiting.bind(known, ring(known, depth))
+    return waiting
 
 
 def backward(waiting: WaitingGradients, gradients: Mapping[str, Sequence[Tensor]], depth: int) -> None:
@@ -122,11 +130,26 @@ def test_gradients_move_with_parameters_that_were_replaced(machine: Machine) -> 
     waiting = made(known, 2)
     backward(waiting, {name: [torch.ones(p.shape)] for name, p in known.items()}, 2)
     other = {**known, "d": nn.Parameter(torch.zeros(5))}
-    waiting.bind(other)
+    waiting.bind(other, waiting._ring)
     backward(waiting, {name: [torch.ones(p.shape)] for name, p in other.items()}, 2)
     for name, p in other.items():
         assert p.grad is not None
         assert torch.equal(p.grad.clone(), torch.full(p.shape, 1.0 if name == "d" else 2.0))
+
+
+def test_another_ring_moves_what_waits(machine: Machine) -> None:
+    """As where a plan for another batch, in the middle of a step, has another number of buffers."""
+    known = parameters(torch.float32)
+    waiting = made(known, 2)
+    assert waiting.is_of(replace(ALL, depth=4))
+    assert not waiting.is_of(Pieces(ALL.chunks[:2]))
+    for turn, depth in enumerate((2, 4, 1), start=1):
+        backward(waiting, {name: [torch.ones(p.shape)] for name, p in known.items()}, depth)
+        waiting._ring.synchronize()
+        waiting.bind(known, ring(known, {2: 4, 4: 1, 1: 1}[depth]))
+        for p in known.values():
+            assert p.grad is not None
+            assert torch.equal(p.grad.clone(), torch.full(p.shape, float(turn)))
 
 
 def test_copies_come_behind_what_uses_their_memory(machine: Machine) -> None:
@@ -134,9 +157,9 @@ def test_copies_come_behind_what_uses_their_memory(machine: Machine) -> None:
     known = parameters(torch.float32)
     waiting = made(known, 2)
     backward(waiting, {name: [torch.ones(p.shape)] for name, p in known.items()}, 2)
-    ring = waiting._ring
-    assert isinstance(ring, CopyingRing)
-    links: list[Any] = [ring._incoming, ring._outgoing]
+    moving = waiting._ring
+    assert isinstance(moving, CopyingRing)
+    links: list[Any] = [moving._incoming, moving._outgoing]
     incoming, outgoing = (link._stream for link in links)
     before = len(incoming.waits)
     gradient = known["d"].grad

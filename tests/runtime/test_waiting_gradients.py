@@ -106,6 +106,37 @@ def late_ring(device: torch.device, depth: int, nbytes: int) -> CopyingRing:
     return CopyingRing(CudaLink(device), CudaLink(device), HostTier(device), depth, nbytes)
 
 
+@pytest.mark.parametrize("kind", ["AdamW", "SGD"])
+@pytest.mark.parametrize("seed", range(3))
+def test_passes_that_only_accumulate_wait_for_the_backward_that_updates(
+    machine: Machine, seed: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They pass through the ring of states, also where states are smaller than gradients, or there are none."""
+    plain, model = twins(seed)
+    machine.chance = random.Random(seed) if seed else None
+    monkeypatch.setattr(staging, "make_ring", late_ring)
+    ours = compiled(model)
+    optimizer: Any = getattr(chunkft_fx, kind)(ours, lr=1e-2, update="backward")
+    theirs = getattr(torch.optim, kind)(plain.parameters(), lr=1e-2)
+    for step in range(4):
+        held = (seed + step) % 3
+        for i in range(held):
+            plain(batch(10 * step + i)).backward()
+            with ours.no_sync():
+                ours(batch(10 * step + i)).backward()
+            assert all(isinstance(p.grad, WaitingGradient) for p in ours.parameters())
+            assert_same(gradients(ours), gradients(plain), 1e-9)
+        if step != 3 or not held:  # a step can also come without a backward that updates
+            plain(batch(10 * step + 9)).backward()
+            ours(batch(10 * step + 9)).backward()
+        for o in (optimizer, theirs):
+            o.step()
+            o.zero_grad()
+    optimizer.state_dict()  # waits for what goes out
+    assert_equal(ours, plain, 1e-9)
+    assert ours._training.engines._gradients is None
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_steps_are_right_whenever_copies_happen(machine: Machine, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients and states through their rings, over streams that work as late, or as early, as they may."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from chunkft_fx.copies.link import Link, Mark, open_link
 from chunkft_fx.copies.states.batches import Batch, batches_of, carved, last_conflict, stage_places
+from chunkft_fx.copies.states.ring import PieceRing
 from chunkft_fx.copies.tier import HostTier, Tier
 from chunkft_fx.plan.state_spec import StateSpec
 
@@ -64,7 +65,7 @@ class Stage:
 
 
 class Updates(Protocol):
-    """An optimizer, as far as a program that updates weights asks for it."""
+    """What takes gradients within a backward, as far as the program asks for it: an optimizer, or host memory."""
 
     def begin(self) -> None:
         """Begin a step, checked before anything runs of it."""
@@ -82,6 +83,13 @@ class Updates(Protocol):
     def complete(self) -> None: ...
 
     def abandon(self) -> None: ...
+
+
+class OptimizerUpdates(Updates, Protocol):
+    """The updates of an optimizer, whose states pass through ``ring``."""
+
+    @property
+    def ring(self) -> PieceRing: ...
 
 
 class StageOwner(Protocol):
@@ -107,7 +115,7 @@ class StageOwner(Protocol):
         """Give the stage's memory back, before a plan with other chunks is settled."""
 
     @property
-    def updates(self) -> Updates | None:
+    def updates(self) -> OptimizerUpdates | None:
         """What updates weights within the backward; None where the plan has no pieces."""
 
     def begin_backward(self) -> None:

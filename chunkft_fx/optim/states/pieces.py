@@ -7,7 +7,7 @@ should it fail halfway, some parameters are a step ahead of the others, and noth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from chunkft_fx.errors import OutsideGradient, PartialStep
 from chunkft_fx.gradients.slice_gradient import cut_from
 from chunkft_fx.gradients.slices import ActiveSlice, summed
 from chunkft_fx.gradients.used import UsedGradient, drop_used
+from chunkft_fx.gradients.waiting import waiting
 from chunkft_fx.graph.layout import front, wide_dtype
 from chunkft_fx.module.training import Training
 from chunkft_fx.optim.states.staging import StagedStates
@@ -43,7 +44,13 @@ class PieceUpdates:
         self._updated: set[str] = set()  # by backward passes since the optimizer's last step
         self._held: list[Tensor] = []  # gradients that updates beside the backward may still read
         self._group: int | None = None
+        self._waiting: WaitingGradients | None = None  # for the step under way, where any of its gradients wait
         self.is_broken = False
+
+    @property
+    def ring(self) -> PieceRing:
+        """What states pass through."""
+        return self._ring
 
     def is_of(self, pieces: Pieces, ring: PieceRing) -> bool:
         """Whether these are the updates of just these pieces, through this ring."""
@@ -53,42 +60,55 @@ class PieceUpdates:
         """Update everything that has a gradient, one piece behind the other."""
         depth = self._given.depth
         order = [i for i, slices in enumerate(self._slices) if any(s.parameter.grad is not None for s in slices)]
-        waiting = self._model.waiting
-        if waiting is not None:
-            waiting.check()
         self.begin()
+        apart = self._with_own_ring()
         try:
             for i in order[:depth]:
-                self._fetch(i, waiting)
+                self._fetch(i, apart)
             for at, i in enumerate(order):
-                self._update(i, self._graded(i, waiting))
+                self._update(i, self._graded(i))
                 self.write_states(i)
-                if waiting is not None:
-                    waiting.let_go(i)
+                if apart is not None:
+                    apart.let_go(i)
                 if at + depth < len(order):
-                    self._fetch(order[at + depth], waiting)
+                    self._fetch(order[at + depth], apart)
         except BaseException:
             self.abandon()
-            if waiting is not None:
-                waiting.abandon()
+            if apart is not None:
+                apart.abandon()
             raise
         self._end()
 
-    def _fetch(self, piece: int, waiting: WaitingGradients | None) -> None:
+    def _fetch(self, piece: int, apart: WaitingGradients | None) -> None:
         self.fetch_states(piece)
-        if waiting is not None:
-            waiting.fetch_states(piece)
+        if apart is not None:
+            apart.fetch_states(piece)
 
-    def _graded(self, piece: int, waiting: WaitingGradients | None) -> list[tuple[ActiveSlice, Tensor]]:
+    def _graded(self, piece: int) -> list[tuple[ActiveSlice, Tensor]]:
         """The slices of a piece that have a gradient, which may have come back from host memory."""
-        there = {} if waiting is None else waiting.gradients(piece)
+        there = self._came_back(piece)
         on_device = {s.name: s.grad for s in self._slices[piece] if s.name not in there}
         found = there | {name: gradient for name, gradient in on_device.items() if gradient is not None}
         return [(s, found[s.name]) for s in self._slices[piece] if s.name in found]
 
+    def _came_back(self, piece: int) -> dict[str, Tensor]:
+        """The gradients of a piece that waited in host memory, by the names of its parameters."""
+        if self._waiting is None:
+            return {}
+        return self._waiting.gradients(piece) if self._with_own_ring() else self._waiting.brought(piece)
+
+    def _with_own_ring(self) -> WaitingGradients | None:
+        """The gradients that wait in host memory if another ring than that of states moves them."""
+        found = self._waiting
+        return None if found is None or found.is_through(self._ring) else found
+
     def begin(self) -> None:
-        """Begin a step; `PartialStep` if the step before was left halfway."""
+        """Begin a step; `PartialStep` if the step before was left halfway, `WaitingGradientError` for a spoiled sum."""
         self.refuse_broken()
+        self._waiting = self._model.waiting if any(waiting(s.parameter.grad) for s in self._all()) else None
+        if self._waiting is not None:
+            self._waiting.check()
+            self._waiting.settle()
         self._states.settle_ties()
         self._done, self._left = {}, {}
 
@@ -96,14 +116,14 @@ class PieceUpdates:
         """End a backward that updates: of the gradients that it has used nothing can be read from now on."""
         used = {name for names in self._done.values() for name in names}
         self._end()
-        for s in (s for slices in self._slices for s in slices if s.name in used):
+        for s in (s for s in self._all() if s.name in used):
             p = s.parameter
             p.grad = UsedGradient(s.name, p.shape, wide_dtype(p.dtype), self._ring.device)
 
     def _end(self) -> None:
         """End a step: everything that had a gradient was updated, and weights in host memory can be fetched again."""
         self._join()
-        self._done, self._left = {}, {}
+        self._done, self._left, self._waiting = {}, {}, None
         if self._states.travelling:
             self._ring.settle()
 
@@ -144,9 +164,12 @@ class PieceUpdates:
         for name, gradient in zip(names, gradients, strict=True):
             by_name.setdefault(name, []).append(gradient)
         graded = []
+        there = self._came_back(piece)
         for s in self._slices[piece]:
             if s.name in by_name:
-                held = s.grad
+                held = there.get(s.name)
+                if held is None:
+                    held = s.grad
                 parts = [cut_from(g, s.slice) for g in by_name[s.name]]
                 graded.append((s, summed([held, *parts] if held is not None else parts)))
         self._update(piece, graded)
@@ -156,6 +179,9 @@ class PieceUpdates:
             if not self._left[s.name]:
                 self._held += [s.parameter.grad] if s.parameter.grad is not None else []
                 s.parameter.grad = None
+
+    def _all(self) -> Iterator[ActiveSlice]:
+        return (s for slices in self._slices for s in slices)
 
     def _join(self) -> None:
         """Have what follows wait for the updates so far, of which nothing needs to be held any more."""
@@ -181,7 +207,7 @@ class PieceUpdates:
                 'outside, needs update="step"; zero_grad() drops that gradient'
             )
         self._updated.clear()
-        for s in (s for slices in self._slices for s in slices):
+        for s in self._all():
             drop_used(s.parameter)
 
     def abandon(self) -> None:
