@@ -90,6 +90,31 @@ class Deep(nn.Module):
         return x.float().square().mean()
 
 
+@pytest.mark.usefixtures("_where")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_passes_that_only_accumulate_wait_for_the_backward_that_updates(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = Tied(dtype)
+    other = copy.deepcopy(model)
+    ours = compiled(model)
+    optimizer = chunkft_fx.AdamW(ours, lr=1e-2, update="backward")
+    theirs = torch.optim.AdamW(other.parameters(), lr=1e-2)
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-4
+    for step in range(6):
+        for i in range(step % 3):
+            with ours.no_sync():
+                ours(batch(10 * step + i).cuda()).backward()
+            other(batch(10 * step + i)).backward()
+            assert all(isinstance(p.grad, WaitingGradient) for p in ours.parameters())
+        ours(batch(10 * step + 9).cuda()).backward()
+        other(batch(10 * step + 9)).backward()
+        for o in (optimizer, theirs):
+            o.step()
+            o.zero_grad()
+    for p, q in zip(ours.state_dict().values(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(p.cpu(), q, rtol=tolerance, atol=tolerance)
+
+
 def in_both_places(train: Callable[[], list[Tensor]]) -> list[list[Tensor]]:
     """What training gives with gradients in host memory, and on the device."""
     with waiting_in_host():
