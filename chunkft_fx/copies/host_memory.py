@@ -1,13 +1,28 @@
-"""Tells how much host memory can still be taken, and refuses gradients that would find too little to wait in."""
+"""Takes pinned host memory, tells how much there still is, and refuses gradients that would find too little to wait in.
+
+Memory that the CUDA driver allocates lies in pages of 4 KiB: taking it is slow, and copies in both directions at once
+are held up by the translation of so many addresses. Here memory is taken from the system, in huge pages where it gives
+them, and pinned in place.
+"""
 
 from __future__ import annotations
 
+import mmap
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from chunkft_fx.bytes import format_bytes
 from chunkft_fx.errors import HostMemoryExceeded
+
+# Bytes of a huge page: what is taken is a multiple of it.
+PAGE_NBYTES = 2 * 2**20
+# Of `cudaHostRegister`: every device may copy from this memory.
+_PORTABLE = 1
 
 # Read here because psutil knows no control groups, and in a container their limit is the one that is met.
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
@@ -21,6 +36,53 @@ _LIMITS = (
         ("total_active_file", "total_inactive_file"),
     ),
 )
+
+
+class _Pages(mmap.mmap):
+    """Memory of the system that a device copies to and from by itself, for as long as someone holds it."""
+
+    device: torch.device
+    address = 0  # while it is pinned
+
+    def pin(self, device: torch.device) -> None:
+        """Let ``device`` copy from and to it."""
+        address = torch.frombuffer(self, dtype=torch.uint8).data_ptr()
+        error = int(torch.cuda.cudart().cudaHostRegister(address, len(self), _PORTABLE))
+        if error:
+            raise HostMemoryExceeded(
+                f"{format_bytes(len(self))} of host memory cannot be pinned for {device} (CUDA error {error}); use a "
+                "larger budget, with which less has to wait in host memory, states that take less, or a machine that "
+                "lets more of its memory be pinned",
+                len(self),
+                available_nbytes(),
+            )
+        self.device, self.address = device, address
+
+    def __del__(self) -> None:
+        if self.address and not sys.is_finalizing():
+            torch.cuda.synchronize(self.device)  # copies may be under way
+            torch.cuda.cudart().cudaHostUnregister(self.address)
+
+
+def pinned_zeros(nbytes: int, device: torch.device) -> Tensor:
+    """A uint8 tensor of ``nbytes`` zeros that ``device`` copies to and from by itself.
+
+    Its memory is taken in whole pages of `PAGE_NBYTES`, and goes back to the system with the last tensor that views it.
+    Raises `HostMemoryExceeded` if the system lets no such memory be pinned.
+    """
+    if not hasattr(mmap, "MADV_HUGEPAGE") or not nbytes:
+        return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True)
+    pages = _Pages(-1, paged(nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_HUGEPAGE)
+    pages.madvise(mmap.MADV_DONTFORK)  # a forked process would have to copy all of it: pinned pages cannot be shared
+    zeros = torch.frombuffer(pages, dtype=torch.uint8).zero_()  # has the system find the pages, with several threads
+    pages.pin(device)
+    return zeros[:nbytes]
+
+
+def paged(nbytes: int) -> int:
+    """Bytes of the whole pages that so many bytes take."""
+    return -(-nbytes // PAGE_NBYTES) * PAGE_NBYTES
 
 
 def require_room(gradients: int, others: int = 0) -> None:

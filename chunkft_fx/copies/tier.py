@@ -13,9 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from chunkft_fx.copies.host_memory import paged, pinned_zeros
 from chunkft_fx.copies.link import Link
 
-# Pinned slabs are powers of two (torch's pinned allocator rounds up to them) and grow up to this size.
+# Pinned slabs grow up to this size.
 SMALLEST_SLAB = 64 * 2**20
 LARGEST_SLAB = 2**30
 
@@ -36,11 +37,11 @@ class Tier(Protocol):
 class HostTier:
     """Host memory beside a device: pinned and carved from slabs where the device is a GPU, plain beside a CPU.
 
-    Pinning costs about 0.5 s a GiB and a call, and torch rounds each pinned tensor up to a power of two;
-    slabs taken as they are needed avoid both waste and waiting for all memory at once.
+    Slabs are taken as they are needed: pinning has a cost for each call, and for each GiB.
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self.is_pinned = device.type == "cuda"
         self._slabs: dict[torch.dtype, list[Tensor]] = {}  # the unused rest of each slab
 
@@ -82,5 +83,4 @@ class HostTier:
 
     def _new_slab(self, numel: int, dtype: torch.dtype) -> Tensor:
         grown = min(SMALLEST_SLAB << len(self._slabs[dtype]), LARGEST_SLAB)
-        nbytes = max(grown, 1 << (numel * dtype.itemsize - 1).bit_length())
-        return torch.zeros(nbytes // dtype.itemsize, dtype=dtype, pin_memory=True)
+        return pinned_zeros(max(grown, paged(numel * dtype.itemsize)), self._device).view(dtype)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chunkft_fx.copies.host_memory import pinned_zeros
 from chunkft_fx.machine.rates import Rates
 from chunkft_fx.torch_internals import release_workspaces
 
@@ -128,7 +129,7 @@ def _links(device: torch.device, smaller: int = 1) -> dict[str, float]:
     """Rates between host and device; on the CPU those of plain copies, which is what streams lower to there."""
     nbytes = _BUFFER_NBYTES[device.type] // smaller
     is_cuda = device.type == "cuda"
-    there, back = (torch.ones(nbytes, dtype=torch.uint8, pin_memory=is_cuda) for _ in range(2))
+    there, back = (pinned_zeros(nbytes, device) if is_cuda else torch.ones(nbytes, dtype=torch.uint8) for _ in range(2))
     into, out = (torch.ones(nbytes, dtype=torch.uint8, device=device) for _ in range(2))
     sides = [torch.cuda.Stream(), torch.cuda.Stream()] if is_cuda else []
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from chunkft_fx.copies import tier
+from chunkft_fx.copies import host_memory, tier
 from chunkft_fx.copies.link import Link
 from chunkft_fx.copies.tier import HostTier
 
@@ -15,21 +15,21 @@ CPU = torch.device("cpu")
 
 def test_pinned_memory_is_carved_from_zeroed_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     slabs: list[int] = []
-    zeros = torch.zeros
 
-    def pinned_zeros(numel: int, *, dtype: torch.dtype, pin_memory: bool) -> Tensor:
-        assert pin_memory
-        slabs.append(numel * dtype.itemsize)
-        return zeros(numel, dtype=dtype)
+    def pinned_zeros(nbytes: int, device: torch.device) -> Tensor:
+        assert device.type == "cuda"
+        slabs.append(nbytes)
+        return torch.zeros(nbytes, dtype=torch.uint8)
 
     monkeypatch.setattr(tier, "SMALLEST_SLAB", 1024)
     monkeypatch.setattr(tier, "LARGEST_SLAB", 4096)
-    monkeypatch.setattr(torch, "zeros", pinned_zeros)
+    monkeypatch.setattr(tier, "pinned_zeros", pinned_zeros)
+    monkeypatch.setattr(host_memory, "PAGE_NBYTES", 512)
     memory = HostTier(torch.device("cuda"))
     taken = [memory.allocate((n, 10), torch.float32) for n in (10, 10, 30, 2, 150, 60)]
     taken.append(memory.allocate((3,), torch.float64))
     # 400 + 400 + 80 bytes fit the first slab, 1200 the second; 6000 need a larger one, and float64 has its own.
-    assert slabs == [1024, 2048, 8192, 4096, 1024]
+    assert slabs == [1024, 2048, 6144, 4096, 1024]
     for i, t in enumerate(taken):
         assert not t.any()
         t.fill_(i + 1)
@@ -55,8 +55,7 @@ def test_memory_that_is_not_pinned_is_plain() -> None:
 def test_a_weight_from_elsewhere_is_copied_with_its_strides(
     monkeypatch: pytest.MonkeyPatch, weight: Tensor, strides: tuple[int, ...]
 ) -> None:
-    zeros = torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda shape, *, dtype, pin_memory=False: zeros(shape, dtype=dtype))
+    monkeypatch.setattr(tier, "pinned_zeros", lambda nbytes, device: torch.zeros(nbytes, dtype=torch.uint8))
     host = HostTier(torch.device("cuda"))  # nothing here is pinned: every weight lies elsewhere
     moved = host.moved(weight)
     assert moved.data_ptr() != weight.data_ptr()

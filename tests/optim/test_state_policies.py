@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from chunkft_fx.copies import host_memory
-from chunkft_fx.copies.host_memory import available_nbytes
+from chunkft_fx.copies.host_memory import PAGE_NBYTES, available_nbytes
 from chunkft_fx.copies.states.stage import FreshStage
 from chunkft_fx.copies.tier import LARGEST_SLAB
 from chunkft_fx.errors import BudgetParseError, CheckpointMismatch, HostMemoryExceeded, OptionError
@@ -290,7 +290,7 @@ def test_a_control_group_bounds_available_memory(
 
 
 @given(st.lists(st.one_of(st.integers(0, 5000), st.integers(0, 3 * LARGEST_SLAB)), max_size=60))
-def test_tensors_are_packed_apart_in_slabs_that_are_powers_of_two(sizes: list[int]) -> None:
+def test_tensors_are_packed_apart_in_slabs_of_whole_pages(sizes: list[int]) -> None:
     places, slabs = pack(sizes)
     ends = [0] * len(slabs)
     for nbytes, (slab, offset) in zip(sizes, places, strict=True):
@@ -299,25 +299,27 @@ def test_tensors_are_packed_apart_in_slabs_that_are_powers_of_two(sizes: list[in
         ends[slab] = offset + nbytes
     for end, slab_nbytes in zip(ends, slabs, strict=True):
         assert end <= slab_nbytes
-        assert slab_nbytes & (slab_nbytes - 1) == 0
-        assert slab_nbytes <= max(LARGEST_SLAB, 2 * max(sizes, default=0))
+        assert slab_nbytes % PAGE_NBYTES == 0
+        assert slab_nbytes - end < PAGE_NBYTES
+        assert slab_nbytes <= max(LARGEST_SLAB, max(sizes, default=0) + PAGE_NBYTES)
 
 
 def test_pinned_states_take_the_bytes_that_were_promised(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
-    zeros = torch.zeros
+    device = torch.device("cuda")
 
-    def pinned_zeros(numel: int, *, dtype: torch.dtype, pin_memory: bool) -> Tensor:
-        assert pin_memory
-        taken.append(numel * dtype.itemsize)
-        return zeros(numel, dtype=dtype)
+    def pinned_zeros(nbytes: int, for_device: torch.device) -> Tensor:
+        assert for_device == device
+        taken.append(nbytes)
+        return torch.zeros(nbytes, dtype=torch.uint8)
 
     monkeypatch.setattr(optim_host, "LARGEST_SLAB", 2048)
-    monkeypatch.setattr(torch, "zeros", pinned_zeros)
+    monkeypatch.setattr(host_memory, "PAGE_NBYTES", 512)
+    monkeypatch.setattr(optim_host, "pinned_zeros", pinned_zeros)
     parameters: Sequence[Tensor] = list(net(BF16).parameters())
     states = HostStates(parameters, NARROW)
     assert not taken
-    made = [states.zeros(p, pinned=True) for p in parameters]
+    made = [states.zeros(p, device) for p in parameters]
     assert len(taken) > 1
     assert sum(taken) == states.nbytes(pinned=True)
     for i, (p, tensors) in enumerate(zip(parameters, made, strict=True)):

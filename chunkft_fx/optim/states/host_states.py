@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from chunkft_fx.bytes import format_bytes
-from chunkft_fx.copies.host_memory import available_nbytes
+from chunkft_fx.copies.host_memory import available_nbytes, paged, pinned_zeros
 from chunkft_fx.copies.tier import LARGEST_SLAB
 from chunkft_fx.errors import HostMemoryExceeded
 from chunkft_fx.graph.layout import front, stage_nbytes
@@ -21,9 +21,8 @@ from chunkft_fx.torch_internals import release_idle_pinned
 class HostStates:
     """The state tensors of all parameters, their places planned together, their memory taken as it is needed.
 
-    Pinned tensors lie in slabs, each a power of two of bytes (torch's pinned allocator rounds up to them), in the
-    order of the parameters, so that neighbours move in one copy. Pinning costs about 0.5 s a GiB: a slab is
-    pinned when its first tensor is asked for.
+    Pinned tensors lie in slabs of whole pages, in the order of the parameters, so that neighbours move in one copy.
+    A slab is pinned when its first tensor is asked for.
     """
 
     def __init__(self, parameters: Sequence[Tensor], spec: StateSpec) -> None:
@@ -55,32 +54,38 @@ class HostStates:
         if id(parameter) in self._index:
             self._index[id(other)] = self._index.pop(id(parameter))
 
-    def zeros(self, parameter: Tensor, pinned: bool) -> dict[str, Tensor]:
-        """The state tensors of one parameter by name; those that are cut have the cut dimension outermost in memory."""
+    def zeros(self, parameter: Tensor, device: torch.device) -> dict[str, Tensor]:
+        """The state tensors of one parameter by name; those that are cut have the cut dimension outermost in memory.
+
+        They are pinned for a ``device`` that is a GPU.
+        """
         index = self._index[id(parameter)]
         named = enumerate(self._layouts[index].items(), start=self._first[index])
-        return {key: self._tensor(at, layout, parameter, pinned) for at, (key, layout) in named}
+        return {key: self._tensor(at, layout, parameter, device) for at, (key, layout) in named}
 
-    def _tensor(self, at: int, layout: StateLayout, parameter: Tensor, pinned: bool) -> Tensor:
+    def _tensor(self, at: int, layout: StateLayout, parameter: Tensor, device: torch.device) -> Tensor:
         dim = cut_dim(parameter.shape)
         self._asked.add(at)
         shape = front(parameter, dim).shape if layout.is_sliced else layout.shape
-        host = self._pinned(at).view(layout.dtype).view(shape) if pinned else torch.zeros(shape, dtype=layout.dtype)
+        if device.type == "cuda":
+            host = self._pinned(at, device).view(layout.dtype).view(shape)
+        else:
+            host = torch.zeros(shape, dtype=layout.dtype)
         if not layout.is_sliced:
             return host
         return host.movedim(0, dim) if parameter.ndim else host.view(())
 
-    def _pinned(self, at: int) -> Tensor:
+    def _pinned(self, at: int, device: torch.device) -> Tensor:
         slab, offset = self._places[at]
         if slab not in self._slabs:
-            self._slabs[slab] = torch.zeros(self._slab_sizes[slab], dtype=torch.uint8, pin_memory=True)
+            self._slabs[slab] = pinned_zeros(self._slab_sizes[slab], device)
         return self._slabs[slab][offset : offset + self._sizes[at]]
 
 
 def pack(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], list[int]]:
     """First fit: the slab and the offset of each of these tensors, in bytes, and the sizes of the slabs.
 
-    A slab is a power of two, and larger than `LARGEST_SLAB` only for a tensor that is.
+    A slab is of whole pages, and larger than `LARGEST_SLAB` only for a tensor that is.
     """
     places: list[tuple[int, int]] = []
     used: list[int] = []
@@ -90,10 +95,10 @@ def pack(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], list[int]]:
         slab = next((i for i, u in enumerate(used) if u + taken <= limits[i]), len(used))
         if slab == len(used):
             used.append(0)
-            limits.append(max(LARGEST_SLAB, _power_of_two(taken)))
+            limits.append(max(LARGEST_SLAB, paged(taken)))
         places.append((slab, used[slab]))
         used[slab] += taken
-    return places, [_power_of_two(u) for u in used]
+    return places, [paged(u) for u in used]
 
 
 def require_room(states: HostStates, pinned: bool, host_budget: int | None, smaller: Sequence[str] = ()) -> None:
@@ -118,7 +123,3 @@ def require_room(states: HostStates, pinned: bool, host_budget: int | None, smal
         needed,
         limit,
     )
-
-
-def _power_of_two(nbytes: int) -> int:
-    return 1 << max(nbytes - 1, 0).bit_length()

@@ -208,7 +208,7 @@ class StagedStates:
         if parameter not in self._known:
             size = size_along(parameter, cut_dim(parameter.shape))
             kept = next(states for states in self._kept if states.holds(parameter))
-            tensors = kept.zeros(parameter, self._is_pinned()) if self._spec.is_kept else {}
+            tensors = kept.zeros(parameter, self._model.compute_device) if self._spec.is_kept else {}
             self._known[parameter] = {"slice_steps": uniform(size), **tensors}
         return cast(dict[str, Any], self._known[parameter])
 
