@@ -204,7 +204,7 @@ def partition(
     """Split a region's joint graph with torch's min-cut partitioner; ``module`` is consumed.
 
     ``recompute`` keeps only the region's inputs (and what random operators drew, and nodes with ``meta["save"]``)
-    for backward. The
+    for backward; nodes with ``meta["must_recompute"]`` are kept in no case. The
     saved values come last among the forward's outputs, and first, under the same names, among the
     backward's placeholders.
     """
@@ -223,6 +223,9 @@ def partition(
                 node.meta = dict(node.meta)
                 saved = _must_save(node)
                 node.meta["recompute"] = CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.MUST_RECOMPUTE
+    for node in graph.nodes:
+        if node.meta.get("must_recompute") and node.meta["partitioner_tag"] == "is_forward":
+            node.meta = dict(node.meta, recompute=CheckpointPolicy.MUST_RECOMPUTE)
     # Weights are alive anyway: save them rather than a view of them, which would hide that it is a weight.
     primals = [node for node in graph.find_nodes(op="placeholder") if node.meta["partitioner_tag"] == "is_forward"]
     weights = [i for i, node in enumerate(primals) if node.meta.get("is_parameter")]

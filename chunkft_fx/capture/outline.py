@@ -25,6 +25,7 @@ from torch import Tensor, fx
 from chunkft_fx.capture.blocks import label_of, module_path
 from chunkft_fx.capture.capture import Capture, OutputName
 from chunkft_fx.graph.region import RegionGraph
+from chunkft_fx.graph.storages import weight_views
 from chunkft_fx.graph.sub_graphs import renamed
 from chunkft_fx.head.operators import is_head
 from chunkft_fx.torch_internals import graph_module, hint, symbols
@@ -77,6 +78,7 @@ def outline(capture: Capture, blocks: Sequence[str]) -> Outline:
     """Cut a capture into regions at the borders of ``blocks`` (see `capture.blocks.block_paths`)."""
     forward, labels = forward_regions(capture, blocks)
     assignment = backward_regions(capture, forward)
+    copy_views_that_leave(capture, assignment)
     contributions = _contributions(capture, assignment)
     return _build(capture, labels, assignment, contributions)
 
@@ -141,6 +143,22 @@ def backward_regions(capture: Capture, forward: dict[fx.Node, int]) -> dict[fx.N
             continue
         assignment[node] = min(owner.get(node.meta.get("seq_nr", -1), lowest), lowest)
     return assignment
+
+
+def copy_views_that_leave(capture: Capture, assignment: dict[fx.Node, int]) -> None:
+    """Give other regions a copy of a view of a weight, made where the view is: see `graph.storages.weight_views`."""
+    graph = capture.graph
+    weights = [n for n in graph.find_nodes(op="placeholder") if n.name in capture.parameters]
+    for node in weight_views(graph, weights):
+        away = [u for u in node.users if assignment.get(u, assignment[node]) != assignment[node]]
+        if not away or not isinstance(node.meta["val"], Tensor):
+            continue  # the items of several views are views themselves, and stay with them
+        with graph.inserting_after(node):
+            copied = graph.call_function(aten.clone.default, (node,))
+        copied.meta = dict(node.meta, val=node.meta["val"].clone())
+        assignment[copied] = assignment[node]
+        for user in away:
+            user.replace_input_with(node, copied)
 
 
 def _contributions(capture: Capture, assignment: dict[fx.Node, int]) -> dict[int, list[tuple[fx.Node, str]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -67,3 +67,19 @@ class Storages:
         key = known.setdefault(storage_key(value), len(known))
         self.nbytes[key] = self.sizes.of(value.untyped_storage().nbytes())
         return key
+
+
+def weight_views(graph: fx.Graph, weights: Iterable[fx.Node]) -> list[fx.Node]:
+    """The nodes whose values can share memory with one of these inputs, in the graph's order; not the inputs.
+
+    A streamed weight is in its buffer from a fetch to a release, and an update in the backward changes it in place. So
+    a view of a weight lives within one call of a region: another call takes it anew, or is given a copy.
+    """
+    known = set(weights)
+    found = []
+    for node in graph.nodes:
+        can_view = node.op == "call_function" and (node.target is operator.getitem or returns_view(node.target))
+        if can_view and node.all_input_nodes and node.all_input_nodes[0] in known:
+            known.add(node)
+            found.append(node)
+    return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -19,8 +20,10 @@ from torch import fx, nn
 
 from chunkft_fx import passes
 from chunkft_fx.capture.outline import Template
+from chunkft_fx.errors import VerificationError
 from chunkft_fx.graph.region import DenseGradient, OutputDemand, Pass, RegionGraph
 from chunkft_fx.graph.rewrite import drop_dead, tensor_nbytes
+from chunkft_fx.graph.storages import weight_views
 from chunkft_fx.kernels.weight_gradient import Choose
 from chunkft_fx.passes.region.eliminate import Eliminate
 from chunkft_fx.passes.region.lower_triton import problems
@@ -210,6 +213,10 @@ class Specializer:
             n for n in region.backward_outputs if n is not None
         )
         region.graph.output_node().args = (asked,)
+        for node in weight_views(region.graph, _weights(region.graph)):
+            # torch takes single views anew where they are needed, but would save the items of several, as of `unbind`
+            is_several = not isinstance(node.meta["val"], torch.Tensor)
+            node.meta["must_recompute"] = is_several or node.target is operator.getitem
         forward, backward = partition(joint, region.num_forward_outputs, demand.policy.recompute)
         drop_dead(backward.graph)
         sources, nbytes = _resolve_saved(forward, backward, region.num_forward_outputs, names, tangents, starts)
@@ -221,6 +228,10 @@ class Specializer:
 
 def _is_forward(node: fx.Node) -> bool:
     return node.meta.get("partitioner_tag") == "is_forward"
+
+
+def _weights(graph: fx.Graph) -> list[fx.Node]:
+    return [n for n in graph.find_nodes(op="placeholder") if n.meta.get("is_parameter")]
 
 
 def _sliced(demand: Demand) -> list[int]:
@@ -258,6 +269,9 @@ def _resolve_saved(
             sources.append(Source("saved", len(kept)))
             kept.append(values[position[name]])
             nbytes += tensor_nbytes(node.meta["val"])
+    for view in weight_views(forward.graph, _weights(forward.graph)):
+        if view in kept:
+            raise VerificationError(f"partition check: {view.name} is a view of a weight, and outlives its call")
     forward.graph.output_node().args = (tuple(kept),)
     drop_dead(forward.graph)
     forward.recompile()
