@@ -14,9 +14,9 @@ from chunkft_fx.errors import AlreadyCompiled, OptionError
 from chunkft_fx.following.distribution import refuse_ranks
 from chunkft_fx.graph.region import Pass, ProgramPass
 from chunkft_fx.module.module import CompiledModule
-from chunkft_fx.plan.schedule import ChunkSchedule
+from chunkft_fx.plan.schedule import ChunkSchedule, check_coverage
 from chunkft_fx.planning.example_batch import arguments_of
-from chunkft_fx.planning.planner import BACKENDS, COVERAGES, Options, first_plan
+from chunkft_fx.planning.planner import BACKENDS, Options, first_plan
 from chunkft_fx.torch_internals import is_torch_compiled
 
 
@@ -70,13 +70,7 @@ def compile(
         raise OptionError(f"backend={backend!r} is not known; choose one of {', '.join(BACKENDS)}")
     if chunks != "auto" and (isinstance(chunks, bool) or not isinstance(chunks, int)):
         raise OptionError(f'chunks={chunks!r} is not known; give a number or "auto"')
-    if coverage not in COVERAGES:
-        raise OptionError(f"coverage={coverage!r} is not known; choose one of {', '.join(COVERAGES)}")
-    if coverage == "all" and chunks not in ("auto", 1):
-        raise OptionError(
-            f'chunks={chunks!r} cuts the parameters into chunks that are trained in turn, but coverage="all" trains '
-            'all of them in every step; leave chunks out, or use coverage="one"'
-        )
+    check_coverage(coverage, chunks)
     ChunkSchedule(1, order, interval, seed)
     if batch is not None:
         arguments_of(batch)

@@ -20,10 +20,23 @@ from typing import Any
 from chunkft_fx.errors import CheckpointMismatch, ChunkFTWarning, OptionError
 from chunkft_fx.plan.chunk import Chunk
 
+# What a step trains: one chunk, or all parameters.
+COVERAGES = ("one", "all")
 ORDERS = ("ascending", "descending", "random")
 VERSION = 1
 COUNTS = ("sweep", "position", "steps", "chunks")
 MEANING = {"order": str, "seed": int, "interval": int, "cuts": str}
+
+
+def check_coverage(coverage: str, chunks: int | str) -> None:
+    """Raise `OptionError` for a coverage that does not exist, or that does not go with a number of chunks."""
+    if coverage not in COVERAGES:
+        raise OptionError(f"coverage={coverage!r} is not known; choose one of {', '.join(COVERAGES)}")
+    if coverage == "all" and chunks not in ("auto", 1):
+        raise OptionError(
+            f'chunks={chunks!r} cuts the parameters into chunks that are trained in turn, but coverage="all" trains '
+            'all of them in every step; leave chunks out, or use coverage="one"'
+        )
 
 
 def cuts_digest(chunks: Sequence[Chunk]) -> str:

@@ -30,9 +30,6 @@ from chunkft_fx.predict.fixed_memory import RING_OF_STATES, Terms
 # Of the choices that were not taken, a plan keeps so many, those that came closest.
 KEPT_CHOICES = 40
 
-# What a step trains: one chunk, or all parameters.
-COVERAGES = ("one", "all")
-
 # How regions are lowered: compiled by Inductor, or run as rewritten FX graphs.
 BACKENDS = ("inductor", "eager")
 

@@ -1,7 +1,8 @@
 """A program that tests kill: it forks a training run for each line it is given, after imports, which take longest.
 
-A line is a JSON object: ``out`` is the folder, ``fuse`` after how many steps of saving (``fsync`` and ``rename``) the
-run kills itself, 0 for never. Each run says ``start PID``, ``step N`` after every step, and ``end STATUS``.
+A line is a JSON object: ``out`` is the folder, ``mode`` a key of `MODES`, ``fuse`` after how many steps of saving
+(``fsync`` and ``rename``) the run kills itself, 0 for never. Each run says ``start PID``, ``step N`` after every step,
+and ``end STATUS``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,14 @@ from chunkft_fx.tools.zoo import tiny
 from tests.support.tiny_text import character_tokenizer
 
 STEPS = 8
+# What of compile and of a run differs: a chunk a step, or all parameters at the step or in the backward.
+MODES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "chunks": ({"chunks": 3, "order": "random"}, {}),
+    "step": ({"coverage": "all"}, {}),
+    "backward": ({"coverage": "all"}, {"update": "backward", "max_grad_norm": None, "accumulate": 2}),
+    "remainder": ({"coverage": "all"}, {"update": "backward", "max_grad_norm": None, "master": "remainder"}),
+    "remainder at the step": ({"coverage": "all"}, {"master": "remainder"}),
+}
 TEXT = "the quick brown fox jumps over the lazy dog. " * 4
 
 
@@ -46,12 +55,13 @@ def light(fuse: int) -> None:
         setattr(os, name, counted)
 
 
-def run(out: Path, fuse: int) -> None:
+def run(out: Path, fuse: int, mode: str) -> None:
     """Train to the end, from the checkpoint in the folder if there is one."""
     light(fuse)
-    model, _ = tiny("llama", dropout=0.2)
-    module = chunkft_fx.compile(model, "1GB", chunks=3, order="random", backend="eager")
-    options = TrainOptions(STEPS, 2, lr=1e-2, warmup=2, save_every=2)
+    compiling, training = MODES[mode]
+    model, _ = tiny("llama", torch.bfloat16 if "master" in training else torch.float32, dropout=0.2)
+    module = chunkft_fx.compile(model, "1GB", backend="eager", **compiling)
+    options = TrainOptions(STEPS, 2, lr=1e-2, warmup=2, save_every=2, **training)
     with claimed(out, ""):
         resume = out if (out / CHECKPOINT).exists() else None
         text = pack([TEXT], character_tokenizer(), 16)
@@ -67,7 +77,7 @@ def main() -> None:
         if not child:
             say("start", os.getpid())
             try:
-                run(Path(task["out"]), task["fuse"])
+                run(Path(task["out"]), task["fuse"], task["mode"])
             except BaseException as error:
                 say("failed", repr(error))
                 os._exit(1)

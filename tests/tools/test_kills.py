@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.support.killed_run import STEPS
+from tests.support.killed_run import MODES, STEPS
 
 KILLED = -signal.SIGKILL
 
@@ -32,14 +33,16 @@ class Runs:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
-    def run(self, out: Path, fuse: int = 0, kill_after: int = 0, delay: float = 0.0) -> tuple[int, int]:
+    def run(
+        self, out: Path, fuse: int = 0, kill_after: int = 0, delay: float = 0.0, mode: str = "chunks"
+    ) -> tuple[int, int]:
         """Run to the end or to the death; gives the exit status and the last step that was seen.
 
-        ``kill_after`` is a step, ``delay`` the seconds from then to the kill.
+        ``mode`` is a key of `MODES`, ``kill_after`` is a step, ``delay`` the seconds from then to the kill.
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        print(json.dumps({"out": str(out), "fuse": fuse}), file=self.process.stdin, flush=True)
+        print(json.dumps({"out": str(out), "fuse": fuse, "mode": mode}), file=self.process.stdin, flush=True)
         pid = step = 0
         for line in self.process.stdout:
             what, value = line.split(maxsplit=1)
@@ -89,6 +92,23 @@ def test_a_run_killed_between_steps_and_while_saving_equals_one_that_never_stopp
     assert (tmp_path / "checkpoint.pt.unfinished").exists()
     assert runs.run(tmp_path)[0] == 0
     assert_equal(tmp_path, whole)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [pytest.param(m, marks=() if m == "remainder" else pytest.mark.slow) for m in MODES if m != "chunks"],
+)
+def test_a_run_with_full_coverage_killed_between_steps_and_while_saving(runs: Runs, tmp_path: Path, mode: str) -> None:
+    never_stopped, killed = tmp_path / "whole", tmp_path / "killed"
+    assert runs.run(never_stopped, mode=mode) == (0, STEPS)
+    assert runs.run(killed, kill_after=3, mode=mode)[0] == KILLED
+    assert runs.run(killed, fuse=5, mode=mode)[0] == KILLED
+    for delay in (0.0, 0.03):  # at any moment of a forward, a backward with its updates, or a step
+        again = tmp_path / str(delay)
+        shutil.copytree(killed, again)
+        assert runs.run(again, kill_after=5, delay=delay, mode=mode)[0] == KILLED
+        assert runs.run(again, mode=mode)[0] == 0
+        assert_equal(again, load_file(never_stopped / "model.safetensors"))
 
 
 @pytest.mark.slow

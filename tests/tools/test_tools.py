@@ -19,7 +19,7 @@ from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.plan.plan import VERSION
 from chunkft_fx.tools import cli, console, demo, inspect
 from chunkft_fx.tools.load import pick_device, pick_dtype, source
-from chunkft_fx.tools.training.data import pack
+from chunkft_fx.tools.training.data import Batches, pack
 from chunkft_fx.tools.training.folder import CHECKPOINT
 from chunkft_fx.tools.training.loop import evaluate, make_scheduler, train
 from chunkft_fx.tools.training.options import TrainOptions
@@ -155,6 +155,54 @@ def test_counts_below_their_least_are_refused(name: str) -> None:
     options: dict[str, Any] = {"steps": 1, name: -1}
     with pytest.raises(OptionError, match=name.replace("_", "-")):
         TrainOptions(**options)
+
+
+@pytest.mark.parametrize("update", ["step", "backward"])
+def test_full_coverage_trains_as_torch_does(update: str) -> None:
+    options = TrainOptions(3, 2, accumulate=2, lr=1e-3, schedule="constant", max_grad_norm=None, update=update)
+    plain, _ = tiny("llama")
+    theirs = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=options.weight_decay)
+    batches = Batches(sequences(), 2, options.seed)
+    for _ in range(3):
+        for ids in (next(batches), next(batches)):
+            (plain(input_ids=ids, labels=ids, use_cache=False).loss / 2).backward()
+        theirs.step()
+        theirs.zero_grad()
+    module = chunkft_fx.compile(tiny("llama")[0], "1GB", coverage="all", backend="eager")
+    train(module, sequences(), options)
+    expected = weights(plain)
+    for name, value in weights(module).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (["--coverage", "some"], "coverage='some'"),
+        (["--coverage", "all", "--chunks", "4"], "leave chunks out"),
+        (["--update", "backward", "--max-grad-norm", "0"], "--coverage all"),
+        (["--coverage", "all", "--update", "backward"], "--max-grad-norm 0"),
+        (["--update", "now"], "update is now"),
+        (["--master", "half"], "master is half"),
+    ],
+)
+def test_coverages_that_cannot_be_are_refused_before_the_model_is_read(
+    given: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        chunkft("train", str(tmp_path / "none"), str(tmp_path / "none.txt"), "--out", str(tmp_path), *EAGER, *given)
+    assert ended.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+def test_the_command_line_trains_with_full_coverage(tmp_path: Path) -> None:
+    model, text, out = tiny_folder(tmp_path / "model"), tmp_path / "text.txt", tmp_path / "out"
+    text.write_text(TEXT)
+    chunkft(
+        "train", str(model), str(text), "--out", str(out), *EAGER, "--coverage", "all", "--update", "backward",
+        "--master", "remainder", "--max-grad-norm", "0", "--steps", "2", "--seq-len", "16", "--dtype", "bfloat16",
+    )  # fmt: skip
+    assert (out / "model.safetensors").exists()
 
 
 def test_unknown_schedules_and_arguments_are_refused() -> None:

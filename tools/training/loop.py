@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,14 @@ def train(
         raise OptionError("checkpoints were asked for, but there is no folder to write them to; set out")
     device = next(model.parameters()).device
     torch.manual_seed(options.seed)
-    optimizer = AdamW(model, lr=options.lr, weight_decay=options.weight_decay, max_grad_norm=options.max_grad_norm)
+    optimizer = AdamW(
+        model,
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        update=options.update,
+        master=options.master,
+    )
     scheduler = make_scheduler(optimizer, options)
     run = Run(model, optimizer, scheduler, Batches(sequences, options.batch_size, options.seed), options)
     first = 0 if resume is None else run.load(resume)
@@ -99,12 +107,14 @@ def train(
 
 
 def _backward(run: Run, device: torch.device) -> Tensor:
-    """Give the active chunk the gradients of one optimizer step; returns the mean loss."""
+    """Give the active chunk the gradients of one optimizer step, or update it by them; returns the mean loss."""
     total = torch.zeros((), device=device)
-    for _ in range(run.options.accumulate):
+    for i in range(run.options.accumulate):
         ids = next(run.batches).to(device)
-        part = run.model(input_ids=ids, labels=ids, use_cache=False).loss / run.options.accumulate
-        part.backward()
+        is_last = i + 1 == run.options.accumulate
+        with nullcontext() if is_last else run.model.no_sync():
+            part = run.model(input_ids=ids, labels=ids, use_cache=False).loss / run.options.accumulate
+            part.backward()
         total += part.detach()
     return total
 

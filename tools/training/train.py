@@ -10,6 +10,7 @@ from torch import Tensor
 
 import chunkft_fx
 from chunkft_fx.bytes import format_bytes
+from chunkft_fx.errors import OptionError
 from chunkft_fx.tools.console import progress, quiet, run_command
 from chunkft_fx.tools.load import check_config, load_config, load_model, load_tokenizer, pick_device, pick_dtype
 from chunkft_fx.tools.training import signals
@@ -26,6 +27,15 @@ def command(
     budget: Annotated[str, typer.Option(help='Device memory to stay within, such as "24GB" or "24GiB".')],
     out: Annotated[Path, typer.Option(help="Folder for the trained model, its tokenizer and checkpoints.")],
     chunks: Annotated[str, typer.Option(help='A number, or "auto": the fewest that fit the budget.')] = "auto",
+    coverage: Annotated[
+        str, typer.Option(help="What a step trains: one (chunk after another) or all (parameters, in every step).")
+    ] = "one",
+    update: Annotated[
+        str, typer.Option(help="When weights change: at the step, or in the backward (coverage all, no clipping).")
+    ] = "step",
+    master: Annotated[
+        str, typer.Option(help="Masters of bfloat16 weights: float32, or the remainder that the weights lack.")
+    ] = "float32",
     order: Annotated[str, typer.Option(help="ascending, descending or random.")] = "ascending",
     interval: Annotated[int, typer.Option(help="Optimizer steps spent on each chunk.")] = 1,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
@@ -53,10 +63,12 @@ def command(
     where = pick_device(device)
     options = TrainOptions(
         steps, batch_size, accumulate, lr, schedule, json_object(schedule_options), warmup, weight_decay,
-        max_grad_norm or None, seed, save_every,
+        max_grad_norm or None, seed, save_every, update, master,
     )  # fmt: skip
     kind, count = pick_dtype(dtype, where), chunk_count(chunks)
-    check_compile_options(budget, order, interval, backend)
+    check_compile_options(budget, order, interval, backend, coverage, count)
+    if update == "backward" and coverage != "all":
+        raise OptionError("update=backward updates all parameters in every backward; give --coverage all with it")
     at_least("seq_len", seq_len, 2)  # a token is learnt from those before it
     check_schedule(options)
     if resume is not None:
@@ -67,7 +79,7 @@ def command(
         plain = load_model(model, kind, where)
         check_config(model, plain.config, seq_len, sequences, tokenizer)
         compiled = chunkft_fx.compile(
-            plain, budget, chunks=count, order=order, interval=interval, backend=backend, seed=seed
+            plain, budget, chunks=count, coverage=coverage, order=order, interval=interval, backend=backend, seed=seed
         )
         print(f"{sequences.numel():,} tokens in {len(sequences):,} sequences; training on {where}")
         with signals.between_steps() as stop:
