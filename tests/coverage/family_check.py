@@ -62,7 +62,7 @@ def check(task: str, family: str, model_class: Any, parts: tuple[str, ...] = PAR
     began = time.process_time()
     result = Result(task, family, model_class.__name__, NOT_BUILT, parts=parts)
     try:
-        model, batch = _built(result, model_class, keep_dropout=False)
+        model, batch = built(result, model_class, keep_dropout=False)
         plain_gradients(model, batch)
     except Exception as error:
         result.detail = told(error)
@@ -72,7 +72,8 @@ def check(task: str, family: str, model_class: Any, parts: tuple[str, ...] = PAR
     return result
 
 
-def _built(result: Result, model_class: Any, keep_dropout: bool) -> tuple[nn.Module, dict[str, Any]]:
+def built(result: Result, model_class: Any, keep_dropout: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """A tiny model of a class, in float32, and a batch for it; raises `ValueError` if it is not tiny."""
     config = tiny_config(model_class.config_class)
     result.dropout = has_dropout(config)
     if not keep_dropout:
@@ -102,7 +103,7 @@ def _compare(result: Result, model: nn.Module, batch: dict[str, Any], model_clas
             compare_gradients(compiled, *trial)
         where = "dropout"
         if where in result.parts and result.dropout:
-            trial = _built(result, model_class, keep_dropout=True)
+            trial = built(result, model_class, keep_dropout=True)
             compare_gradients(chunkft_fx.compile(copy.deepcopy(trial[0]), "4GB", chunks=3, backend="eager"), *trial)
     except Wrong as error:
         result.outcome, result.where, result.detail = "wrong", where, str(error)

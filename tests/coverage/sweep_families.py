@@ -2,13 +2,14 @@
 
 Results are JSON lines, one a family and task, appended as they come: a run that was stopped goes on where it was.
 Each family runs in a process of its own with a limit on time and memory. ``--table`` writes the results into
-docs/coverage.md. See `tests.coverage.family_check` for what is compared, `tests.coverage.family_configs` for how models
-become tiny.
+docs/coverage.md. See `tests.coverage.family_check` for what is compared, with ``--coverage all``
+`tests.coverage.family_steps`; and `tests.coverage.family_configs` for how models become tiny.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
 import os
@@ -17,7 +18,7 @@ import signal
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 
-from tests.coverage import family_table
+from tests.coverage import family_steps, family_table
 from tests.coverage.family_check import FAULTS, PARTS, Result, as_record, check
 
 TASKS = {
@@ -62,14 +63,18 @@ def entries(
     yield from chosen[index::count]
 
 
-def isolated(task: str, family: str, parts: tuple[str, ...] = PARTS) -> dict[str, Any]:
+# The result of a family in a task, given its class.
+Check = Callable[[str, str, Any], Result]
+
+
+def isolated(task: str, family: str, check: Check) -> dict[str, Any]:
     """The result of one family as plain data, from a process of its own."""
     name = registry(task)[family]
     reading, writing = os.pipe()
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
-        _run_child(task, family, name, parts, reading, writing)
+        _run_child(task, family, name, check, reading, writing)
     os.close(writing)
     with os.fdopen(reading) as pipe:
         text = pipe.read()
@@ -81,7 +86,7 @@ def isolated(task: str, family: str, parts: tuple[str, ...] = PARTS) -> dict[str
     return as_record(Result(task, family, name, "other exception", "process", f"its process ended with {cause}"))
 
 
-def _run_child(task: str, family: str, name: str, parts: tuple[str, ...], reading: int, writing: int) -> None:
+def _run_child(task: str, family: str, name: str, check: Check, reading: int, writing: int) -> None:
     """Check one family and never return."""
     os.close(reading)
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
@@ -89,7 +94,7 @@ def _run_child(task: str, family: str, name: str, parts: tuple[str, ...], readin
     warnings.simplefilter("ignore")
     transformers = importlib.import_module("transformers")
     try:
-        record = as_record(check(task, family, getattr(transformers, name), parts))
+        record = as_record(check(task, family, getattr(transformers, name)))
         with os.fdopen(writing, "w") as pipe:
             pipe.write(json.dumps(record))
     finally:
@@ -111,24 +116,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shard", default="0/1", help="i/n runs every n-th family from the i-th on")
     parser.add_argument("--results", type=Path, default=Path("families.jsonl"), help="JSON lines, appended to")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated, of: " + ", ".join(PARTS))
+    parser.add_argument("--coverage", choices=family_table.TITLES, default="one", help="what a step trains")
     parser.add_argument("--once", action="store_true", help="each family in the first of the tasks that list it only")
     parser.add_argument("--again", default="", help="comma-separated outcomes whose families run again")
     parser.add_argument("--table", action="store_true", help="write the results so far into docs/coverage.md")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if given.table:
-        family_table.write(list(known(given.results).values()), Path("docs/coverage.md"))
+        family_table.write(list(known(given.results).values()), Path("docs/coverage.md"), given.coverage)
         return 0
     index, count = (int(part) for part in given.shard.split("/"))
     importlib.import_module("transformers.models.llama.modeling_llama")  # what all families import, once
     before = known(given.results)
     again = given.again.split(",")
+    parts = tuple(given.parts.split(","))
+    held: Check = family_steps.check if given.coverage == "all" else functools.partial(check, parts=parts)
     counts: Counter[str] = Counter()
     for task, family in entries(given.tasks.split(","), given.families, (index, count), given.once):
         if (task, family) in before and before[task, family]["outcome"] not in again:
             counts[before[task, family]["outcome"]] += 1
             continue
-        record = isolated(task, family, tuple(given.parts.split(",")))
+        record = isolated(task, family, held)
         counts[record["outcome"]] += 1
         with given.results.open("a") as file:
             file.write(json.dumps(record) + "\n")
