@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import chunkft_fx
 from chunkft_fx.errors import ChunkFTError, ChunkFTWarning
+from chunkft_fx.tools.zoo import tiny
 from docs import api_page
 
 ROOT = Path(api_page.__file__).parents[1]
@@ -95,3 +102,18 @@ def test_files_and_modules_that_pages_name_exist() -> None:
             assert any(file.endswith(f"/{path}") for file in files), f"{page.name} names {path}"
         for module in re.findall(r"-m ((?:chunkft_fx|benchmarks|tests|docs)[\w.]+)", text):
             assert module in modules, f"{page.name} names {module}"
+
+
+def test_the_first_example_of_the_readme_trains_all_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands, with a small model in the place of the one that it loads, and on the CPU."""
+    monkeypatch.chdir(tmp_path)
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+    tiny_model, batch = tiny("llama", torch.bfloat16)
+    before = {n: p.detach().clone() for n, p in tiny_model.named_parameters()}
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: tiny_model)
+    monkeypatch.setattr(type(tiny_model), "cuda", lambda self: self)
+    compiling = functools.partial(chunkft_fx.compile, backend="eager")
+    monkeypatch.setattr(chunkft_fx, "compile", compiling)
+    exec(code, {"loader": [batch(2, 12, 0)]})
+    assert all(not torch.equal(p, before[n]) for n, p in tiny_model.named_parameters() if "norm" not in n)
+    assert (tmp_path / "out" / "model.safetensors").exists()
