@@ -48,9 +48,9 @@ def _of_steps(built: Sequence[dict[str, Any]]) -> list[str]:
         "backward passes a step, clipping, a group without decay, a frozen parameter, some or all weights in host",
         "memory. Made by `python -m tests.coverage.sweep_families --coverage all`, here by `--table`.",
         "",
-        f"{len(built)} families were built; the largest difference in those that are right is {largest:.0e}. *Differs, as",
-        "the plain model from itself*: a key's bias, whose gradient is zero but for rounding, in a model that computes in",
-        "float32 within; the plain model, its weights moved by 1e-13, gets as far from itself.",
+        f"{len(built)} families were built; the largest difference in those that are right is {largest:.0e}.",
+        "*Differs, as the plain model from itself*: a key's bias, whose gradient is zero but for rounding, in a model",
+        "that computes in float32 within; the plain model, its weights moved by 1e-13, gets as far from itself.",
     ]
 
 
