@@ -18,8 +18,8 @@ SEQUENCES = st.lists(st.sampled_from(ACTIONS), min_size=3, max_size=10)
 QUIET = settings(max_examples=50, suppress_health_check=list(HealthCheck))
 
 
-def follow(actions: list[object], chunks: int, order: str, interval: int) -> Run:
-    run = new_run(chunks, order, interval)
+def follow(actions: list[object], chunks: int | str, order: str, interval: int, coverage: str = "one") -> Run:
+    run = new_run(chunks, order, interval, coverage=coverage)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ChunkFTWarning)
         for action in actions:
@@ -59,3 +59,15 @@ def test_many_orders_of_actions(part: int) -> None:
 @pytest.mark.parametrize("action", dict.fromkeys(ACTIONS), ids=lambda a: a.__name__)
 def test_each_action_before_and_after_the_first_step(action: object) -> None:
     follow([action, train, action, train], 2, "ascending", 1)
+
+
+@pytest.mark.parametrize("action", dict.fromkeys(ACTIONS), ids=lambda a: a.__name__)
+def test_each_action_with_full_coverage(action: object) -> None:
+    follow([action, train, action, train], "auto", "ascending", 1, "all")
+
+
+@pytest.mark.slow
+@settings(QUIET, database=None)
+@given(st.lists(st.sampled_from(ACTIONS), min_size=5, max_size=20))
+def test_many_orders_of_actions_with_full_coverage(actions: list[object]) -> None:
+    follow(actions, "auto", "ascending", 1, "all")

@@ -103,13 +103,26 @@ def _naming(name: str) -> Callable[[str], str]:
     return lambda message: f"{name}: {message}"
 
 
-def new_run(chunks: int, order: str, interval: int, dtype: torch.dtype = torch.float64) -> Run:
+def new_run(
+    chunks: int | str,
+    order: str,
+    interval: int,
+    dtype: torch.dtype = torch.float64,
+    coverage: str = "one",
+) -> Run:
     """A fresh model, compiled, with its optimizer."""
     torch.manual_seed(0)
     model = SmallModel().to(dtype)
     plain = copy.deepcopy(model)
     compiled = chunkft_fx.compile(
-        model, "1GB", chunks=chunks, order=order, interval=interval, backend="eager", return_logits=True
+        model,
+        "1GB",
+        chunks=chunks,
+        coverage=coverage,
+        order=order,
+        interval=interval,
+        backend="eager",
+        return_logits=True,
     )
     return Run(compiled, chunkft_fx.AdamW(compiled, lr=1e-2), Reference(plain))
 
