@@ -42,6 +42,8 @@ class ModelOptimizer(StageOwner, Protocol):
 
     def follow(self, parameters: Mapping[str, nn.Parameter]) -> None: ...
 
+    def refuse_partial_step(self) -> None: ...
+
 
 class Following(ABC):
     """Keeps up with a model in training; how a model is taken up is its subclass's matter (`module.training`)."""

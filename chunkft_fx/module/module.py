@@ -50,10 +50,17 @@ class CompiledModule(StandIn):
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
+        if name == "save_pretrained":
+            self._training.refuse_partial_step()
         if name != "generate":
             return value
         training = self._training
         return through_compiled(value, self._model, self.forward, training.residency, training.lock)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's ``state_dict``; `PartialStep` while some parameters are a step ahead of the others."""
+        self._training.refuse_partial_step()
+        return super().state_dict(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
         """Copies and pickles carry the wrapped model, the options and hooks; the copy is traced and planned anew."""

@@ -185,6 +185,11 @@ class Training(Following):
         self._drop_gradients()
         self._slices = None
 
+    def refuse_partial_step(self) -> None:
+        """Raise `PartialStep` if the optimizer left a step halfway."""
+        if self.optimizer is not None:
+            self.optimizer.refuse_partial_step()
+
     def expect(self, optimizer: ModelOptimizer) -> None:
         """Make this the module's optimizer, in place of one that was made before; it is held weakly.
 

@@ -168,7 +168,7 @@ class ChunkedOptimizer(Optimizer):
 
     def _step(self) -> None:
         refuse_replaced(self._model, self, self.spec.optimizer)
-        self._refuse_broken()
+        self.refuse_partial_step()
         self._model.check()
         active = self._active_slices()
         graded = [s for s in active if s.grad is not None]
@@ -246,7 +246,8 @@ class ChunkedOptimizer(Optimizer):
             self._pieces = PieceUpdates(self._model, self._states, ring, known.policy.pieces, self._apply)
         return self._pieces
 
-    def _refuse_broken(self) -> None:
+    def refuse_partial_step(self) -> None:
+        """Raise `PartialStep` if a step was left halfway, so that some parameters are ahead of the others."""
         if self._pieces is not None:
             self._pieces.refuse_broken()
 
@@ -338,7 +339,7 @@ class ChunkedOptimizer(Optimizer):
 
     def drop_stage(self) -> None:
         """Give the stage's memory back; it is taken anew, for the chunks that there are then."""
-        self._refuse_broken()
+        self.refuse_partial_step()
         self._states.drop_stage()
         self._pieces = None
 
@@ -384,7 +385,7 @@ class ChunkedOptimizer(Optimizer):
 def _settle(optimizer: Optimizer) -> None:
     """Bring host memory up to date, masters of slices that were never active included."""
     assert isinstance(optimizer, ChunkedOptimizer)
-    optimizer._refuse_broken()
+    optimizer.refuse_partial_step()
     optimizer._model.check()
     optimizer._states.settle()
 

@@ -181,6 +181,9 @@ class Asked:
     def follow(self, parameters: Mapping[str, nn.Parameter]) -> None:
         raise AssertionError("the model did not change")
 
+    def refuse_partial_step(self) -> None:
+        raise NotImplementedError
+
     def drop_stage(self) -> None:
         self.notes.append("dropped")
 
