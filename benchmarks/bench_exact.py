@@ -10,10 +10,10 @@ what they take. A batch that finds too little device memory in one of them is ru
 parts of half the size after each such time, each in a new process, or as ``--micro TRAINER=N`` says from the beginning.
 
 The table has the median step, tokens and model operations a second (6 for each parameter that multiplies and token,
-and causal attention; what is computed again does not count), the most that torch reserved of the device in the measured
-steps, how much more host memory the machine had in use at the end of a step than when the process began, how much
-torch had pinned at most and how much was resident, and the loss before the last step. Needs one CUDA GPU, and for 7B
-about 110 GB of host memory for a trainer.
+and causal attention; what is computed again does not count), the most that torch reserved of the device in the
+measured steps, what was predicted, how much more host memory the machine had in use at the end of a step than when the
+process began, how much torch had pinned at most and how much was resident, and the loss before the last step. Needs
+one CUDA GPU, and for 7B about 110 GB of host memory for a trainer.
 
 Trainers that are not installed give a line that says so: ``pip install torchao deepspeed`` and MegaTrain's repository.
 SlideFormer (arXiv 2603.16428) is not among them: it is no package, only scripts around a model folder.
@@ -64,6 +64,8 @@ class Row:
     tokens_s: float = 0.0
     tflops: float = 0.0
     reserved: int = 0
+    predicted_s: float = 0.0
+    predicted: int = 0
     host: int = 0
     pinned: int = 0
     rss: int = 0
@@ -129,6 +131,7 @@ def _measure(trainer: str, setting: Setting, made: Any, warm: int, steps: int, b
         tokens / median,
         tokens / median * made.flops(setting.sequence) / 1e12,
         int(timed.reserved_gib * GIB),
+        *made.predicted(),
         in_use - before,
         pinned,
         peak_rss(),
@@ -189,7 +192,7 @@ def _start(trainer: str, group: list[Setting], args: argparse.Namespace) -> tupl
 
 def table(rows: list[Row]) -> str:
     """The rows as a table in Markdown; memory in GiB."""
-    titles = ["trainer", "batch", "in parts of", "median step", "tokens/s", "TFLOP/s", "device reserved"]
+    titles = ["trainer", "batch", "in parts of", "median step", "tokens/s", "TFLOP/s", "device reserved", "predicted"]
     titles += ["host in use", "host pinned", "resident", "loss"]
     lines = ["| " + " | ".join(titles) + " |", "| --- " * len(titles) + "|"]
     for r in rows:
@@ -198,7 +201,9 @@ def table(rows: list[Row]) -> str:
             cells += [r.failure] + [""] * (len(titles) - len(cells) - 1)
         else:
             cells += [f"{r.median_s:.3f} s", f"{r.tokens_s:.0f}", f"{r.tflops:.1f}"]
-            cells += [f"{n / GIB:.2f} GiB" for n in (r.reserved, r.host, r.pinned, r.rss)] + [f"{r.loss:.4f}"]
+            cells += [f"{r.reserved / GIB:.2f} GiB"]
+            cells += [f"{r.predicted_s:.3f} s, {r.predicted / GIB:.2f} GiB" if r.predicted else ""]
+            cells += [f"{n / GIB:.2f} GiB" for n in (r.host, r.pinned, r.rss)] + [f"{r.loss:.4f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -219,6 +224,7 @@ def main() -> None:
     parser.add_argument("--trainers", default=",".join(TRAINERS), help="comma-separated")
     parser.add_argument("--micro", action="append", default=[], metavar="TRAINER=N", help="sequences in one go")
     parser.add_argument("--master", choices=MASTERS, default="float32", help="how the library keeps its masters")
+    parser.add_argument("--state-dtype", choices=("float32", "bfloat16"), default="float32", help="of its moments")
     parser.add_argument("--warm", type=int, default=2, help="steps before those that are measured")
     parser.add_argument("--steps", type=int, default=5, help="measured steps")
     parser.add_argument("--timeout", type=float, default=600, help="seconds after which a process is ended")
@@ -238,7 +244,9 @@ def main() -> None:
     rows: list[Row] = []
     for name in names:
         settings = [
-            Setting(args.shape, args.layers, batch, micro.get(name), sequence, args.budget, args.master)
+            Setting(
+                args.shape, args.layers, batch, micro.get(name), sequence, args.budget, args.master, args.state_dtype
+            )
             for batch, sequence in args.case or [(8, 1024)]
         ]
         for row in run(name, settings, args):

@@ -38,6 +38,7 @@ class Setting:
     sequence: int
     budget: str
     master: str
+    state_dtype: str
 
     @property
     def parts(self) -> int:
@@ -48,10 +49,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Made:
-    """A trainer that is ready, the model's parameters and floating-point operations for a token."""
+    """A trainer that is ready, floating-point operations for a token, and what was predicted, where something was.
+
+    The prediction is seconds of a step and bytes of the device.
+    """
 
     step: Step
     flops: Callable[[int], float]
+    predicted: Callable[[], tuple[float, int]] = lambda: (0.0, 0)
 
 
 Maker = Callable[[Setting], Made]
@@ -95,6 +100,7 @@ def ours(update: str | None) -> Maker:
         if update is None:
             leave_updates_out()
         options: dict[str, Any] = {"update": update or "backward", "master": setting.master}
+        options["state_dtype"] = setting.state_dtype
         options["max_grad_norm"] = 1.0 if update == "step" else None
         optimizer = chunkft_fx.AdamW(compiled, lr=LEARNING_RATE, weight_decay=0.0, **options)
 
@@ -104,7 +110,11 @@ def ours(update: str | None) -> Maker:
             optimizer.zero_grad()
             return loss
 
-        return Made(step, flops)
+        def predicted() -> tuple[float, int]:
+            plan = compiled.plan
+            return (plan.predicted_step_us or 0.0) / 1e6, plan.predicted_peak_bytes or 0
+
+        return Made(step, flops, predicted if update else Made.predicted)
 
     return make
 

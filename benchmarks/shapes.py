@@ -12,6 +12,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PretrainedConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -38,6 +40,12 @@ def _qwen3_4b(asked: int | None) -> tuple[type[nn.Module], PretrainedConfig]:
     return Qwen3ForCausalLM, Qwen3Config(use_cache=False, tie_word_embeddings=True, **sizes)
 
 
+def _qwen2_14b(asked: int | None) -> tuple[type[nn.Module], PretrainedConfig]:
+    sizes = {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40, "num_key_value_heads": 8}
+    sizes |= {"vocab_size": 152064, "num_hidden_layers": asked or 48, "max_position_embeddings": 4096}
+    return Qwen2ForCausalLM, Qwen2Config(use_cache=False, tie_word_embeddings=False, **sizes)
+
+
 SHAPES: dict[str, Maker] = {
     "llama2-7b": _llama(32),
     "llama3-8b": _llama(32, hidden_size=4096, intermediate_size=14336, num_key_value_heads=8, vocab_size=128256),
@@ -51,6 +59,7 @@ SHAPES: dict[str, Maker] = {
     ),
     "gpt2-xl": _gpt2_xl,
     "qwen3-4b": _qwen3_4b,
+    "qwen2.5-14b": _qwen2_14b,
     "narrow": _llama(
         32, hidden_size=64, intermediate_size=176, num_attention_heads=4, num_key_value_heads=4, vocab_size=1000,
     ),
