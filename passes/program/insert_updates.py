@@ -10,7 +10,7 @@ without a gradient is left out.
 
 Terms: *piece* as in `plan.pieces`; a *contribution* is one region's gradient of a parameter, of which tied weights have
 several. ``update`` (or ``keep``) takes all contributions to its slices, of the whole parameters; ``meta["names"]`` says
-which parameter each belongs to, ``meta["group"]`` which backward call it stands behind.
+which parameter each belongs to, ``meta["group"]`` behind how many backward calls it stands.
 
 Before::
 
@@ -65,7 +65,8 @@ class InsertUpdates:
         written: list[fx.Node] = []
         for place, i, names in found:
             taken = [(node, name) for name in names for node in contributions[name]]
-            written.append(self._insert(module.graph, place, i, taken, order[place]))
+            group = sum(order[call] <= order[place] for call in calls)
+            written.append(self._insert(module.graph, place, i, taken, group))
         depth = self.pieces.depth
         for at, (_, i, _) in enumerate(found):
             before = calls[0] if at < depth else written[at - depth].next

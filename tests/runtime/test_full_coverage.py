@@ -190,6 +190,23 @@ def test_an_update_stands_behind_the_last_contribution() -> None:
     ours.step()
 
 
+def test_the_updates_behind_one_backward_call_are_one_group() -> None:
+    """Two groups would have the backward wait for the first before it goes on."""
+    _, model = twins()
+    compiled = chunkft_fx.compile(model, "1GB", coverage="all", backend="eager")
+    ours = chunkft_fx.AdamW(compiled, update="backward")
+    compiled(batch(0)).backward()
+    ours.step()
+    groups: dict[int, set[int]] = {}
+    calls = 0
+    for node in compiled.program.graph.nodes:
+        calls += str(node.target).endswith("_backward")
+        if node.target is ops.update:
+            groups.setdefault(calls, set()).add(node.meta["group"])
+    assert len(groups) > 2
+    assert groups == {behind: {behind} for behind in groups}
+
+
 @pytest.mark.parametrize("at", [0, 3])
 def test_a_step_that_fails_halfway_says_so(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     _, model = twins()
