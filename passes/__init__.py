@@ -13,6 +13,7 @@ from chunkft_fx.graph.region import OutputDemand, Pass, ProgramPass
 from chunkft_fx.passes.program.insert_streams import InsertStreams
 from chunkft_fx.passes.program.insert_updates import InsertUpdates
 from chunkft_fx.passes.program.offload_saved import OffloadSaved
+from chunkft_fx.passes.program.repeat_calls import RepeatCalls
 from chunkft_fx.passes.program.schedule_prefetch import SchedulePrefetch
 from chunkft_fx.passes.program.schedule_states import ScheduleStates
 from chunkft_fx.passes.region.canonicalize import Canonicalize
@@ -34,6 +35,7 @@ __all__ = [
     "LowerTriton",
     "OffloadSaved",
     "PruneTangents",
+    "RepeatCalls",
     "SchedulePrefetch",
     "ScheduleStates",
     "SelectSlices",
@@ -64,9 +66,11 @@ def program_pipeline(policy: Policy, device: torch.device, state_nbytes: int = 0
 
     ``state_nbytes`` are the bytes of optimizer states that come in during the step.
     """
+    repeated = (RepeatCalls(policy.micro_batches),) if policy.micro_batches > 1 else ()
     taker = ops.update if policy.in_backward else ops.keep
     updates = (InsertUpdates(policy.pieces, taker),) if policy.takes_gradients else ()
     streams = (
+        *repeated,
         *updates,
         OffloadSaved(policy.offload_below, device),
         InsertStreams(policy.streamed, device, policy.depth),
@@ -74,4 +78,5 @@ def program_pipeline(policy: Policy, device: torch.device, state_nbytes: int = 0
     )
     if policy.pacing is None or not state_nbytes:
         return streams
-    return (*streams, ScheduleStates(policy.pacing, policy.save_from, state_nbytes))
+    times = policy.pacing.times(1 / policy.micro_batches)
+    return (*streams, ScheduleStates(times, policy.save_from, state_nbytes))

@@ -41,6 +41,22 @@ class StepTimes:
     leave_us: float = 0.0
     return_us: float = 0.0
 
+    def times(self, factor: float) -> StepTimes:
+        """The same with this multiple of what is done for each micro-batch; weights and states move as before."""
+
+        def scaled(each: tuple[float, ...]) -> tuple[float, ...]:
+            return tuple(us * factor for us in each)
+
+        return replace(
+            self,
+            forward_us=scaled(self.forward_us),
+            backward_us=scaled(self.backward_us),
+            recompute_us=scaled(self.recompute_us),
+            gradients_us=scaled(self.gradients_us),
+            offload_us=scaled(self.offload_us),
+            split_us=tuple((split, us * factor) for split, us in self.split_us),
+        )
+
 
 @dataclass(frozen=True)
 class RegionPolicy:
@@ -73,7 +89,8 @@ class Policy:
     ``states`` describes the optimizer that is planned for. ``pieces`` are the parts in which a step that covers all
     parameters updates them, empty where a step trains one chunk; with ``in_backward`` each is updated by the program,
     as soon as its gradients are complete; with ``host_gradients`` the program sends each to host memory then, where it
-    waits for the optimizer's step.
+    waits for the optimizer's step. A step runs ``micro_batches`` batches of the same sizes, each region over all of them
+    before the next.
     """
 
     save_from: int = 0
@@ -86,6 +103,7 @@ class Policy:
     pieces: Pieces = NO_PIECES
     in_backward: bool = False
     host_gradients: bool = False
+    micro_batches: int = 1
 
     @property
     def takes_gradients(self) -> bool:
@@ -99,7 +117,7 @@ class Policy:
     @property
     def of_steps(self) -> Policy:
         """What the moments of a step depend on if all weights are resident and states come all at once."""
-        steps = Policy(self.save_from, self.offload_below, self.head_split)
+        steps = Policy(self.save_from, self.offload_below, self.head_split, micro_batches=self.micro_batches)
         if not self.takes_gradients:
             return steps
         return replace(steps, pieces=self.pieces, in_backward=self.in_backward, host_gradients=self.host_gradients)
@@ -128,6 +146,7 @@ class Policy:
             f"regions before {self.offload_below} offload what they keep": self.offload_below > 0,
             away: bool(self.streamed),
             f"the head holds 1/{self.head_split} of its usual block of logits": self.head_split > 1,
+            f"each region runs over {self.micro_batches} micro-batches before the next": self.micro_batches > 1,
             f"every step updates all parameters in {len(self.pieces)} pieces, {when}": bool(self.pieces),
             "gradients wait for the step in host memory": self.host_gradients,
         }

@@ -45,11 +45,13 @@ KEPT_PLANS = 64
 
 @dataclass(frozen=True)
 class Need:
-    """What a call asks of a plan: its sizes, the bytes of its batch, and the tangents that are expected."""
+    """What a call asks of a plan: the sizes of a micro-batch, how many there are, the bytes of all of them, and the
+    tangents that are expected."""
 
     sizes: Sizes
     nbytes: int
     expected: frozenset[str]
+    micro_batches: int = 1
 
 
 @dataclass(frozen=True)
@@ -119,12 +121,13 @@ class BatchPlans:
         self._evaluated: list[tuple[Plan, Need, int]] = []
         self._in_force: Made | None = None
 
-    def prepare(self, arguments: Sequence[Any], expected: frozenset[str]) -> Policy:
+    def prepare(self, batches: Sequence[Sequence[Any]], expected: frozenset[str]) -> Policy:
         """The policy of a plan, now in force, that a training step on these arguments fits; nothing has run of it yet.
 
-        Raises `BudgetInfeasible`, with the plan in force and everything else as before, if there is none.
+        ``batches`` are the arguments of each micro-batch of the step, all of the same sizes. Raises `BudgetInfeasible`,
+        with the plan in force and everything else as before, if there is none.
         """
-        need = self._need(arguments, expected)
+        need = self._need(batches, expected)
         fit = next((made for made in self._made if self._holds(made, need)), None)
         if fit is None:
             with COLLECTOR.seldom():
@@ -142,7 +145,7 @@ class BatchPlans:
         plan = owner.known_plan
         if plan is None or not plan.batch:
             return
-        need, room = self._need(arguments, frozenset()), plan.budget_bytes - owner.gradient_nbytes
+        need, room = self._need([arguments], frozenset()), plan.budget_bytes - owner.gradient_nbytes
         known = [(k, n) for p, k, n in self._evaluated if _alike(p, plan) and self._covers(k, need)]
         if any(nbytes <= room for _, nbytes in known):
             return
@@ -172,12 +175,14 @@ class BatchPlans:
             f"most of it in {plan.peak_at}"
         )
 
-    def _need(self, arguments: Sequence[Any], expected: frozenset[str]) -> Need:
-        return Need(self._reader.read(arguments), storages_nbytes(arguments[i] for i in self._batch), expected)
+    def _need(self, batches: Sequence[Sequence[Any]], expected: frozenset[str]) -> Need:
+        nbytes = storages_nbytes(arguments[i] for arguments in batches for i in self._batch)
+        return Need(self._reader.read(batches[0]), nbytes, expected, len(batches))
 
     def _covers(self, larger: Need, need: Need) -> bool:
+        are_as_many = larger.micro_batches == need.micro_batches
         is_alike = larger.expected == need.expected and larger.nbytes >= need.nbytes
-        return is_alike and self._reader.covers(larger.sizes, need.sizes)
+        return are_as_many and is_alike and self._reader.covers(larger.sizes, need.sizes)
 
     def _holds(self, made: Made, need: Need) -> bool:
         """Whether a plan still says what is done, and covers a need."""
@@ -212,8 +217,10 @@ class BatchPlans:
         absent = frozenset(self._programs.capture.tangents) - need.expected
         owner = self._owner()
         spec = spec_of(owner.optimizer)
-        predictor = Predictor(self._programs, absent, sizes=need.sizes, given=self.given(need), spec=spec)
-        plan = _choose(owner, predictor, self._described(need), need.nbytes)
+        predictor = Predictor(
+            self._programs, absent, None, need.sizes, self.given(need), spec, micro_batches=need.micro_batches
+        )
+        plan = _choose(owner, predictor, self._described(need), need)
         return Made(need, replace(plan, batch_nbytes=need.nbytes))
 
     def given(self, need: Need) -> dict[str, int]:
@@ -223,11 +230,12 @@ class BatchPlans:
     def _rounded(self, need: Need) -> Need:
         sizes = self._reader.rounded(need.sizes)
         more = sum(sizes.nbytes(v) - need.sizes.nbytes(v) for v in self._values)
-        return replace(need, sizes=sizes, nbytes=need.nbytes + more)
+        return replace(need, sizes=sizes, nbytes=need.nbytes + more * need.micro_batches)
 
     def _described(self, need: Need) -> str:
         shapes = [need.sizes.shape(v) for v in self._values if isinstance(v, Tensor)]
-        return f"a batch with inputs of shapes {shapes[:4]}"
+        batches = "a batch" if need.micro_batches == 1 else f"{need.micro_batches} micro-batches, each"
+        return f"{batches} with inputs of shapes {shapes[:4]}"
 
     def _evaluation_nbytes(self, owner: PlanOwner, plan: Plan, need: Need) -> int:
         residency, policy = owner.residency, plan.policy
@@ -255,21 +263,21 @@ def _alike(plan: Plan, other: Plan | None) -> bool:
     return plan.policy.same_places(other.policy)
 
 
-def _choose(owner: PlanOwner, predictor: Predictor, batch: str, nbytes: int) -> Plan:
-    """The plan for a batch of so many bytes; while that loses nothing, all is chosen anew for the largest batch."""
+def _choose(owner: PlanOwner, predictor: Predictor, batch: str, need: Need) -> Plan:
+    """The plan for a need; while that loses nothing, all is chosen anew for the largest batch."""
     model, options, known = owner.plain, owner.options, owner.known_plan
     spec = spec_of(owner.optimizer)
     if known is None or not known.batch:
-        return plan_for_batch(model, options, known, predictor, batch, spec)
+        return plan_for_batch(model, options, known, predictor, batch, spec, need.micro_batches)
     if owner.is_bound:
-        return plan_again(model, options, known, predictor, batch, spec)
+        return plan_again(model, options, known, predictor, batch, spec, need.micro_batches)
     given = None if options.chunks == "auto" else known
-    if nbytes > known.batch_nbytes or spec != known.policy.states:
-        return plan_for_batch(model, options, given, predictor, batch, spec)
+    if need.nbytes > known.batch_nbytes or spec != known.policy.states:
+        return plan_for_batch(model, options, given, predictor, batch, spec, need.micro_batches)
     try:
-        return plan_again(model, options, known, predictor, batch, spec)
+        return plan_again(model, options, known, predictor, batch, spec, need.micro_batches)
     except BudgetInfeasible:
-        return plan_for_batch(model, options, given, predictor, batch, spec)
+        return plan_for_batch(model, options, given, predictor, batch, spec, need.micro_batches)
 
 
 def settle(owner: PlanOwner, plan: Plan) -> None:

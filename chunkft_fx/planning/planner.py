@@ -109,14 +109,16 @@ def plan_for_batch(
     predictor: Predicts,
     batch: str,
     spec: StateSpec = ASSUMED,
+    micro_batches: int = 1,
 ) -> Plan:
     """Complete a plan for a batch: all that is still open in it, by what is predicted of its steps.
 
+    A step runs ``micro_batches`` such batches.
     Raises `BudgetInfeasible`, with the smallest budget that is enough, when nothing fits.
     """
     chunks = None if known is None else known.chunks
     parameters = parameter_specs(model, spec)
-    base = _base(options, parameters, spec)
+    base = replace(_base(options, parameters, spec), micro_batches=micro_batches)
     if base.pieces and chunks is None:
         chunks = cut(parameters, 1)
     search = Search(model, parameters, predictor, options.budget_bytes, chunks, spec, base)
@@ -145,8 +147,9 @@ def plan_again(
     predictor: Predicts,
     batch: str,
     spec: StateSpec = ASSUMED,
+    micro_batches: int = 1,
 ) -> Plan:
-    """The plan for another batch: chunks and streamed weights stay as in ``known``, what is saved may change.
+    """The plan for another batch, or several: chunks and streamed weights stay as in ``known``, the rest may change.
 
     Raises `BudgetInfeasible` when that cannot be enough.
     """
@@ -154,7 +157,13 @@ def plan_again(
     pieces = policy.pieces
 
     def kept(pieces: Pieces) -> tuple[Search, Fit]:
-        base = replace(BASE, pieces=pieces, in_backward=policy.in_backward, host_gradients=policy.host_gradients)
+        base = replace(
+            BASE,
+            pieces=pieces,
+            in_backward=policy.in_backward,
+            host_gradients=policy.host_gradients,
+            micro_batches=micro_batches,
+        )
         search = Search(model, parameter_specs(model, spec), predictor, budget, known.chunks, spec, base)
         return search, search.with_streamed(policy)
 

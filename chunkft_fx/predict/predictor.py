@@ -29,6 +29,8 @@ from chunkft_fx.program.variants import Variant
 
 # The term of what is there before a step, beside weights and what training keeps.
 BATCH = "batch and constants"
+# Bytes that pass to add an element of a bfloat16 gradient to the float32 sum of those of other micro-batches.
+SUM_NBYTES = 2 + 4 + 4
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Predictor:
     ``absent`` names the tangents that backward is expected not to get. ``known`` are rates to predict times with, by
     default the measured ones of a GPU, and none on the CPU. ``sizes`` are those of the batch, by default as it was
     traced, ``given`` the bytes by name that are there beside what a step makes, and ``spec`` describes the optimizer.
+    A step runs ``micro_batches`` such batches.
     """
 
     def __init__(
@@ -55,9 +58,10 @@ class Predictor:
         sizes: Sizes = AS_TRACED,
         given: Mapping[str, int] | None = None,
         spec: StateSpec = ASSUMED,
+        micro_batches: int = 1,
     ) -> None:
         self._programs, self._absent, self._known, self._batch = programs, absent, known, sizes
-        self._given, self._spec = given or {}, spec
+        self._given, self._spec, self._micro_batches = given or {}, spec, micro_batches
         self._peaks: dict[tuple[Chunk, Policy], Moment] = {}
         self.known_times: StepTimes | None = None  # once they were asked for
         self._nodes = {node.name: node for node in programs.capture.graph.nodes}
@@ -143,7 +147,8 @@ class Predictor:
         parameters = self._programs.parameters
         gradients = sum(parameters[s.name].nbytes // s.size * s.length for s in deepest.slices)
         weights = [sum(parameters[n].numel() * parameters[n].itemsize for n in use) for use in self._regions]
-        return StepTimes(
+        sums = (self._micro_batches - 1) * SUM_NBYTES
+        one = StepTimes(
             forward_us=forward,
             backward_us=backward,
             recompute_us=tuple(max(a - b, 0.0) for a, b in zip(recomputing, backward, strict=True)),
@@ -153,11 +158,12 @@ class Predictor:
                 transfer_us(self._kept(r), known, "device_to_host") for r in self._programs.outline.regions
             ),
             state_us_per_byte=transfer_us(1, known, "both_ways"),
-            update_us_per_element=self._spec.update_nbytes / known.memory_nbytes_per_s * 1e6,
+            update_us_per_element=(self._spec.update_nbytes + sums) / known.memory_nbytes_per_s * 1e6,
             split_us=tuple(split_us),
             leave_us=transfer_us(gradients, known, "device_to_host"),
             return_us=transfer_us(gradients, known, "host_to_device"),
         )
+        return one.times(self._micro_batches)
 
     def _variants(self, chunk: Chunk, policy: Policy) -> Sequence[Variant]:
         return self._programs.planned(chunk, self._absent, policy).program.variants

@@ -8,7 +8,7 @@ there anyway: weights, buffers, the ring, the batch, optimizer states, and gradi
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -156,6 +156,8 @@ class _Replay:
         self.storage_of: dict[int, _Storage] = {}
         # by slot of a region call's result or of its host copy, the bytes of a copy of it
         self.copy_nbytes: dict[int, int] = {}
+        # by slot of a region call's result or of a sum of gradients, what it looks like
+        self.value_of: dict[int, _Value] = {}
         self.sums: dict[str, _Sum] = {}
         self.mutations = set(self.executable.mutations)
         self.outputs = {o for o in self.executable.outputs if isinstance(o, Slot)}
@@ -192,16 +194,37 @@ class _Replay:
             if storage is not None:
                 self.storage_of[slot] = self._hold(storage, OUTPUTS if slot in self.outputs else SAVED)
             self.copy_nbytes[slot] = value.numel * value.dtype.itemsize
+            self.value_of[slot] = value
         for slot in instruction.last_use:
             self._drop(slot)
-        for index, slot in instruction.outputs:
+        self._collect(instruction)
+
+    def _collect(self, instruction: Instruction) -> None:
+        """Take the gradients among an instruction's results."""
+        for _, slot in instruction.outputs:
             for primal in self.executable.gradients.get(slot, ()):
-                self._add(primal, slot, ends.outputs[index])
+                self._add(primal, slot, self.value_of[slot])
             if slot in self.executable.gradients and slot not in self.later:
                 self._drop(slot)
 
+    def _add_up(self, instruction: Instruction, node: StreamNode) -> None:
+        """A micro-batch's gradient goes into the sum of those before it, which is made, or added to in place."""
+        (_, total), (before, _) = instruction.outputs[0], instruction.inputs
+        value = self.value_of[before]
+        wide = torch.promote_types(value.dtype, torch.float32)
+        storage = self.storage_of[before] if node.number else _Storage(value.numel * wide.itemsize, SAVED)
+        self.storage_of[total] = self._hold(storage, SAVED)
+        self.value_of[total] = replace(value, dtype=wide)
+        self._see(0)
+        for slot in instruction.last_use:
+            self._drop(slot)
+        self._collect(instruction)
+
     def _carry(self, instruction: Instruction, node: StreamNode) -> None:
         """A stream node: weights pass through the ring, which is there anyway; saved values come and go."""
+        if node.target is ops.add_up:
+            self._add_up(instruction, node)
+            return
         for index, slot in instruction.outputs if node.is_saved else ():
             nbytes = self.copy_nbytes[slot] = self.copy_nbytes[instruction.inputs[index]]
             if node.target is ops.fetch:

@@ -144,6 +144,11 @@ def build(
     return program
 
 
+def own_inputs(capture: Capture) -> frozenset[str]:
+    """The primals that each of several micro-batches has for itself; buffers that are only read are among them."""
+    return frozenset(capture.primals).difference(capture.parameters, (primal for primal, _ in capture.mutations))
+
+
 def _asked(variant: Variant) -> list[int]:
     """The backward outputs that a variant makes."""
     if variant.backward is None:
@@ -192,12 +197,17 @@ def _write(capture: Capture, outline: Outline, spec: ProgramSpec, variants: list
     graph = fx.Graph()
     modules: dict[str, nn.Module] = {}
     env: dict[str, fx.Node] = {}
+    written = {primal: i for i, (primal, _) in enumerate(capture.mutations)}
+    own = own_inputs(capture)
     for name in [*capture.primals, *capture.constants]:
         env[name] = graph.placeholder(_readable(capture.parameters.get(name, name)))
         env[name].meta["parameter"] = capture.parameters.get(name)
+        env[name].meta["mutation"] = written.get(name)
+        env[name].meta["is_own"] = name in own
     for name in capture.tangents:
         if name not in spec.absent:
             env[name] = graph.placeholder(name)
+            env[name].meta["is_own"] = True
     saved: dict[int, fx.Node] = {}
     for region, variant in zip(outline.regions, variants, strict=True):
         given: list[Any] = [env[name] for name in region.primals]

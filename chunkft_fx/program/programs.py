@@ -20,7 +20,7 @@ from chunkft_fx.plan.chunk import Chunk, Slice
 from chunkft_fx.plan.policy import Policy
 from chunkft_fx.program import run_passes
 from chunkft_fx.program.instructions import Executable, assemble, exchanged
-from chunkft_fx.program.program import Program, ProgramSpec, build, choose_variants
+from chunkft_fx.program.program import Program, ProgramSpec, build, choose_variants, own_inputs
 from chunkft_fx.program.variants import Specializer, Variant
 
 
@@ -117,6 +117,8 @@ class Programs:
 
     def _written(self, spec: ProgramSpec, variants: list[Variant]) -> Executable:
         program = build(self.capture, self.outline, spec, variants)
-        executable = assemble(program, len(self.capture.primals) + len(self.capture.constants))
+        capture, repeats = self.capture, spec.policy.micro_batches - 1
+        inputs = len(capture.primals) + repeats * len(own_inputs(capture)) + len(capture.constants)
+        executable = assemble(program, inputs)
         program.forget()
         return executable

@@ -52,6 +52,7 @@ def verify_streams(module: fx.GraphModule, policy: Policy) -> None:
     Saved values: an offload takes results of forward calls, each once; each is released in forward, behind its offload,
     and not used after that; a fetch of them belongs to backward, comes after that release, which is where the host copy
     is complete, and brings each value at most once. Nothing else reads a host copy.
+    Sums: gradients of backward calls are added to a sum that nothing else reads.
     States: shares that are admitted rise, to 1 at most.
     Pieces: an update belongs to backward; the states of its piece were fetched before it and are written behind it, and
     at most ``policy.pieces.depth`` pieces are between the two. Behind it no call reads one of its weights, and no other
@@ -77,6 +78,8 @@ def verify_streams(module: fx.GraphModule, policy: Policy) -> None:
             _piece(node, state)
         elif node.target is operator.getitem:
             _item(node, state)
+        elif node.target is ops.add_up:
+            _add_up(node, state)
         elif node.op != "placeholder":
             _use(node, state)
     _enter_backward(state)
@@ -202,11 +205,27 @@ def _piece(node: fx.Node, state: _State) -> None:
         state.staged.remove(piece)
 
 
-def _item(node: fx.Node, state: _State) -> None:
+def _add_up(node: fx.Node, state: _State) -> None:
+    total, gradient = node.all_input_nodes
+    if state.part != PARTS[1] or node.meta.get("part") != PARTS[1]:
+        raise _broken(node, "does not belong to the backward part")
+    for source in (total, gradient):
+        if source not in state.made:
+            raise _broken(node, f"adds {source.name}, which no region call made")
+        if len(source.users) > 1:
+            raise _broken(node, f"adds to {source.name}, which others read")
+    _made(node, state)
+
+
+def _made(node: fx.Node, state: _State) -> None:
     if node.meta.get("gradient_of") in state.complete:
         raise _broken(node, f"is a gradient of {node.meta['gradient_of']} behind its update")
+    state.made.add(node)
+
+
+def _item(node: fx.Node, state: _State) -> None:
     if node.all_input_nodes[0].op == "call_module":
-        state.made.add(node)
+        _made(node, state)
 
 
 def _use(node: fx.Node, state: _State) -> None:

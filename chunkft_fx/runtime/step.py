@@ -44,6 +44,9 @@ class Machine:
             return lower(call.variant, self.backend, self.fake_mode, call.is_backward)(arguments)
         if call.is_saved:
             return self._carry(call, arguments)
+        if call.target is ops.add_up:
+            total, gradient = arguments
+            return (total.add_(gradient) if call.number else ops.add_up(arguments),)
         if call.target is ops.admit:
             if self.stage is not None:
                 self.stage.admit(call.share, () if self.ring is None else (self.ring.link,))
