@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from chunkft_fx.bytes import format_bytes
 from chunkft_fx.capture.outline import Template
 from chunkft_fx.copies.residency import Residency
-from chunkft_fx.errors import NotPlanned, OptimizerMismatch
+from chunkft_fx.errors import NotPlanned, OptimizerMismatch, OptionError
 from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.module.routing import through_compiled
 from chunkft_fx.module.stand_in import StandIn
@@ -31,8 +31,9 @@ class CompiledModule(StandIn):
 
     It can be used in the model's place (`module.stand_in`), follows changes of the model where it can and refuses the
     others by name (`following.following`). Calls from several threads come one after another. What it shows beside the
-    model's own attributes: ``plan``, ``chunk``, ``activate``, ``active_slices``, ``schedule`` and ``no_sync`` for
-    training, ``program``, ``templates``, ``variants``, ``timeline`` and ``residency`` for looking inside.
+    model's own attributes: ``plan``, ``chunk``, ``activate``, ``active_slices``, ``schedule``, ``no_sync``
+    and ``accumulate`` for training, ``program``, ``templates``, ``variants``, ``timeline`` and ``residency`` for
+    looking inside.
     """
 
     _training: Training
@@ -114,6 +115,23 @@ class CompiledModule(StandIn):
         added up.
         """
         return self._training.no_sync()
+
+    def accumulate(self, batches: Sequence[Any]) -> list[Any]:
+        """Run several micro-batches in one step; returns what a call returns for each, in order.
+
+        Each of ``batches`` is a dict of keyword arguments or a tuple of positional ones, all of the same shapes and
+        dtypes. Make one loss out of the outputs and call ``backward()`` once: gradients are those of all micro-batches,
+        as if they had run one after the other. But each region runs over all of them before the next, so that weights
+        and optimizer states cross the link once a step, and ``update="backward"`` updates behind the last of them.
+        Raises `OptionError` for micro-batches that differ, or hooks on the call; `UnsupportedGraph` for a model that
+        cannot run region by region.
+        """
+        if self._call_hooks and any(self._call_hooks.values()):
+            raise OptionError(
+                "accumulate makes one step of several calls, around which hooks on the module's call have no place; "
+                "remove them, or register them on a submodule"
+            )
+        return self._training.accumulate(batches)
 
     @property
     def residency(self) -> Residency:

@@ -30,6 +30,7 @@ from chunkft_fx.gradients.gate import Arrivals, GradientGate
 from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.gradients.used import UsedGradient
 from chunkft_fx.gradients.waiting import WaitingGradient
+from chunkft_fx.module.micro_batches import MicroBatches, micro_batches
 from chunkft_fx.module.sessions import new_session
 from chunkft_fx.plan import schedule as schedules
 from chunkft_fx.plan.cuts import require_whole
@@ -50,6 +51,7 @@ class Training(Following):
     _schedule: ChunkSchedule | None
     _calls: dict[bool, Callable[..., Any]]
     _unseen: contextlib.ExitStack
+    _micro_batches: MicroBatches | None
 
     def __init__(
         self, model: nn.Module, options: Options, backend: str, plan: Plan | None, device: torch.device
@@ -58,7 +60,7 @@ class Training(Following):
         self.lock, self.arrivals = threading.RLock(), Arrivals()
         self._plan, self._slices, self._optimizer, self._position = None, None, None, None
         self._advanced = self._is_due = self._is_planning = self._gave_up = self._is_accumulating = False
-        self._sweep = 0
+        self._sweep, self._micro_batches = 0, None
         self._watch, self._gate = ModelWatch(model), GradientGate(self)
         self._take_up(plan, device)
         weakref.finalize(self, self._gate.close)
@@ -106,9 +108,22 @@ class Training(Following):
             self._unseen = unseen
             yield
 
+    def accumulate(self, batches: Sequence[Any]) -> list[Any]:
+        """Run micro-batches as one step, each region over all of them before the next; returns the outputs of each."""
+        calls = micro_batches(batches)
+        with self.lock, self.residency.presented():
+            if len(calls) == 1 or not torch.is_grad_enabled():
+                return [self.run(*args, **kwargs) for args, kwargs in calls]
+            self._micro_batches = MicroBatches()
+            try:
+                return self._micro_batches.run(self.run, calls)
+            finally:
+                self._micro_batches = None
+
     def run_session(self, session: Session, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         self._unseen.close()
-        return session(*arguments)
+        gathering = self._micro_batches
+        return session(*arguments) if gathering is None or self._is_planning else gathering.met(session, arguments)
 
     def _plan_ahead(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the first training call, have the plan made for the largest batch that was given to compile."""

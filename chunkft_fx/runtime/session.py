@@ -8,7 +8,7 @@ as one autograd function, and gives the gradients to the active slices.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
@@ -30,6 +30,7 @@ from chunkft_fx.planning.batch_plan import BatchPlans
 from chunkft_fx.planning.example_batch import PlanMade
 from chunkft_fx.predict.step_memory import storages_nbytes
 from chunkft_fx.program.instructions import Executable
+from chunkft_fx.program.program import own_inputs
 from chunkft_fx.program.programs import Programs
 from chunkft_fx.runtime import random_state
 from chunkft_fx.runtime.lower_ahead import lowered_beside
@@ -88,13 +89,36 @@ class Session:
     def __call__(self, *arguments: Any) -> tuple[Any, ...]:
         """Run the model on the captured graph's flat inputs; returns its flat outputs."""
         with as_traced():
-            return self._called(arguments)
+            return self._called([arguments])[0]
 
-    def _called(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    def accumulated(self, batches: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        """Run several micro-batches in one step, with gradients enabled; returns the flat outputs of each.
+
+        Raises `UnsupportedGraph`, before anything ran, for a model that cannot run region by region.
+        """
+        if self.programs.inputs:
+            raise UnsupportedGraph(
+                "an input of accumulate requires a gradient, and only parameters get theirs from several micro-batches "
+                "at once; detach() the input, or run the micro-batches one after the other, inside no_sync() up to the "
+                "last"
+            )
+        for position in (self.capture.primals.index(primal) for primal, _ in self.capture.mutations):
+            if any(arguments[position] is not batches[0][position] for arguments in batches):
+                raise UnsupportedGraph(
+                    "the model writes into its inputs, which several micro-batches at once cannot do; clone() the "
+                    "input in the model's forward, or run the micro-batches one after the other"
+                )
+        if not self.capture.tangents:
+            return [self(*arguments) for arguments in batches]
+        with as_traced():
+            return self._called(batches)
+
+    def _called(self, batches: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
         if self.owner.is_planning:
-            self.plans.prepare(arguments, self._expected)
+            self.plans.prepare(batches, self._expected)
             raise PlanMade
         if not torch.is_grad_enabled() or not self.capture.tangents:
+            (arguments,) = batches
             outputs, mutated, _ = self._evaluated(arguments)
             self._write_back(arguments, mutated)
         else:
@@ -106,11 +130,16 @@ class Session:
                 )
             if self.trains:  # before slices are asked for, which a plan can change
                 with explained(self.plans.needed):
-                    self.plans.prepare(arguments, self._expected)
-            differentiable = [arguments[i] for i in self.programs.inputs]
+                    self.plans.prepare(batches, self._expected)
+            differentiable = [batches[0][i] for i in self.programs.inputs]
             asked = self._asked()
             trained = [s.parameter for s in asked]
-            outputs = list(_StepFunction.apply(self, arguments, asked, self._anchor, *differentiable, *trained))
+            outputs = list(_StepFunction.apply(self, batches, asked, self._anchor, *differentiable, *trained))
+        each = len(self.capture.outputs)
+        return [self._returned(arguments, outputs[n * each : (n + 1) * each]) for n, arguments in enumerate(batches)]
+
+    def _returned(self, arguments: tuple[Any, ...], outputs: list[Any]) -> tuple[Any, ...]:
+        """What a call with these arguments returns."""
         for i, o in enumerate(self.capture.outputs):
             # an output that is an input is the caller's own object, as in the plain model
             if isinstance(o, OutputName) and str(o) in self.capture.primals:
@@ -119,7 +148,10 @@ class Session:
                 outputs[i] = MissingLogits()
         return tuple(outputs)
 
-    def _forward(self, executable: Executable, values: Sequence[Any]) -> tuple[list[Any], list[Tensor], Any]:
+    def _forward(self, executable: Executable, batches: Sequence[Sequence[Any]]) -> tuple[list[Any], list[Tensor], Any]:
+        """Run forward; an input that each micro-batch has for itself is there once for each, side by side."""
+        own = own_inputs(self.capture)
+        values = [v[i] for i, p in enumerate(self.capture.primals) for v in (batches if p in own else batches[:1])]
         return run_forward(executable, [*values, *self._constants], self._machine())
 
     def _machine(self, updates: Updates | None = None) -> Machine:
@@ -152,12 +184,14 @@ class Session:
         for (primal, _), value in zip(self.capture.mutations, mutated, strict=True):
             arguments[self.capture.primals.index(primal)].copy_(value)
 
-    def begin(self, arguments: Sequence[Any], expected: frozenset[str]) -> tuple[list[Any], list[Tensor], Step]:
+    def begin(self, batches: Sequence[Sequence[Any]], expected: frozenset[str]) -> tuple[list[Any], list[Tensor], Step]:
         """Run forward for the active chunk; the step is what backward needs, given the expected tangents.
+
+        ``batches`` are the arguments of each micro-batch; their outputs follow one another.
 
         Raises `BudgetInfeasible`, before anything ran, for a batch that no plan fits.
         """
-        policy = self._placed(self.plans.prepare(arguments, expected))
+        policy = self._placed(self.plans.prepare(batches, expected))
         policy = self._now(policy)
         self.owner.take_ring()
         owner = self.owner.active_slices()
@@ -165,9 +199,10 @@ class Session:
         executable = self.programs.executable(tuple(s.slice for s in owner), absent, policy)
         device = self.owner.residency.device
         draws = random_state.taken(device) if self.capture.is_random else None
-        values = self._private(arguments)
+        # weights and written buffers are read from the first alone
+        values = [self._private(batches[0]), *batches[1:]]
         outputs, mutated, slots = self._forward(executable, values)
-        versions = self._versions(values, slots)
+        versions = self._versions(values[0], slots)
 
         def replay(wanted: frozenset[str]) -> Step:
             with random_state.restored(draws, device), torch.no_grad():
@@ -207,10 +242,11 @@ class Session:
             return policy
         return replace(policy, in_backward=False, host_gradients=self.owner.waiting is not None)
 
-    def start(self, arguments: Sequence[Any]) -> tuple[list[Any], list[Tensor], Step]:
+    def start(self, batches: Sequence[Sequence[Any]]) -> tuple[list[Any], list[Tensor], Step]:
         """Run forward with gradients enabled; returns the outputs, new values of buffers, and what backward needs."""
-        if self.trains:
-            return self.begin(arguments, self._expected)
+        if self.trains or len(batches) > 1:
+            return self.begin(batches, self._expected)
+        (arguments,) = batches
         draws = random_state.taken(self.owner.residency.device) if self.capture.is_random else None
         values = self._private(arguments)
         outputs, mutated, _ = self._evaluated(values)
@@ -218,7 +254,7 @@ class Session:
 
         def replay(wanted: frozenset[str]) -> Step:
             with random_state.restored(draws, self.owner.residency.device), torch.no_grad():
-                step = self.begin(values, wanted)[2]
+                step = self.begin([values], wanted)[2]
             self.trains = True
             return step
 
@@ -229,7 +265,7 @@ class Session:
     def _evaluated(self, arguments: Sequence[Any]) -> tuple[list[Any], list[Tensor], Any]:
         self.plans.check_evaluation(arguments)
         with explained(self.plans.needed):
-            return self._forward(self._evaluation(), self._private(arguments))
+            return self._forward(self._evaluation(), [self._private(arguments)])
 
     @property
     def has_pending(self) -> bool:
@@ -254,13 +290,15 @@ class Session:
     def _still_pending(self) -> list[weakref.ref[Step]]:
         return [ref for ref in self._pending if (step := ref()) is not None and step.slots is not None]
 
-    def finish(self, step: Step, gradients: dict[str, Tensor], asked: Sequence[ActiveSlice]) -> list[Tensor | None]:
-        """Run backward with the tangents that came.
+    def finish(
+        self, step: Step, gradients: Sequence[Mapping[str, Tensor]], asked: Sequence[ActiveSlice]
+    ) -> list[Tensor | None]:
+        """Run backward with the tangents that came, those of each micro-batch by name.
 
         Returns the gradients of the inputs that are no parameters, then those of the slices that autograd asks for, as
         it is to give them to the parameters. Slices that were not known at the forward get theirs here.
         """
-        present = frozenset(gradients)
+        present = frozenset(name for came in gradients for name in came)
         if not step.owner:
             step = self._opened(step, present)
         step.check(self.owner.active_slices())
@@ -268,14 +306,13 @@ class Session:
             # Saved for fewer gradients than came: run the forward again for exactly these.
             step = step.replay(present)
         self._expected = present
-        names = [n for n in self.capture.tangents if n in step.provided]
+        provided = [(name, n) for name in self.capture.tangents if name in step.provided for n in range(len(gradients))]
         by_name = {n.name: n for n in self.capture.graph.find_nodes(op="placeholder")}
         tangents = {}
-        for name, slot in zip(names, step.executable.tangents, strict=True):
-            like = by_name[name].meta["val"]
-            tangents[slot] = (
-                _restride(gradients[name], like) if name in gradients else step.zeros(self.capture.tangents[name])
-            )
+        for (name, n), slot in zip(provided, step.executable.tangents, strict=True):
+            output = self.capture.tangents[name] + n * len(self.capture.outputs)
+            came, like = gradients[n].get(name), by_name[name].meta["val"]
+            tangents[slot] = step.zeros(output) if came is None else _restride(came, like)
         totals = self._backward(step, tangents)
         active = {s.name: s for s in step.owner}
         handed: dict[str, Tensor] = {}
@@ -311,18 +348,18 @@ class _StepFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         session: Session,
-        arguments: Sequence[Any],
+        batches: Sequence[Sequence[Any]],
         asked: Sequence[ActiveSlice],
         anchor: Tensor,
         *inputs: Tensor,
     ) -> tuple[Any, ...]:
         with explained(session.plans.needed):
-            outputs, mutated, step = session.start(arguments)
-        session._write_back(arguments, mutated)
+            outputs, mutated, step = session.start(batches)
+        session._write_back(batches[0], mutated)
         ctx.session, ctx.step, ctx.owner, ctx.asked = session, step, session.owner, asked
-        with_gradient = set(session.capture.tangents.values())
+        each, with_gradient = len(session.capture.outputs), set(session.capture.tangents.values())
         ctx.mark_non_differentiable(
-            *(o for i, o in enumerate(outputs) if isinstance(o, Tensor) and i not in with_gradient)
+            *(o for i, o in enumerate(outputs) if isinstance(o, Tensor) and i % each not in with_gradient)
         )
         ctx.set_materialize_grads(False)
         return tuple(outputs)
@@ -336,7 +373,9 @@ class _StepFunction(torch.autograd.Function):
                 "or take the penalty's gradients through the plain model"
             )
         session: Session = ctx.session
-        came = {name: g for name, i in session.capture.tangents.items() if (g := gradients[i]) is not None}
+        each, tangents = len(session.capture.outputs), session.capture.tangents
+        parts = [gradients[first : first + each] for first in range(0, len(gradients), each)]
+        came = [{name: g for name, i in tangents.items() if (g := part[i]) is not None} for part in parts]
         with ctx.owner.lock, explained(session.plans.needed), as_traced():
             return (None, None, None, None, *session.finish(ctx.step, came, ctx.asked))
 

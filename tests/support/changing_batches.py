@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -84,8 +84,10 @@ def watched(module: CompiledModule, batch: dict[str, Tensor]) -> Iterator[Callab
         with tracker:
             return call(self, *arguments)
 
-    def tracked_finish(self: Session, step: Any, gradients: dict[str, Tensor], asked: Any) -> list[Tensor | None]:
-        tracker.watch(gradients.values())
+    def tracked_finish(
+        self: Session, step: Any, gradients: Sequence[Mapping[str, Tensor]], asked: Any
+    ) -> list[Tensor | None]:
+        tracker.watch(g for came in gradients for g in came.values())
         with tracker:
             return finish(self, step, gradients, asked)
 
