@@ -77,3 +77,25 @@ def test_masters_of_both_formats_give_the_same_steps_whenever_they_happen() -> N
     for others in found[1:]:
         for a, b in zip(found[0], others, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("_where")
+@pytest.mark.parametrize("update", ["step", "backward"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_micro_batches_equal_those_of_the_cpu_in_turn(dtype: torch.dtype, update: str) -> None:
+    torch.manual_seed(0)
+    model = Tied(dtype)
+    other = copy.deepcopy(model)
+    compiled = chunkft_fx.compile(model, "1GB", coverage="all", backend="eager", device="cuda")
+    ours, theirs = chunkft_fx.AdamW(compiled, lr=1e-2, update=update), torch.optim.AdamW(other.parameters(), lr=1e-2)
+    for step in range(6):
+        batches = [batch(10 * step + i) for i in range(3)]
+        torch.stack(compiled.accumulate([ids.to("cuda") for ids in batches])).sum().backward()
+        for ids in batches:
+            other(ids).backward()
+        for optimizer in (ours, theirs):
+            optimizer.step()
+            optimizer.zero_grad()
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-4
+    for p, q in zip(compiled.state_dict().values(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(p.cpu(), q, rtol=tolerance, atol=tolerance)

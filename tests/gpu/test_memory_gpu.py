@@ -49,6 +49,35 @@ def _train() -> tuple[int, int, int]:
     return compiled.plan.budget_bytes, reserved, lost
 
 
+def _accumulate() -> tuple[int, int]:
+    """Budget and bytes reserved at most, after steps of four micro-batches that cover all parameters."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=6, num_attention_heads=8, vocab_size=32000,
+        use_cache=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).bfloat16().train()
+    ids = [torch.randint(0, 32000, (2, 512), device="cuda") for _ in range(4)]
+    batches = [{"input_ids": i, "labels": i} for i in ids]
+
+    def trained(budget: int) -> None:
+        compiled = chunkft_fx.compile(model, budget, coverage="all", device="cuda")
+        optimizer = chunkft_fx.AdamW(compiled, lr=1e-4, update="backward")
+        for _ in range(3):
+            torch.stack([o.loss for o in compiled.accumulate(batches)]).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert compiled.plan.policy.micro_batches == 4
+
+    with pytest.raises(BudgetInfeasible) as caught:
+        trained(1)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()  # what a calibration took
+    trained(caught.value.smallest_budget_bytes)
+    torch.cuda.synchronize()
+    return caught.value.smallest_budget_bytes, torch.cuda.max_memory_reserved()
+
+
 def _fill(nbytes: int) -> int:
     """Take blocks until the limit of ``nbytes`` lets no more be taken; returns what was reserved by then."""
     device = torch.device("cuda", 0)
@@ -68,6 +97,12 @@ def test_what_stays_lies_together() -> None:
         budget, reserved, lost = pool.submit(_train).result()
     assert reserved <= budget
     assert lost <= PAGES_NBYTES
+
+
+def test_micro_batches_stay_within_the_smallest_budget_that_is_enough() -> None:
+    with apart() as pool:
+        budget, reserved = pool.submit(_accumulate).result()
+    assert reserved <= budget
 
 
 @pytest.mark.parametrize("nbytes", [110 * 2**20, 119 * 2**20])
