@@ -60,6 +60,24 @@ def absent(session: Session) -> frozenset[str]:
     return frozenset(session.capture.tangents) - session._expected
 
 
+def test_micro_batches_take_their_number_of_times_what_each_of_them_does() -> None:
+    model, batch = tiny("llama")
+    compiled = chunkft_fx.compile(model, "8GB", chunks=1, backend="eager")
+    compiled(**batch(2, 16, 0))
+    programs = compiled._training.sessions[-1].programs
+    (whole,) = cut(parameter_specs(model), 1)
+    one, four = (Predictor(programs, known=RATES, micro_batches=n).times(whole) for n in (1, 4))
+    assert one is not None
+    assert four is not None
+    for name in ("forward_us", "backward_us", "recompute_us", "gradients_us", "offload_us"):
+        assert getattr(four, name) == pytest.approx([4 * us for us in getattr(one, name)])
+    assert [us for _, us in four.split_us] == pytest.approx([4 * us for _, us in one.split_us])
+    assert (four.fetch_us, four.state_us_per_byte) == (one.fetch_us, one.state_us_per_byte)
+    assert four.times(1 / 4).forward_us == pytest.approx(one.forward_us)
+    # the sums: three times a bfloat16 gradient, and a float32 total read and written
+    assert four.update_us_per_element - one.update_us_per_element == pytest.approx(30 / 1e11 * 1e6)
+
+
 def test_the_timeline_of_a_step_holds_its_peak() -> None:
     model, batch = tiny("llama")
     compiled = chunkft_fx.compile(model, "8GB", chunks=3, backend="eager")

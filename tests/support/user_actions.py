@@ -177,6 +177,20 @@ def _halved(batch: dict[str, Tensor]) -> Callable[[Any], None]:
     return lambda m: (m(**batch) / 2).backward()
 
 
+def accumulate_together(run: Run) -> None:
+    """Three micro-batches in one step; with a hook on the call, that is refused and changes nothing."""
+    batches = [run.batch() for _ in range(3)]
+    hooks = run.compiled._call_hooks
+    if any(hooks.values()):
+        with pytest.raises(errors.OptionError, match="hooks"):
+            run.compiled.accumulate(batches)
+        return
+    sum(w * loss for w, loss in zip((0.5, 0.2, 0.3), run.compiled.accumulate(batches), strict=True)).backward()
+    for w, batch in zip((0.5, 0.2, 0.3), batches, strict=True):
+        (w * run.reference.model(**batch)).backward()
+    run.finish()
+
+
 def two_losses(run: Run) -> None:
     """Two forwards before their backward passes, the second loss through another path of the caller's."""
     first, second = run.batch(), run.batch()
@@ -468,8 +482,9 @@ def _followed_or_refused(run: Run, change: Callable[[Any], None]) -> None:
 
 
 ACTIONS: list[Callable[[Run], None]] = [
-    train, train, train, train_clipped, train_scaled, accumulate, two_losses, retain, outside_lookup, outside_penalty,
-    with_image, evaluate, evaluate_with_gradients, skip, raise_in_forward, raise_in_backward, raise_in_step, freeze,
-    unfreeze, assign, load, change_in_place, save_and_load, activate, longer, shorter, more_rows, set_attribute, move,
-    hook, unhook, refuse_double_backward, refuse_foreign_optimizer, refuse_plain_model, resize, grow, shrink, cast,
+    train, train, train, train_clipped, train_scaled, accumulate, accumulate_together, two_losses, retain,
+    outside_lookup, outside_penalty, with_image, evaluate, evaluate_with_gradients, skip, raise_in_forward,
+    raise_in_backward, raise_in_step, freeze, unfreeze, assign, load, change_in_place, save_and_load, activate, longer,
+    shorter, more_rows, set_attribute, move, hook, unhook, refuse_double_backward, refuse_foreign_optimizer,
+    refuse_plain_model, resize, grow, shrink, cast,
 ]  # fmt: skip
