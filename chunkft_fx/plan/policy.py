@@ -89,8 +89,8 @@ class Policy:
     ``states`` describes the optimizer that is planned for. ``pieces`` are the parts in which a step that covers all
     parameters updates them, empty where a step trains one chunk; with ``in_backward`` each is updated by the program,
     as soon as its gradients are complete; with ``host_gradients`` the program sends each to host memory then, where it
-    waits for the optimizer's step. A step runs ``micro_batches`` batches of the same sizes, each region over all of them
-    before the next.
+    waits for the optimizer's step. A step runs ``micro_batches`` batches of the same sizes, each region over all of
+    them before the next.
     """
 
     save_from: int = 0

@@ -27,8 +27,8 @@ class StreamNode:
 
     ``share`` is that of ``admit``, whose ``number`` means nothing; that of ``add_up`` is 1 where the total is a sum
     already, which nothing else holds, so that it is added to in place. Nodes of pieces have the piece for a number; for
-    an update, or a ``keep``, ``names`` has the parameter of each gradient that it takes, and ``group`` tells the backward
-    call that it stands behind.
+    an update, or a ``keep``, ``names`` has the parameter of each gradient that it takes, and ``group`` tells the
+    backward call that it stands behind.
     """
 
     target: Any
