@@ -29,6 +29,7 @@ from tests.support.equivalence import loss_of
 from tests.support.forced_policy import force
 from tests.support.forced_streaming import streaming
 from tests.support.live_storages import LiveStorages
+from tests.support.waiting import waiting_in_host
 
 UPDATES = ("step", "backward")
 IGNORED = -100
@@ -96,7 +97,7 @@ def full(model: nn.Module, **options: Any) -> CompiledModule:
 @settings(deadline=None, max_examples=20)
 @given(data=st.data())
 def test_ten_steps_are_those_of_the_plain_model(update: str, data: st.DataObject) -> None:
-    """Uneven ignored labels, tied and frozen weights, clipping, streamed weights, several numbers of micro-batches."""
+    """Uneven ignored labels, tied and frozen weights, clipping, streamed weights, gradients that wait on the host."""
     torch.manual_seed(data.draw(st.integers(0, 9)))
     plain = Masked(data.draw(st.integers(1, 3)), data.draw(st.sampled_from([4, 6])), data.draw(st.booleans()))
     model = copy.deepcopy(plain)
@@ -108,6 +109,8 @@ def test_ten_steps_are_those_of_the_plain_model(update: str, data: st.DataObject
         share = data.draw(st.sampled_from([None, "all", "mixed"]))
         if share is not None:
             stack.enter_context(streaming(share))
+        if data.draw(st.booleans()):
+            stack.enter_context(waiting_in_host(data.draw(st.booleans())))
         compiled = full(model)
         ours = chunkft_fx.AdamW(compiled, lr=1e-2, weight_decay=0.1, max_grad_norm=clip, update=update)
         theirs = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
@@ -122,6 +125,32 @@ def test_ten_steps_are_those_of_the_plain_model(update: str, data: st.DataObject
             ours.zero_grad()
             theirs.zero_grad()
     assert_equal(compiled, plain, 1e-9)
+
+
+@pytest.mark.parametrize("where", ["device", "host", "backward"])
+def test_bfloat16_gradients_add_up_in_float32(where: str) -> None:
+    """Masters are to the bit those after the micro-batches in sequence: sums are made in the same order."""
+    found = []
+    for is_vertical in (True, False):
+        torch.manual_seed(0)
+        with waiting_in_host() if where == "host" else ExitStack():
+            compiled = full(Masked(is_tied=False).bfloat16())
+            ours = chunkft_fx.AdamW(compiled, lr=1e-2, update="backward" if where == "backward" else "step")
+            for step in range(3):
+                batches = [micro_batch(10 * step + i) for i in range(4)]
+                shares = weights_of(batches)
+                if is_vertical:
+                    losses = [o["loss"] for o in compiled.accumulate(batches)]
+                    torch.stack([loss * w for loss, w in zip(losses, shares, strict=True)]).sum().backward()
+                else:
+                    for i, (b, w) in enumerate(zip(batches, shares, strict=True)):
+                        with compiled.no_sync() if i < 3 else ExitStack():
+                            (compiled(**b)["loss"] * w).backward()
+                ours.step()
+                ours.zero_grad()
+        found.append([ours.state[p]["master"] for p in compiled.parameters()])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_step_on_a_chunk_is_that_of_its_micro_batches_in_sequence() -> None:
