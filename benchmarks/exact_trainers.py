@@ -5,7 +5,8 @@ which returns the loss before it. All have bf16 weights, AdamW without weight de
 attention (SDPA), and gradient checkpointing where they decide about it. None clips gradients but ``ours-step``, which
 has to show that it can.
 
-- ``ours-backward``, ``ours-step``: float32 masters and moments; ``ours-without``: the same program without updates.
+- ``ours-backward``, ``ours-step``: float32 masters and moments; ``ours-without``: the same program without updates;
+  ``ours-vertical``: ``ours-backward`` with the parts of a batch (``--micro ours-vertical=8``) in one step.
 - ``dense``, ``dense-compiled``: float32 masters and moments, torch's fused AdamW for a parameter at a time.
 """
 
@@ -90,8 +91,11 @@ def flops_of(model: Any) -> Callable[[int], float]:
     return lambda sequence: 6.0 * counted + attention * sequence
 
 
-def ours(update: str | None) -> Maker:
-    """This library with full coverage; ``update`` says when parameters are updated, ``None``: never."""
+def ours(update: str | None, is_vertical: bool = False) -> Maker:
+    """This library with full coverage; ``update`` says when parameters are updated, ``None``: never.
+
+    ``is_vertical``: the parts of a batch run as micro-batches of one step, each region over all of them.
+    """
 
     def make(setting: Setting) -> Made:
         model: Any = build(setting.shape, "cpu", setting.layers)
@@ -105,7 +109,10 @@ def ours(update: str | None) -> Maker:
         optimizer = chunkft_fx.AdamW(compiled, lr=LEARNING_RATE, weight_decay=0.0, **options)
 
         def step(ids: Tensor) -> Tensor:
-            loss = backward(compiled, ids, setting.parts, compiled.no_sync)
+            if is_vertical:
+                loss = together(compiled, ids, setting.parts)
+            else:
+                loss = backward(compiled, ids, setting.parts, compiled.no_sync)
             optimizer.step()
             optimizer.zero_grad()
             return loss
@@ -137,6 +144,15 @@ def backward(model: Any, ids: Tensor, parts: int, not_last: Callable[[], Any] = 
             loss.backward()
         total += loss.detach()
     return total
+
+
+def together(model: Any, ids: Tensor, parts: int) -> Tensor:
+    """`backward` in one step of this library."""
+    with forward_backward():
+        outputs = model.accumulate([{"input_ids": part, "labels": part} for part in ids.chunk(parts)])
+        loss = torch.stack([o.loss for o in outputs]).mean()
+        loss.backward()
+    return loss.detach()
 
 
 class MasterAdamW(torch.optim.Optimizer):
@@ -215,6 +231,7 @@ def dense_compiled(setting: Setting) -> Made:
 TRAINERS: dict[str, Maker] = {
     "ours-backward": ours("backward"),
     "ours-step": ours("step"),
+    "ours-vertical": ours("backward", is_vertical=True),
     "ours-without": ours(None),
     "dense": dense,
     "dense-compiled": dense_compiled,
