@@ -35,3 +35,26 @@ def test_ten_steps_of_a_family(family: str, update: str) -> None:
             o.zero_grad()
     for (name, p), q in zip(compiled.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_ten_steps_of_a_family_over_micro_batches(family: str) -> None:
+    """Three micro-batches a step, whose losses count differently."""
+    model, batch = tiny(family, torch.float64)
+    plain = copy.deepcopy(model)
+    compiled = chunkft_fx.compile(model, "8GB", coverage="all", backend="eager")
+    ours = chunkft_fx.AdamW(compiled, lr=1e-3, weight_decay=0.1, update="backward")
+    theirs = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.1)
+    shares = (0.5, 0.2, 0.3)
+    for step in range(10):
+        batches = [batch(2, 12, 3 * step + i) for i in range(3)]
+        losses = [outputs[0] for outputs in compiled.accumulate(batches)]
+        torch.stack([w * loss for w, loss in zip(shares, losses, strict=True)]).sum().backward()
+        for w, b in zip(shares, batches, strict=True):
+            (w * plain(**b)[0]).backward()
+        for o in (ours, theirs):
+            o.step()
+            o.zero_grad()
+    for (name, p), q in zip(compiled.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9, msg=name)

@@ -394,6 +394,39 @@ def test_what_cannot_be_is_refused_before_anything_changes(
     loss_of(compiled(rows())).backward()
 
 
+class Completing(nn.Module):
+    """Completes a setting in its first call, as classifiers of transformers do, and counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4, dtype=torch.float64)
+        self.kind: str | None = None
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind is None:
+            self.kind = "regression"
+        self.calls += 1
+        return self.linear(x).square().sum()
+
+
+def test_python_state_that_no_value_depends_on_is_as_after_calls() -> None:
+    torch.manual_seed(0)
+    plain = Completing()
+    compiled = full(copy.deepcopy(plain))
+    ours, theirs = chunkft_fx.AdamW(compiled, lr=1e-2), torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    for _ in range(3):
+        torch.stack(compiled.accumulate([rows(), 2 * rows(), 3 * rows()])).sum().backward()
+        for factor in (1, 2, 3):
+            plain(factor * rows()).backward()
+        ours.step()
+        theirs.step()
+        ours.zero_grad()
+        theirs.zero_grad()
+    assert_equal(compiled, plain, 1e-9)
+    assert (compiled.kind, compiled.calls) == (plain.kind, plain.calls)
+
+
 def test_a_forward_that_counts_its_calls_is_refused() -> None:
     compiled = full(Counting())
     with pytest.raises(UnsupportedGraph, match="Python state"):
