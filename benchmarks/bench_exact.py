@@ -120,6 +120,7 @@ def _measure(trainer: str, setting: Setting, made: Any, warm: int, steps: int, b
     tokens = setting.batch * setting.sequence
     median = timed.median_ms / 1e3
     pinned = torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0)
+    predicted_s, predicted = made.predicted()
     return Row(
         trainer,
         setting.batch,
@@ -131,7 +132,8 @@ def _measure(trainer: str, setting: Setting, made: Any, warm: int, steps: int, b
         tokens / median,
         tokens / median * made.flops(setting.sequence) / 1e12,
         int(timed.reserved_gib * GIB),
-        *made.predicted(),
+        predicted_s,
+        predicted,
         in_use - before,
         pinned,
         peak_rss(),
