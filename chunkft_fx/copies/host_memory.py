@@ -1,7 +1,7 @@
-"""Takes pinned host memory, tells how much there still is, and refuses gradients that would find too little to wait in.
+"""Takes pinned host memory, tells how much there still is, and refuses gradients that would find too little of it.
 
-Memory that the CUDA driver allocates is taken in pages of 4 KiB, one after another, which is slow. Here it is taken from
-the system in huge pages, where it gives them, by several threads, and pinned in place.
+Memory that the CUDA driver allocates is taken in pages of 4 KiB, one after another, which is slow. Here it is taken
+from the system in huge pages, where it gives them, by several threads, and pinned in place.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Weight ring: a few buffers on the device through which weights of the host tier pass; copies them into the buffers.
+"""Weight ring: copies weights of the host tier into the few buffers on the device that they pass through.
 
 All fetches run over one link (`copies.link`), on CUDA a stream of its own: a fetch begins when the work before its node
 is done (which frees its buffer and finishes any update of the weights it reads), and its wait makes the compute stream

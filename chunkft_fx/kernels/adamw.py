@@ -1,4 +1,4 @@
-"""AdamW over many slices in one pass: reconcile, decay, moments, step, and the weight's rounded copy.
+"""Runs AdamW over many slices in one pass: reconcile, decay, moments, step, and the weight's rounded copy.
 
 On CUDA a Triton kernel reads and writes each operand once, wherever it is: master weights and moments may be
 staged on the device or stay in pinned host memory, which the kernel reaches over the link. On the CPU, and for

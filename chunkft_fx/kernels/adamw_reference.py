@@ -1,4 +1,4 @@
-"""What the AdamW kernel computes, in torch's operators: the implementation on the CPU and for float64.
+"""Computes what the AdamW kernel does in torch's operators: the implementation on the CPU and for float64.
 
 With float32 or float64 moments it is torch's own functional AdamW, to the bit. bfloat16 moments are widened to
 float32 for the update and rounded stochastically after it: with ``beta2 = 0.999`` a second moment shrinks by less

@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 # ruff: noqa: N803, SIM102, SIM300, RET505
 # (compile-time constants are in capitals; Triton compiles one branch of an if, but not what follows a return)
-"""The AdamW kernels: a fixed number of programs walks over all slices of a table, tile by tile, round robin.
+"""Defines the AdamW kernels: a fixed number of programs walks over all slices of a table, tile by tile, round robin.
 
 Operands that all lie in the same order are one *run*: whole tiles of it need no mask, so that every access is as
 wide as a thread can make it. A weight or gradient cut along a later dimension is walked in two-dimensional *tiles*,

@@ -1,4 +1,4 @@
-"""The gradient of a slice of a weight: ``dW[s:s+l] = dY[:, s:s+l]ᵀ X``, or ``dW[:, s:s+l] = dYᵀ X[:, s:s+l]``.
+"""Computes the gradient of a slice of a weight: ``dW[s:s+l] = dY[:, s:s+l]ᵀ X``, or ``dW[:, s:s+l] = dYᵀ X[:, s:s+l]``.
 
 The operator ``chunkft_fx::weight_gradient(dy, x, start, dim, length, by) -> Tensor`` reads the columns of the slice
 where they are, sums in float32 and returns float32. What it replaces makes a contiguous copy of the columns first,

@@ -1,4 +1,4 @@
-"""The product ``aᵀ b`` of two matrices with many rows, in Triton.
+"""Computes the product ``aᵀ b`` of two matrices with many rows, in Triton.
 
 One program computes one tile of the result, over all tokens or (where there are fewer tiles than multiprocessors)
 over a part of them. Products of a part go to a place of their own and are summed afterwards, so that a result does

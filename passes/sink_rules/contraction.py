@@ -1,4 +1,4 @@
-"""Rules of operators that sum: matrix products, reductions, convolution backward.
+"""Decides how slices move through operators that sum: matrix products, reductions, convolution backward.
 
 A slice of a sum's result needs only a slice of its operands along a dimension that is not summed over.
 """

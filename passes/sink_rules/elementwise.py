@@ -1,4 +1,4 @@
-"""Rules of elementwise operators, with broadcasting, and of constants.
+"""Decides how slices move through elementwise operators, with broadcasting, and through constants.
 
 Every operator that torch tags as pointwise is elementwise in its tensor operands, so one rule serves them
 all; `elementwise_rule` is asked for operators that are not in the table.

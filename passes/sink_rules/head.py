@@ -1,4 +1,4 @@
-"""Rules of the chunked head: of its weight gradient only the demanded rows or columns are computed.
+"""Decides how slices move through the chunked head: of its weight gradient only demanded rows or columns are computed.
 
 ``item`` reads one result of ``chunkft_fx::linear_cross_entropy_backward``. The slice becomes an operator of its
 own, which computes the logits again; `passes.chunk_logits` merges it with the others of the same head.

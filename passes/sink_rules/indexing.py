@@ -1,4 +1,4 @@
-"""Rules of operators that add rows at given places, or take them: embedding backward, index_put, scatter_add, index.
+"""Decides how slices move through operators that add or take rows: embedding backward, index_put, scatter_add, index.
 
 Where rows are added along the cut dimension, indices outside the slice must be dropped. They are sent to one extra row
 behind the slice, which is then cut off, so that nothing has to be known about them at compile time.

@@ -1,4 +1,4 @@
-"""Rules of operators that move or copy elements: permutations, views, expansion, casts, slices, joins."""
+"""Decides how slices move through operators that move or copy elements: permutations, views, casts, slices, joins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules of normalisation backwards: the weight and bias gradients, written out for a slice of the channels.
+"""Decides how slices move through normalisation backwards: weight and bias gradients, for a slice of the channels.
 
 A rule is called only where nobody needs the input gradient (result 0) that the same operator computes; otherwise
 the whole weight gradient, one value a channel, is computed with it at no cost, and sliced afterwards.

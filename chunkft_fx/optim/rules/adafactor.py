@@ -1,4 +1,4 @@
-"""Adafactor: what it keeps, its options, and its update, in torch's operators and without waiting for the GPU."""
+"""Adafactor: decides what it keeps, and runs its update, in torch's operators and without waiting for the GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AdamW: what it keeps, its options, and its update by the fused kernel.
+"""AdamW: decides what it keeps by its options, and runs its update by the fused kernel.
 
 On the CPU the update is torch's own functional AdamW, applied to the active slices. With one chunk and float32
 weights, parameters therefore equal those of ``torch.optim.AdamW`` to the bit. On CUDA a fused kernel does it.

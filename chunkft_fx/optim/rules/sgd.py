@@ -1,4 +1,4 @@
-"""SGD: what it keeps, its options, and its update by torch's own functional SGD, on CUDA by its foreach functions."""
+"""SGD: decides what it keeps, and runs its update by torch's own functional SGD, on CUDA by its foreach functions."""
 
 from __future__ import annotations
 

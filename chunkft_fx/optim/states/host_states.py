@@ -1,4 +1,4 @@
-"""Optimizer states that host memory keeps: where each tensor lies, how much all take, and whether they fit."""
+"""Decides where host memory keeps each tensor of the optimizer states, how much all take, and whether they fit."""
 
 from __future__ import annotations
 

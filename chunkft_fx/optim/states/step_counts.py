@@ -1,4 +1,4 @@
-"""Step counts per slice: how often each index of a parameter's cut dimension has been updated.
+"""Holds step counts per slice: how often each index of a parameter's cut dimension has been updated.
 
 Bias correction needs the number of updates that a moment has seen, and chunks update slices of a
 parameter at different times. A parameter's counts are a tuple of runs that partition the dimension in
