@@ -218,7 +218,12 @@ class BatchPlans:
         owner = self._owner()
         spec = spec_of(owner.optimizer)
         predictor = Predictor(
-            self._programs, absent, None, need.sizes, self.given(need), spec, micro_batches=need.micro_batches
+            self._programs,
+            absent,
+            sizes=need.sizes,
+            given=self.given(need),
+            spec=spec,
+            micro_batches=need.micro_batches,
         )
         plan = _choose(owner, predictor, self._described(need), need)
         return Made(need, replace(plan, batch_nbytes=need.nbytes))
