@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from dataclasses import asdict, dataclass, field
+import types
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from chunkft_fx.plan.chunk import Chunk
 from chunkft_fx.plan.policy import Policy
@@ -49,3 +53,38 @@ class Plan(PlanTables):
     def to_json(self) -> str:
         """The plan as JSON text for other programs: its fields, sets as sorted lists, and this format's ``version``."""
         return json.dumps({"version": VERSION} | asdict(self), indent=1, default=sorted)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that `to_json` wrote. Raises `ValueError` for any other text, or one of another version."""
+        content = json.loads(text)
+        version = content.pop("version", None) if isinstance(content, dict) else None
+        if version != VERSION:
+            raise ValueError(f"a plan of version {version!r}, and this library reads version {VERSION}")
+        plan: Plan = _read(cls, content, "plan")
+        return plan
+
+
+def _read(kind: Any, value: Any, place: str) -> Any:
+    """A JSON value as one of the given type; ``place`` says of which field. Raises `ValueError` if it is none."""
+    found, arguments = get_origin(kind), get_args(kind)
+    if found in (Union, types.UnionType):
+        (kind,) = (k for k in arguments if k is not types.NoneType)
+        return None if value is None else _read(kind, value, place)
+    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, Mapping):
+        wanted = _fields(kind)
+        if value.keys() != wanted.keys():
+            raise ValueError(f"{place} has the fields {sorted(value)} instead of {sorted(wanted)}")
+        return kind(**{name: _read(wanted[name], v, f"{place}.{name}") for name, v in value.items()})
+    if found in (tuple, frozenset) and isinstance(value, list):
+        kinds = arguments if found is tuple and arguments[-1] is not ... else arguments[:1] * len(value)
+        return found(_read(k, v, place) for k, v in zip(kinds, value, strict=True))
+    if kind in (int, float, str, bool) and type(value) in ((int, float) if kind is float else (kind,)):
+        return kind(value)
+    raise ValueError(f"{place} is {value!r}, which is no {kind}")
+
+
+@functools.cache
+def _fields(kind: type) -> dict[str, Any]:
+    hints = get_type_hints(kind)
+    return {name: hints[name] for name in kind.__dataclass_fields__}  # type: ignore[attr-defined]

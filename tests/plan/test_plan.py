@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from chunkft_fx.plan.chunk import Chunk, Slice
 from chunkft_fx.plan.cuts import ParameterSpec, cut
 from chunkft_fx.plan.plan import VERSION, Plan
-from chunkft_fx.plan.policy import Policy
+from chunkft_fx.plan.policy import Policy, StepTimes
+from chunkft_fx.plan.state_spec import StateSpec, StateTensor
+from chunkft_fx.plan.table import Considered
 
 SLICES = (
     Slice("embed.weight", 0, 0, 512, 512),
@@ -64,6 +69,49 @@ def test_json_holds_every_field(plan: Plan) -> None:
     assert read["policy"]["streamed"] == sorted(plan.policy.streamed)
     assert [len(c["slices"]) for c in read["chunks"]] == [len(c.slices) for c in plan.chunks]
     assert read["predicted_peak_bytes"] == plan.predicted_peak_bytes
+
+
+@given(plans)
+def test_a_plan_is_read_as_it_was_written(plan: Plan) -> None:
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_all_that_a_plan_can_hold_is_read_as_it_was_written() -> None:
+    times = StepTimes((1.0, 2.5), (3.0,), (), (1e-9,), (0.0,), (7.0,), 1 / 3, 1e300, ((1, 0.0), (4, 0.5)))
+    states = StateSpec("Adafactor", (StateTensor("row", of="matrices", mean_over=-1),), is_whole=True)
+    policy = Policy(pacing=times, states=states, pieces=PLAN.chunks, in_backward=True)
+    considered = (Considered(3, 2, policy, 7, None, "weights"), Considered(1, 0, Policy(), 8, 2.5, "outputs"))
+    plan = dataclasses.replace(
+        PLAN, policy=policy, predicted_peak_bytes=None, predicted_step_us=0.1, considered=considered
+    )
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def _changed(place: str, value: object) -> str:
+    content: Any = json.loads(PLAN.to_json())
+    *parents, last = place.split(".")
+    inner = content
+    for name in parents:
+        inner = inner[int(name)] if name.isdigit() else inner[name]
+    inner[int(last) if last.isdigit() else last] = value
+    return json.dumps(content)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("", "Expecting value"), ("[]", "version None"), (_changed("version", 2), "version 2"),
+        (_changed("more", 1), "more"),
+        (_changed("seed", "11"), "plan.seed is '11'"), (_changed("interval", 1.0), "plan.interval is 1.0"),
+        (_changed("interval", True), "plan.interval is True"), (_changed("chunks", {}), "plan.chunks is {}"),
+        (_changed("chunks.0.slices.1.length", None), "plan.chunks.slices.length is None"),
+        (_changed("policy.streamed", "pos"), "plan.policy.streamed"), (_changed("terms.0", None), "terms"),
+        (_changed("policy", 1), "plan.policy is 1"), (_changed("policy.states", {}), "plan.policy.states"),
+    ],
+)  # fmt: skip
+def test_what_is_no_plan_is_refused(text: str, what: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(what)):
+        Plan.from_json(text)
 
 
 @given(plans)
