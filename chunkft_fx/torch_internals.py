@@ -198,6 +198,11 @@ def symbols(value: Any) -> set[str]:
     return {s.name for s in free_symbols(value)} if isinstance(value, (Tensor, torch.SymInt)) else set()
 
 
+def settings_text() -> str:
+    """All settings of torch's partitioner and of Inductor that change what they make of a graph, as a digest."""
+    return f"{functorch_config.get_hash().hex()} {inductor_config.get_hash().hex()}"
+
+
 def partition(
     module: fx.GraphModule, num_forward_outputs: int, recompute: bool
 ) -> tuple[fx.GraphModule, fx.GraphModule]:

@@ -26,7 +26,8 @@ from chunkft_fx.machine.overhead import overhead
 from chunkft_fx.plan.plan import Plan
 from chunkft_fx.plan.policy import Policy
 from chunkft_fx.plan.state_spec import spec_of
-from chunkft_fx.planning.planner import Options, plan_again, plan_for_batch
+from chunkft_fx.planning.kept_plans import known_or_made
+from chunkft_fx.planning.planner import Options, plan_again
 from chunkft_fx.predict.fixed_memory import (
     RING_OF_GRADIENTS,
     RING_OF_STATES,
@@ -273,16 +274,16 @@ def _choose(owner: PlanOwner, predictor: Predictor, batch: str, need: Need) -> P
     model, options, known = owner.plain, owner.options, owner.known_plan
     spec = spec_of(owner.optimizer)
     if known is None or not known.batch:
-        return plan_for_batch(model, options, known, predictor, batch, spec, need.micro_batches)
+        return known_or_made(model, options, known, predictor, batch, spec, need.micro_batches)
     if owner.is_bound:
         return plan_again(model, options, known, predictor, batch, spec, need.micro_batches)
     given = None if options.chunks == "auto" else known
     if need.nbytes > known.batch_nbytes or spec != known.policy.states:
-        return plan_for_batch(model, options, given, predictor, batch, spec, need.micro_batches)
+        return known_or_made(model, options, given, predictor, batch, spec, need.micro_batches)
     try:
         return plan_again(model, options, known, predictor, batch, spec, need.micro_batches)
     except BudgetInfeasible:
-        return plan_for_batch(model, options, given, predictor, batch, spec, need.micro_batches)
+        return known_or_made(model, options, given, predictor, batch, spec, need.micro_batches)
 
 
 def settle(owner: PlanOwner, plan: Plan) -> None:

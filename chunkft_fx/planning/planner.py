@@ -22,8 +22,8 @@ from chunkft_fx.plan.plan import Plan
 from chunkft_fx.plan.policy import Policy
 from chunkft_fx.plan.state_spec import ASSUMED, StateSpec
 from chunkft_fx.plan.table import Considered
-from chunkft_fx.planning.choice import Fit, Predicts
-from chunkft_fx.planning.costs import BASE
+from chunkft_fx.planning.choice import Choice, Fit, Predicts
+from chunkft_fx.planning.costs import BASE, ChoiceCosts
 from chunkft_fx.planning.search import Search
 from chunkft_fx.predict.fixed_memory import RING_OF_STATES, Terms
 
@@ -173,6 +173,13 @@ def plan_again(
     if best.nbytes > budget:
         raise _infeasible(budget, best, batch, BEGUN)
     return _completed(known, search, best, batch, (), spec)
+
+
+def needed_nbytes(model: nn.Module, plan: Plan, predictor: Predicts, spec: StateSpec = ASSUMED) -> int:
+    """Bytes that the first step of a plan is predicted to need, told from the plan alone."""
+    costs = ChoiceCosts(model, parameter_specs(model, spec), predictor, None, spec)
+    fixed = costs.fixed_terms(Choice(plan.chunks, costs.stream(plan.policy.streamed), plan.policy))
+    return sum(fixed.values()) + predictor.peak(plan.chunks[0], plan.policy).nbytes
 
 
 def _base(options: Options, parameters: Sequence[ParameterSpec], spec: StateSpec) -> Policy:

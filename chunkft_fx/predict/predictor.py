@@ -7,8 +7,10 @@ plans there are decided by memory alone and no times are asked for.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from chunkft_fx.capture.outline import Region
 from chunkft_fx.graph.sizes import AS_TRACED, Sizes
@@ -60,7 +62,7 @@ class Predictor:
         spec: StateSpec = ASSUMED,
         micro_batches: int = 1,
     ) -> None:
-        self._programs, self._absent, self._known, self._batch = programs, absent, known, sizes
+        self.programs, self._absent, self._known, self._batch = programs, absent, known, sizes
         self._given, self._spec, self._micro_batches = given or {}, spec, micro_batches
         self._peaks: dict[tuple[Chunk, Policy], Moment] = {}
         self.known_times: StepTimes | None = None  # once they were asked for
@@ -71,13 +73,25 @@ class Predictor:
         self._kinds = Kinds(programs.outline.regions, programs.capture.parameters)
         self._used_in = {name: [i for i, use in enumerate(self._regions) if name in use] for name in self._sizes}
 
+    @functools.cached_property
+    def rates(self) -> Rates | None:
+        """The rates that times are predicted with."""
+        device = self.programs.device
+        return known_rates(device) if self._known is None and device.type == "cuda" else self._known
+
+    @property
+    def asked(self) -> tuple[Any, ...]:
+        """What predictions depend on beside the programs, as plain values whose text says all of them."""
+        known = sorted(self._absent), self.rates, self._batch, sorted(self._given.items())
+        return *known, self._spec, self._micro_batches
+
     def uses(self) -> Sequence[frozenset[str]]:
         """For each region the names of the parameters that it reads."""
         return self._regions
 
     def head(self) -> Head:
         """What the search may do about the blocks of a chunked head."""
-        regions = [r for r in self._programs.outline.regions if r.template.has_head]
+        regions = [r for r in self.programs.outline.regions if r.template.has_head]
         splits: set[int] = {1}
         for node in (n for r in regions for n in r.template.graph.graph.nodes if is_head(n)):
             hidden, weight = operands(node)
@@ -89,10 +103,10 @@ class Predictor:
         """The largest moment of a step on a chunk, in bytes beyond what `predict.fixed_memory` counts."""
         key = chunk, policy.of_steps
         if key not in self._peaks:
-            planned = self._programs.planned(chunk, self._absent, policy)
-            moments = step_timeline(planned, self._programs.backend, sizes=self._batch)
+            planned = self.programs.planned(chunk, self._absent, policy)
+            moments = step_timeline(planned, self.programs.backend, sizes=self._batch)
             largest = max(moments, key=lambda m: m.nbytes)
-            besides = dict(self._given) | overhead(self._programs.device, largest.nbytes)
+            besides = dict(self._given) | overhead(self.programs.device, largest.nbytes)
             self._peaks[key] = Moment(largest.label, largest.terms | besides)
         return self._peaks[key]
 
@@ -101,16 +115,15 @@ class Predictor:
 
         Where that fits into ``enough`` bytes it can be a moment that no step exceeds, which is found sooner.
         """
-        can_join = not self._programs.specializer.is_asked
+        can_join = not self.programs.specializer.is_asked
         return sweep_peak(self._kinds, chunks, policy, lambda chunk: self.peak(chunk, policy), enough, can_join)
 
     def times(self, deepest: Chunk) -> StepTimes | None:
         """Predicted times of the regions, by a step whose backward reaches all; None where no rates are known."""
-        device = self._programs.device
-        if self._known is None and device.type != "cuda":
+        if self.rates is None:
             return None
         if self.known_times is None:
-            self.known_times = self._predicted(deepest, self._known or known_rates(device))
+            self.known_times = self._predicted(deepest, self.rates)
         return self.known_times
 
     def work(self, chunk: Chunk, times: StepTimes, states_nbytes: int) -> Work:
@@ -126,7 +139,7 @@ class Predictor:
 
     def offloaded_nbytes(self, below: int) -> int:
         """Bytes that the regions below this one keep in host memory between forward and backward, if they offload."""
-        return sum(self._kept(r) for r in self._programs.outline.regions[:below])
+        return sum(self._kept(r) for r in self.programs.outline.regions[:below])
 
     def _predicted(self, deepest: Chunk, known: Rates) -> StepTimes:
 
@@ -144,7 +157,7 @@ class Predictor:
             variants = self._variants(deepest, Policy(head_split=split))
             each = sum(us(v, is_backward) for v in variants for is_backward in (False, True))
             split_us.append((split, max(each - whole, 0.0)))
-        parameters = self._programs.parameters
+        parameters = self.programs.parameters
         gradients = sum(parameters[s.name].nbytes // s.size * s.length for s in deepest.slices)
         weights = [sum(parameters[n].numel() * parameters[n].itemsize for n in use) for use in self._regions]
         sums = (self._micro_batches - 1) * SUM_NBYTES
@@ -155,7 +168,7 @@ class Predictor:
             gradients_us=forward,  # a product with a weight has a gradient of the same size
             fetch_us=tuple(transfer_us(n, known, "host_to_device") for n in weights),
             offload_us=tuple(
-                transfer_us(self._kept(r), known, "device_to_host") for r in self._programs.outline.regions
+                transfer_us(self._kept(r), known, "device_to_host") for r in self.programs.outline.regions
             ),
             state_us_per_byte=transfer_us(1, known, "both_ways"),
             update_us_per_element=(self._spec.update_nbytes + sums) / known.memory_nbytes_per_s * 1e6,
@@ -166,10 +179,10 @@ class Predictor:
         return one.times(self._micro_batches)
 
     def _variants(self, chunk: Chunk, policy: Policy) -> Sequence[Variant]:
-        return self._programs.planned(chunk, self._absent, policy).program.variants
+        return self.programs.planned(chunk, self._absent, policy).program.variants
 
     def _kept(self, region: Region) -> int:
         """Bytes that a recomputing region keeps: what it reads that regions before it made."""
-        made = {name for r in self._programs.outline.regions for name in r.forward}
+        made = {name for r in self.programs.outline.regions for name in r.forward}
         values = [self._nodes[name].meta["val"] for name in region.primals if name in made]
         return sum(self._batch.nbytes(v) for v in values)

@@ -37,6 +37,11 @@ class Step(Protocol[Given]):
     def __call__(self, target: Given, /) -> int: ...
 
 
+def is_verifying() -> bool:
+    """Whether graphs are verified after each pass: as ``CHUNKFT_VERIFY`` in the environment says."""
+    return os.environ.get("CHUNKFT_VERIFY") == "1"
+
+
 def over_region(
     region: RegionGraph, passes: Sequence[Step[RegionGraph]], hook: Hook[RegionGraph] | None = None
 ) -> dict[str, int]:
@@ -73,7 +78,7 @@ def _run(
 ) -> dict[str, int]:
     counts: dict[str, int] = {}
     for step in passes:
-        is_checked = os.environ.get("CHUNKFT_VERIFY") == "1"
+        is_checked = is_verifying()
         before = look(target) if is_checked else None
         begin = time.perf_counter()
         rewrites = step(target)
