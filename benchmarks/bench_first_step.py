@@ -2,17 +2,21 @@
 
     python -m benchmarks.bench_first_step --shape narrow --chunks 256 --backend eager
     python -m benchmarks.bench_first_step --shape llama2-7b --batch 8 --sequence 1024 --budget 24GB
+    python -m benchmarks.bench_first_step --shape llama2-7b --batch 8 --sequence 1024 --budget 24GB --plan-only --paced
 
 A part's seconds are its own: what it calls of other parts counts there. Wall clock, and processor time of this process,
 which other programs on the machine disturb less. What a thread does beside the step has a line of its own, which is no
 part of the sum. Without a CUDA GPU the model is on the CPU, where ``--paced`` plans by
-the times of one H200. Inductor's caches are used as they are found: give ``TORCHINDUCTOR_CACHE_DIR`` an empty folder
-for a cold start, and the same folder again for a warm one.
+the times of one H200. Caches are used as they are found: give ``TORCHINDUCTOR_CACHE_DIR`` and ``CHUNKFT_CACHE`` an
+empty folder each for a cold start, and the same folders again for a warm one.
+With ``--plan-only`` it ends when there is a plan, and weights are memory that nobody reads or writes: so a machine
+without a GPU, and with less memory than they would take, tells what tracing and planning of a large model cost.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib
 import json
@@ -21,7 +25,6 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 from unittest import mock
@@ -32,6 +35,7 @@ from torch import nn
 import chunkft_fx
 from benchmarks.shapes import SHAPES, batches, build
 from chunkft_fx.machine.rates import Rates
+from chunkft_fx.planning.example_batch import PlanMade
 from chunkft_fx.predict.predictor import Predictor
 from chunkft_fx.program.programs import Programs
 from chunkft_fx.runtime import lower_ahead
@@ -48,6 +52,7 @@ PARTS = {
     "chunkft_fx.module.sessions:outline": "outline",
     "chunkft_fx.planning.batch_plan:BatchPlans.__init__": "reader of sizes",
     "chunkft_fx.planning.batch_plan:BatchPlans.prepare": "search",
+    "chunkft_fx.planning.kept_plans:digest": "digest of the question",
     "chunkft_fx.planning.batch_plan:settle": "settling",
     "chunkft_fx.program.programs:build": "programs written",
     "chunkft_fx.program.run_passes:over_program": "program passes",
@@ -87,7 +92,7 @@ class Clock:
         self._open: list[Part] = []
         self._since = (0.0, 0.0)
 
-    @contextmanager
+    @contextlib.contextmanager
     def of(self, name: str) -> Iterator[None]:
         part = self.parts[name]
         part.calls += 1
@@ -99,7 +104,7 @@ class Clock:
             self._settle()
             self._open.pop()
 
-    @contextmanager
+    @contextlib.contextmanager
     def beside(self, name: str) -> Iterator[None]:
         """For a thread of its own, which calls no part from within another."""
         begin = time.perf_counter(), time.thread_time()
@@ -127,7 +132,7 @@ class Clock:
         return call
 
 
-@contextmanager
+@contextlib.contextmanager
 def watched(clock: Clock) -> Iterator[None]:
     """While inside, the functions of all parts are timed."""
     patches = []
@@ -147,7 +152,7 @@ def watched(clock: Clock) -> Iterator[None]:
             patch.stop()
 
 
-@contextmanager
+@contextlib.contextmanager
 def paced(rates: Rates | None) -> Iterator[None]:
     """While inside, plans are made by times also on the CPU."""
     if rates is None:
@@ -161,10 +166,14 @@ def paced(rates: Rates | None) -> Iterator[None]:
         yield
 
 
-def made(shape: str, layers: int | None) -> nn.Module:
+def made(shape: str, layers: int | None, untouched: bool) -> nn.Module:
+    kind, config = SHAPES[shape](layers)
+    if untouched:
+        with torch.device("meta"):
+            model = kind(config).to(torch.bfloat16).train()
+        return model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
     if torch.cuda.is_available():
         return build(shape, "cuda", layers)
-    kind, config = SHAPES[shape](layers)
     torch.manual_seed(0)
     return kind(config).train()
 
@@ -189,27 +198,33 @@ def main() -> None:
     parser.add_argument("--chunks", default="auto")
     parser.add_argument("--backend", choices=("eager", "inductor"), default="inductor")
     parser.add_argument("--paced", action="store_true", help="plan by the times of one H200")
+    parser.add_argument("--plan-only", action="store_true", help="end when there is a plan")
     parser.add_argument("--sweep", action="store_true", help="then run the rest of a sweep, and tell what it took")
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
     args = parser.parse_args()
 
-    model: Any = made(args.shape, args.layers)
+    model: Any = made(args.shape, args.layers, args.plan_only)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     (ids,) = batches(model.config.vocab_size, args.batch, args.sequence, device, 1)
     chunks = args.chunks if args.chunks == "auto" else int(args.chunks)
     clock = Clock()
     with watched(clock), paced(H200 if args.paced else None):
         compiled = chunkft_fx.compile(model, args.budget, chunks=chunks, backend=args.backend)
-        optimizer = chunkft_fx.AdamW(compiled, lr=1e-5)
+        # without an optimizer the plan is for AdamW, whose states no host memory has to hold then
+        optimizer = None if args.plan_only else chunkft_fx.AdamW(compiled, lr=1e-5)
 
         def step() -> None:
-            compiled(input_ids=ids, labels=ids).loss.backward()
+            loss = compiled(input_ids=ids, labels=ids).loss
+            if optimizer is None:
+                return
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             if device == "cuda":
                 torch.cuda.synchronize()
 
-        with clock.of(STEP):
+        compiled._training._is_planning = args.plan_only
+        with clock.of(STEP), contextlib.suppress(PlanMade):
             step()
         first = {name: Part(**asdict(part)) for name, part in clock.parts.items()}
         found: dict[str, Any] = {"chunks": len(compiled.plan.chunks), "variants": len(compiled.variants)}
