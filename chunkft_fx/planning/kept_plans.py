@@ -24,8 +24,9 @@ import chunkft_fx
 from chunkft_fx.capture.outline import value_text
 from chunkft_fx.errors import ChunkFTError
 from chunkft_fx.machine.cache import CacheFolder, device_key
+from chunkft_fx.plan.chunk import Chunk
 from chunkft_fx.plan.plan import Plan
-from chunkft_fx.plan.policy import NO_PIECES
+from chunkft_fx.plan.policy import Policy
 from chunkft_fx.plan.state_spec import StateSpec
 from chunkft_fx.planning.planner import Options, needed_nbytes, parameter_specs, plan_for_batch
 from chunkft_fx.predict.predictor import Predictor
@@ -162,11 +163,15 @@ def _checksum(text: str) -> str:
 
 def _without_repetition(plan: Plan) -> Plan:
     """A plan whose choices that were not taken leave out the pieces, which are those of its own policy."""
-    return replace(
-        plan, considered=tuple(replace(c, policy=replace(c.policy, pieces=NO_PIECES)) for c in plan.considered)
-    )
+    return _considering_pieces(plan, ())
 
 
 def _with_repetition(plan: Plan) -> Plan:
-    pieces = plan.policy.pieces
-    return replace(plan, considered=tuple(replace(c, policy=replace(c.policy, pieces=pieces)) for c in plan.considered))
+    return _considering_pieces(plan, plan.policy.pieces.chunks)
+
+
+def _considering_pieces(plan: Plan, chunks: tuple[Chunk, ...]) -> Plan:
+    def with_pieces(policy: Policy) -> Policy:
+        return replace(policy, pieces=replace(policy.pieces, chunks=chunks))
+
+    return replace(plan, considered=tuple(replace(c, policy=with_pieces(c.policy)) for c in plan.considered))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from chunkft_fx.plan.chunk import Chunk, Slice
 from chunkft_fx.plan.cuts import ParameterSpec, cut
+from chunkft_fx.plan.pieces import Pieces
 from chunkft_fx.plan.plan import VERSION, Plan
 from chunkft_fx.plan.policy import Policy, StepTimes
 from chunkft_fx.plan.state_spec import StateSpec, StateTensor
@@ -79,7 +80,7 @@ def test_a_plan_is_read_as_it_was_written(plan: Plan) -> None:
 def test_all_that_a_plan_can_hold_is_read_as_it_was_written() -> None:
     times = StepTimes((1.0, 2.5), (3.0,), (), (1e-9,), (0.0,), (7.0,), 1 / 3, 1e300, ((1, 0.0), (4, 0.5)))
     states = StateSpec("Adafactor", (StateTensor("row", of="matrices", mean_over=-1),), is_whole=True)
-    policy = Policy(pacing=times, states=states, pieces=PLAN.chunks, in_backward=True)
+    policy = Policy(pacing=times, states=states, pieces=Pieces(PLAN.chunks, 7), in_backward=True)
     considered = (Considered(3, 2, policy, 7, None, "weights"), Considered(1, 0, Policy(), 8, 2.5, "outputs"))
     plan = dataclasses.replace(
         PLAN, policy=policy, predicted_peak_bytes=None, predicted_step_us=0.1, considered=considered

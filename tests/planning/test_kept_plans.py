@@ -20,12 +20,14 @@ import torch._inductor.config as inductor_config
 from torch import nn
 
 import chunkft_fx
+from chunkft_fx.errors import BudgetInfeasible
 from chunkft_fx.graph.region import RegionGraph
 from chunkft_fx.graph.sizes import Sizes
 from chunkft_fx.machine.rates import Rates
 from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.plan.cuts import cut
-from chunkft_fx.plan.plan import Plan
+from chunkft_fx.plan.pieces import DEPTH
+from chunkft_fx.plan.plan import VERSION, Plan
 from chunkft_fx.plan.state_spec import ASSUMED, StateSpec, StateTensor
 from chunkft_fx.planning import kept_plans
 from chunkft_fx.planning.kept_plans import FOLDER, digest
@@ -90,6 +92,24 @@ def test_an_equal_question_gets_the_same_plan_without_a_search(searches: list[Pl
     assert second.plan.explain() == first.plan.explain()
     gradients = [[s.grad for s in module.active_slices()] for module in (first, second)]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True) if a is not None and b is not None)
+
+
+def test_a_plan_with_a_deep_ring_of_states_is_kept_whole(searches: list[Plan]) -> None:
+    spec = replace(ASSUMED, updates="backward")
+    options = Options(1, "auto", "sequential", 1, 0, coverage="all")
+
+    def timed(budget: int) -> Plan:
+        asked = replace(options, budget_bytes=budget)
+        return kept_plans.known_or_made(question()[0], asked, None, predictor(known=RATES), "a batch", spec)
+
+    with pytest.raises(BudgetInfeasible) as refused:
+        timed(1)
+    budget = refused.value.smallest_budget_bytes * 12 // 10
+    first, second = timed(budget), timed(budget)
+    assert len(searches) == 1
+    assert second == first
+    assert first.policy.pieces.depth > DEPTH
+    assert first.considered
 
 
 def test_a_tight_plan_that_streams_and_recomputes_is_kept_whole(searches: list[Plan]) -> None:
@@ -169,7 +189,7 @@ def _with_another_number(text: str) -> str:
 
 
 def _of_another_version(text: str) -> str:
-    return _signed(text.partition("\n")[2].replace('"version": 1', '"version": 0'))
+    return _signed(text.partition("\n")[2].replace(f'"version": {VERSION}', '"version": 0'))
 
 
 def _without_a_field(text: str) -> str:
