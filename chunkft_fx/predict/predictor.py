@@ -128,14 +128,18 @@ class Predictor:
 
     def work(self, chunk: Chunk, times: StepTimes, states_nbytes: int) -> Work:
         """What a chunk, with so many bytes of states on the device, adds to a step."""
-        gradients = 0.0
-        lowest = len(self._regions)
-        for s in chunk.slices:
-            for i in self._used_in[s.name]:
-                lowest = min(lowest, i)
-                gradients += times.gradients_us[i] * self._sizes[s.name] * s.length / s.size / self._region_sizes[i]
+        lowest = min((i for s in chunk.slices for i in self._used_in[s.name]), default=len(self._regions))
+        gradients = sum(us * share for us, share in zip(times.gradients_us, self._shares(chunk), strict=True))
         update = chunk.numel * times.update_us_per_element
         return Work(lowest, gradients + update, states_nbytes * times.state_us_per_byte)
+
+    def _shares(self, chunk: Chunk) -> list[float]:
+        """For each region the share of its weights' elements that a chunk has."""
+        shares = [0.0] * len(self._regions)
+        for s in chunk.slices:
+            for i in self._used_in[s.name]:
+                shares[i] += self._sizes[s.name] * s.length / s.size / self._region_sizes[i]
+        return shares
 
     def offloaded_nbytes(self, below: int) -> int:
         """Bytes that the regions below this one keep in host memory between forward and backward, if they offload."""
@@ -149,9 +153,12 @@ class Predictor:
         last = len(self._regions)
         saving, again = self._variants(deepest, Policy()), self._variants(deepest, Policy(save_from=last))
         forward = tuple(us(v, False) for v in saving)
-        backward = tuple(us(v, True) for v in saving)
+        reaching = tuple(us(v, True) for v in saving)
         recomputing = tuple(us(v, True) for v in again)
-        whole = sum(forward) + sum(backward)
+        whole = sum(forward) + sum(reaching)
+        # a product with a weight has a gradient of the same size; those of this very chunk are in its backward
+        own = (us * share for us, share in zip(forward, self._shares(deepest), strict=True))
+        backward = tuple(max(us - gradients, 0.0) for us, gradients in zip(reaching, own, strict=True))
         split_us = []
         for split in self.head().splits:
             variants = self._variants(deepest, Policy(head_split=split))
@@ -164,8 +171,8 @@ class Predictor:
         one = StepTimes(
             forward_us=forward,
             backward_us=backward,
-            recompute_us=tuple(max(a - b, 0.0) for a, b in zip(recomputing, backward, strict=True)),
-            gradients_us=forward,  # a product with a weight has a gradient of the same size
+            recompute_us=tuple(max(a - b, 0.0) for a, b in zip(recomputing, reaching, strict=True)),
+            gradients_us=forward,
             fetch_us=tuple(transfer_us(n, known, "host_to_device") for n in weights),
             offload_us=tuple(
                 transfer_us(self._kept(r), known, "device_to_host") for r in self.programs.outline.regions

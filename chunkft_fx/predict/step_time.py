@@ -78,9 +78,10 @@ def covering_step_us(times: StepTimes, policy: Policy, streamed: frozenset[int],
     """Microseconds of a step that covers all parameters, of which ``work`` is that of them all.
 
     Within the backward states move under its compute, beside its share of the weights that are fetched; those that the
-    ring has room for come in while the forward runs. At the step they move when the backward is over, under nothing
-    but the update itself; gradients that wait in host memory leave under the backward, the way that weights do not
-    take, and come back with the states.
+    ring has room for come in while the forward runs. Where weights or saved values come in between, compute waits for
+    them behind states, and only a part of the link's time is hidden, as in `step_us`. At the step they move when the
+    backward is over, under nothing but the update itself; gradients that wait in host memory leave under the backward,
+    the way that weights do not take, and come back with the states.
     """
     bare = bare_steps(times, policy, streamed, policy.depth)
     compute, link = float(bare.compute_us[0]) + work.gradients_us, float(bare.link_us[0])
@@ -91,8 +92,10 @@ def covering_step_us(times: StepTimes, policy: Policy, streamed: frozenset[int],
         return max(compute, link) + work.states_us
     fetched = sum(times.fetch_us[i] for i in streamed)
     forward = max(forward, fetched)
-    early = min(work.states_us * policy.pieces.depth / len(policy.pieces), forward - fetched)
-    return max(forward + max(compute - forward, link - fetched + work.states_us - early), compute)
+    others = link - fetched
+    states = work.states_us / HIDDEN_SHARE if others else work.states_us
+    early = min(states * policy.pieces.depth / len(policy.pieces), forward - fetched)
+    return max(forward + max(compute - forward, others + states - early), compute)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from chunkft_fx.errors import BudgetInfeasible
 from chunkft_fx.plan.pieces import DEPTH, MOST_BUFFERS, Pieces, cut_pieces
 from chunkft_fx.plan.plan import Plan
-from chunkft_fx.plan.policy import Policy, StepTimes
+from chunkft_fx.plan.policy import HIDDEN_SHARE, Policy, StepTimes
 from chunkft_fx.plan.state_spec import ASSUMED
 from chunkft_fx.planning.planner import Options, parameter_specs, plan_again, plan_for_batch
 from chunkft_fx.predict.fixed_memory import RING_OF_STATES
@@ -91,3 +91,18 @@ def test_buffers_hide_copies_under_the_forward_and_under_nothing_else(
     early = min(states * depth / 12, sum(us))
     assert step(depth) == pytest.approx(sum(us) + max(sum(us), states - early))
     assert step(depth + 1) <= step(depth)
+
+
+def test_states_that_share_the_link_hide_less() -> None:
+    us, zero = (10.0,) * 4, (0.0,) * 4
+    times = StepTimes(us, us, zero, zero, (3.0,) * 4, (2.0,) * 4, 0.0, 0.0)
+    policy = Policy(pieces=replace(cut_pieces(parameter_specs(MODEL, SPEC)), depth=DEPTH), in_backward=True)
+    alone = covering_step_us(times, policy, frozenset(), Work(0, 0.0, 100.0))
+    early = 100.0 * DEPTH / len(policy.pieces)
+    assert alone == pytest.approx(40 + 100 - early)
+    streaming = covering_step_us(times, policy, frozenset({1, 2}), Work(0, 0.0, 100.0))
+    assert streaming == pytest.approx(40 + 6 + (100 - early) / HIDDEN_SHARE)
+    offloading = covering_step_us(
+        times, replace(policy, save_from=2, offload_below=2), frozenset(), Work(0, 0.0, 100.0)
+    )
+    assert offloading == pytest.approx(40 + 4 + (100 - early) / HIDDEN_SHARE)

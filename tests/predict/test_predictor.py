@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 
 import chunkft_fx
+from chunkft_fx.graph.sizes import AS_TRACED
 from chunkft_fx.machine.rates import Rates
 from chunkft_fx.plan.cuts import cut
 from chunkft_fx.plan.policy import Policy
 from chunkft_fx.planning.planner import parameter_specs
 from chunkft_fx.predict.predictor import Predictor
+from chunkft_fx.predict.region_time import direction_us
 from chunkft_fx.predict.step_memory import step_timeline
 from chunkft_fx.runtime.session import Session
 from chunkft_fx.tools.zoo import tiny
@@ -53,6 +55,21 @@ def test_regions_get_times_where_rates_are_known() -> None:
     assert sum(w.states_us for w in works) == pytest.approx(together.states_us)
     assert together.lowest == works[0].lowest == 0
     assert [w.lowest for w in works] == sorted(w.lowest for w in works)
+
+
+def test_gradients_of_the_chunk_that_times_are_told_by_are_not_counted_twice() -> None:
+    model, batch = tiny("llama")
+    compiled = chunkft_fx.compile(model, "8GB", chunks=1, backend="eager")
+    compiled(**batch(2, 16, 0))
+    programs = compiled._training.sessions[-1].programs
+    (whole,) = compiled.plan.chunks
+    predictor = Predictor(programs, known=RATES)
+    times = predictor.times(whole)
+    assert times is not None
+    variants = programs.planned(whole, frozenset(), Policy()).program.variants
+    together = sum(direction_us(v, True, RATES, AS_TRACED) for v in variants)
+    # not to the last: a region whose backward takes less than its forward, such as an embedding, counts as its forward
+    assert sum(times.backward_us) + sum(times.gradients_us) == pytest.approx(together, rel=0.05)
 
 
 def absent(session: Session) -> frozenset[str]:
