@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -84,15 +85,16 @@ def build(
             raise OptionError(f"--config changes the config of a folder or hub name; {model!r} has none")
         tiny, batch = zoo.tiny(name, dtype)
         return tiny.to(device), {k: v.to(device) for k, v in batch(batch_size, seq_len, 0).items()}
-    plain = _from_transformers(model, config, dtype)
+    with torch.device("meta") if device.type == "meta" else contextlib.nullcontext():
+        plain = _from_transformers(model, config, dtype, is_random=bool(config) or device.type == "meta")
     check_config(model, plain.config, seq_len)
     plain = plain.to(device).train()
     ids = torch.randint(0, plain.config.vocab_size, (batch_size, seq_len), generator=torch.Generator().manual_seed(0))
     return plain, {"input_ids": ids.to(device), "labels": ids.to(device)}
 
 
-def _from_transformers(model: str, config: str, dtype: torch.dtype) -> Any:
-    """A model of the class that its config names: with its weights, or with random ones when ``config`` changes it."""
+def _from_transformers(model: str, config: str, dtype: torch.dtype, is_random: bool) -> Any:
+    """A model of the class that its config, changed by ``config``, names: with its weights, or with random ones."""
     import transformers
 
     place, options = source(model)
@@ -100,7 +102,7 @@ def _from_transformers(model: str, config: str, dtype: torch.dtype) -> Any:
     with reasons(model):
         settings = transformers.AutoConfig.from_pretrained(place, **options, **changes)
         kind = getattr(transformers, (settings.architectures or ["AutoModelForCausalLM"])[0])
-        if not config:
+        if not is_random:
             return kind.from_pretrained(place, dtype=dtype, **options)
         make = getattr(kind, "from_config", kind)
         return make(settings).to(dtype)

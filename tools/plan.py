@@ -1,4 +1,7 @@
-"""``chunkft plan``: show what a budget leads to, what was not chosen and why, and the memory of a step over time."""
+"""``chunkft plan``: show what a budget leads to, what was not chosen and why, and the memory of a step over time.
+
+With ``--rates`` it plans for another machine, by the rates that are given: without that machine, and without weights.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,16 @@ from rich.table import Table
 
 import chunkft_fx
 from chunkft_fx.bytes import format_bytes
+from chunkft_fx.errors import OptionError
 from chunkft_fx.predict.step_memory import Moment
 from chunkft_fx.tools.console import quiet
 from chunkft_fx.tools.inspect import build, forward
 from chunkft_fx.tools.load import pick_device, pick_dtype
+from chunkft_fx.tools.rates import parse_rates
 from chunkft_fx.tools.training.options import check_compile_options, chunk_count
+
+# Of host memory, of which nothing is taken to plan: the plan says how much training needs.
+NO_LIMIT = 2**62
 
 
 def command(
@@ -32,19 +40,47 @@ def command(
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     backend: Annotated[str, typer.Option(help="inductor or eager.")] = "inductor",
+    coverage: Annotated[str, typer.Option(help='"one" chunk a step, or "all" parameters.')] = "one",
+    update: Annotated[
+        str, typer.Option(help='When AdamW changes weights: at the "step", or in the "backward".')
+    ] = "step",
+    master: Annotated[
+        str, typer.Option(help='float32 masters of bfloat16 weights: "float32" or "remainder".')
+    ] = "float32",
+    state_dtype: Annotated[str, typer.Option(help="AdamW's moments: float32 or bfloat16.")] = "float32",
+    rates: Annotated[
+        str,
+        typer.Option(help='Plan for another machine: "matmul=165T,memory=1T,link=25G", operations and bytes a second.'),
+    ] = "",
 ) -> None:
-    """Plan the training of MODEL within a budget. One forward runs, on random tokens: that is how a plan is made."""
+    """Plan the training of MODEL within a budget. One forward runs, on random tokens: that is how a plan is made.
+
+    With --rates nothing runs: the plan is for a machine of those rates, its weights are never read.
+    """
     quiet()
     count = chunk_count(chunks)
     check_compile_options(budget, "ascending", 1, backend)
-    where = pick_device(device)
-    plain, inputs = build(model, config, pick_dtype(dtype, where), torch.device("cpu"), batch_size, seq_len)
-    compiled = chunkft_fx.compile(plain, budget, chunks=count, backend=backend, device=where)
-    forward(compiled, {name: t.to(where) for name, t in inputs.items()}, chunk)
+    if rates and timeline:
+        raise OptionError("timeline shows a program, and for another machine none is written; leave out --rates")
+    where = torch.device("cpu") if rates else pick_device(device)
+    number = torch.bfloat16 if rates and dtype == "auto" else pick_dtype(dtype, where)
+    known = parse_rates(rates, str(number).removeprefix("torch.")) if rates else None
+    plain, inputs = build(model, config, number, torch.device("meta" if known else "cpu"), batch_size, seq_len)
+    if known is not None:
+        plain, inputs = plain.to_empty(device="cpu"), {n: torch.zeros_like(t, device="cpu") for n, t in inputs.items()}
+    compiled = chunkft_fx.compile(plain, budget, chunks=count, backend=backend, device=where, coverage=coverage)
+    optimizer = chunkft_fx.AdamW(compiled, update=update, master=master, state_dtype=state_dtype, host_budget=NO_LIMIT)
+    if known is None:
+        forward(compiled, {name: t.to(where) for name, t in inputs.items()}, chunk)
+    else:
+        compiled._training.plan_elsewhere(inputs, known)
+    assert compiled._training.optimizer is optimizer, "held until there is a plan, which is for its states"
     if as_json:
         print(compiled.plan.to_json())
         return
     print(compiled.plan)
+    if compiled.plan.predicted_step_us:
+        print(f"{batch_size * seq_len / compiled.plan.predicted_step_us * 1e6:.0f} tokens/s")
     if explain:
         print(compiled.plan.explain())
     if timeline:

@@ -10,6 +10,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,13 +31,14 @@ from chunkft_fx.gradients.gate import Arrivals, GradientGate
 from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.gradients.used import UsedGradient
 from chunkft_fx.gradients.waiting import WaitingGradient
+from chunkft_fx.machine.rates import Rates
 from chunkft_fx.module.micro_batches import MicroBatches, micro_batches
 from chunkft_fx.module.sessions import new_session
 from chunkft_fx.plan import schedule as schedules
 from chunkft_fx.plan.cuts import require_whole
 from chunkft_fx.plan.plan import Plan
 from chunkft_fx.plan.schedule import ChunkSchedule
-from chunkft_fx.planning.example_batch import plan_for_example
+from chunkft_fx.planning.example_batch import arguments_of, plan_for_example
 from chunkft_fx.planning.planner import Options, first_plan
 from chunkft_fx.program.instructions import Executable
 from chunkft_fx.program.programs import Programs
@@ -93,6 +95,13 @@ class Training(Following):
                 if is_training:
                     self._plan_ahead(self._calls[True], args, kwargs)
                 return self._calls[is_training](*args, **kwargs)
+
+    def plan_elsewhere(self, batch: Any, rates: Rates) -> None:
+        """Have the plan made for a batch as on a machine of these rates. Nothing runs, and no weight is read."""
+        self.options = replace(self.options, batch=batch, rates=rates)
+        args, kwargs = arguments_of(batch)
+        with self.lock, self.residency.presented(), self._gradients_unseen():
+            self._plan_ahead(self._calls[True], args, kwargs)
 
     @contextlib.contextmanager
     def _gradients_unseen(self) -> Iterator[None]:

@@ -221,6 +221,7 @@ class BatchPlans:
         predictor = Predictor(
             self._programs,
             absent,
+            known=owner.options.rates,
             sizes=need.sizes,
             given=self.given(need),
             spec=spec,

@@ -16,6 +16,7 @@ from chunkft_fx.bytes import format_bytes
 from chunkft_fx.capture.blocks import block_paths, region_of_parameters
 from chunkft_fx.errors import BudgetInfeasible, NoTrainableParameters, UninitializedParameters, UnsupportedParameter
 from chunkft_fx.graph.region import Pass, ProgramPass
+from chunkft_fx.machine.rates import Rates
 from chunkft_fx.plan.cuts import ParameterSpec, cut
 from chunkft_fx.plan.pieces import DEPTH, Pieces, cut_pieces
 from chunkft_fx.plan.plan import Plan
@@ -44,6 +45,7 @@ class Options:
     """What the user asked of `chunkft_fx.compile`, checked and parsed.
 
     ``batch`` is an example of the largest batch; ``passes`` and ``program_passes`` are passes of the user's own.
+    ``rates`` are those of another machine than this one, for which a plan is to be made.
     """
 
     budget_bytes: int
@@ -56,6 +58,7 @@ class Options:
     batch: Any = field(default=None, compare=False)
     passes: tuple[Pass, ...] = ()
     program_passes: tuple[ProgramPass, ...] = ()
+    rates: Rates | None = None
 
 
 def refuse_untrainable(model: nn.Module) -> None:
