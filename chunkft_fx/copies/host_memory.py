@@ -58,8 +58,11 @@ class _Pages(mmap.mmap):
         self.device, self.address = device, address
 
     def __del__(self) -> None:
-        if self.address and not sys.is_finalizing():
+        if not self.address or sys.is_finalizing():
+            return
+        try:
             torch.cuda.synchronize(self.device)  # copies may be under way
+        finally:  # also behind an error of the device: the memory goes in any case
             torch.cuda.cudart().cudaHostUnregister(self.address)
 
 
