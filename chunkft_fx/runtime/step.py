@@ -149,7 +149,8 @@ class Step:
         if self.slots is None:
             raise StaleBackward(
                 "backward was called a second time for the same forward, whose saved activations are freed; "
-                "call the model again, or pass retain_graph=True to the first backward"
+                "call the model again, or pass retain_graph=True to the first backward (all outputs of accumulate() "
+                "have one backward: add their losses)"
             )
         if owner is not self.owner:
             raise StaleBackward(
