@@ -160,7 +160,7 @@ def paced(rates: Rates | None) -> Iterator[None]:
         return
 
     def predictor(programs: Programs, absent: frozenset[str], **of_a_batch: Any) -> Predictor:
-        return Predictor(programs, absent, known=rates, **of_a_batch)
+        return Predictor(programs, absent, **(of_a_batch | {"known": rates}))
 
     with mock.patch("chunkft_fx.planning.batch_plan.Predictor", predictor):
         yield

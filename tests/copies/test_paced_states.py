@@ -54,7 +54,7 @@ def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times are predicted as they are on a GPU, so that programs pace states."""
 
     def predictor(programs: Programs, absent: frozenset[str], **of_a_batch: Any) -> Predictor:
-        return Predictor(programs, absent, known=RATES, **of_a_batch)
+        return Predictor(programs, absent, **(of_a_batch | {"known": RATES}))
 
     monkeypatch.setattr("chunkft_fx.planning.batch_plan.Predictor", predictor)
 
