@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from chunkft_fx.errors import SliceGradientError
+from chunkft_fx.gradients.stand_in import StandIn
 from chunkft_fx.gradients.used import UsedGradient
 from chunkft_fx.plan.chunk import Slice
 from chunkft_fx.torch_internals import tree_leaves, tree_map
@@ -49,7 +50,7 @@ _SUMS = {aten.add, aten.sub, aten.add_, aten.sub_}
 _TURNED = {aten.add, aten.mul, aten.add_, aten.sub_}
 
 
-class SliceGradient(Tensor):
+class SliceGradient(StandIn):
     """The gradient of one slice of a parameter, in the place of the parameter's gradient.
 
     ``slice`` says which; ``part`` is the gradient of the slice alone (its shape; dtype and device of this tensor).
@@ -70,9 +71,6 @@ class SliceGradient(Tensor):
         made.slice, made._held, made.is_new = part, values, is_new
         return made
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """All is set in ``__new__``: torch's wrapper subclasses have no other moment."""
-
     @property
     def part(self) -> Tensor:
         """The gradient of the slice alone, of this tensor's dtype and, unless it is new, its own memory."""
@@ -84,6 +82,17 @@ class SliceGradient(Tensor):
         """The gradient as a parameter keeps it; a plain tensor if the slice is the whole parameter."""
         own = self._held.to(self.dtype, copy=True)
         return own if self.slice.is_whole else SliceGradient(own, self.slice, self.shape)
+
+    def refusal(self, what: str) -> SliceGradientError:
+        return SliceGradientError(
+            f"the gradient of {_where(self)} cannot be {what}: of this parameter only the active slice has a gradient; "
+            "take the slice's own tensor, .grad of an entry of active_slices()"
+        )
+
+    def whole(self, what: str) -> Tensor:
+        if not self.slice.is_whole:
+            raise self.refusal(what)
+        return self.part
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"SliceGradient({_where(self)}, {self.part!r})"

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from chunkft_fx.errors import OutsideGradient, UsedGradientError
+from chunkft_fx.gradients.stand_in import StandIn
 from chunkft_fx.torch_internals import tree_leaves
 
 aten = torch.ops.aten
 
 
-class UsedGradient(Tensor):
+class UsedGradient(StandIn):
     """A gradient without values, of the shape, dtype and device that it had; ``parameter_name`` is its parameter's."""
 
     parameter_name: str
@@ -29,8 +30,15 @@ class UsedGradient(Tensor):
         made.parameter_name = name
         return made
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """All is set in ``__new__``: torch's wrapper subclasses have no other moment."""
+    def refusal(self, what: str) -> UsedGradientError:
+        return UsedGradientError(
+            f'the gradient of {self.parameter_name!r} was {what}, but with update="backward" it was used for the '
+            "update and is gone when backward() returns: gradients cannot be clipped, scaled or looked at there; leave "
+            'that out, or make the optimizer with update="step"'
+        )
+
+    def whole(self, what: str) -> Tensor:
+        raise self.refusal(what)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"UsedGradient({self.parameter_name!r} {list(self.shape)}, {self.dtype})"
@@ -39,7 +47,7 @@ class UsedGradient(Tensor):
         return UsedGradient(self.parameter_name, self.shape, self.dtype, self.device)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise _used(self.parameter_name, "pickled")
+        raise self.refusal("pickled")
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -54,21 +62,13 @@ class UsedGradient(Tensor):
         if operator is aten._foreach_zero_:
             there = [g for g in args[0] if not isinstance(g, UsedGradient)]
             return func(there) if there else None
-        if operator is aten.add_ and args[0] is first:
+        if operator is aten.add_ and args[0] is first and isinstance(args[1], Tensor):  # as autograd adds one
             raise OutsideGradient(
                 f"{first.parameter_name!r} got a gradient behind its update within the backward, and would be updated "
                 'twice in a step: a weight that is also used outside of the compiled call needs update="step", or that '
                 "backward before the compiled call's"
             )
-        raise _used(first.parameter_name, f"given to {func}")
-
-
-def _used(name: str, what: str) -> UsedGradientError:
-    return UsedGradientError(
-        f'the gradient of {name!r} was {what}, but with update="backward" it was used for the update and is gone when '
-        "backward() returns: gradients cannot be clipped, scaled or looked at there; leave that out, or make the "
-        'optimizer with update="step"'
-    )
+        raise first.refusal(f"given to {func}")
 
 
 def drop_used(parameter: Tensor) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from chunkft_fx.errors import WaitingGradientError
 from chunkft_fx.gradients.slice_gradient import cut_from
+from chunkft_fx.gradients.stand_in import StandIn
 from chunkft_fx.plan.chunk import Slice
 from chunkft_fx.torch_internals import returns_view, tree_leaves, tree_map, written_arguments
 
@@ -114,7 +115,7 @@ class Waiting:
         return torch.linalg.vector_norm(torch.stack(of_parts), order)
 
 
-class WaitingGradient(Tensor):
+class WaitingGradient(StandIn):
     """A gradient in host memory, in the place of a parameter's gradient; ``value`` is what waits."""
 
     value: Waiting
@@ -125,8 +126,14 @@ class WaitingGradient(Tensor):
         made.value = value
         return made
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """All is set in ``__new__``: torch's wrapper subclasses have no other moment."""
+    def refusal(self, what: str) -> WaitingGradientError:
+        return WaitingGradientError(
+            f"the gradient of {self.value.name!r} was {what}, but waits in host memory for the optimizer's step; use a "
+            "copy on the device, p.grad.clone(), or give a larger budget, with which gradients wait on the device"
+        )
+
+    def whole(self, what: str) -> Tensor:
+        return self.value.read()
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"WaitingGradient({self.value.name!r} {list(self.shape)}, {self.dtype}, in host memory)"
@@ -167,13 +174,11 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return first.value.norm(*args[1:] or (2,))
     written = written_arguments(func)
     is_view = (returns_view(func) and not written) or torch.Tag.inplace_view in func.tags
-    if is_view or written - {0} or any(isinstance(a, list | tuple) and _has_waiting(a) for a in args):
-        name = next(a.value.name for a in tree_leaves((args, kwargs)) if isinstance(a, WaitingGradient))
-        raise WaitingGradientError(
-            f"{func} was called on the gradient of {name!r}, which waits in host memory for the optimizer's step: a "
-            "view, or a list of gradients, is not taken there; call it on a copy on the device, p.grad.clone(), or "
-            "give a larger budget, with which gradients wait on the device"
-        )
+    is_of_list = any(isinstance(a, list | tuple) and _has_waiting(a) for a in args)
+    if is_view or written - {0} or is_of_list:
+        one = next(a for a in tree_leaves((args, kwargs)) if isinstance(a, WaitingGradient))
+        what = "for a view" if is_view else "with others in a list" if is_of_list else "to write into"
+        raise one.refusal(f"given to {func} {what}")
     values = tree_map(_read, args)
     result = func(*values, **tree_map(_read, kwargs))
     if written and isinstance(first, WaitingGradient):
