@@ -235,10 +235,12 @@ class Training(Following):
     def resume(self, position: Mapping[str, Any]) -> None:
         """Continue at a schedule position saved by ``schedule.state_dict()``; without a plan, as soon as there is one.
 
-        A position saved with another number of chunks has no meaning here and changes nothing, with a
-        `ChunkFTWarning`. Raises `CheckpointMismatch` when it is not such a position, or would mean something else here:
-        without a plan the order, seed and interval are compared now, the cuts at the batch that makes the plan.
+        Gradients stay if the active chunk does. A position saved with another number of chunks has no meaning here and
+        changes nothing, with a `ChunkFTWarning`. Raises `CheckpointMismatch` when it is not such a position, or would
+        mean something else here: without a plan the order, seed and interval are compared now, the cuts at the batch
+        that makes the plan.
         """
+        before = None if self._plan is None else self.chunk
         if self._plan is None:
             schedules.check_position(position)
             options = self.options
@@ -247,7 +249,8 @@ class Training(Following):
         else:
             self.schedule.load_state_dict(position)
         self._position = dict(position)
-        self._leave_chunk()
+        if before is None or self.chunk != before:
+            self._leave_chunk()
 
     def schedule_position(self) -> dict[str, Any] | None:
         """The schedule's position for checkpoints; without a plan the one to resume at, None if there is none."""

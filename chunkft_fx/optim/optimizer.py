@@ -347,14 +347,14 @@ class ChunkedOptimizer(Optimizer):
         """Load a checkpoint of this optimizer, cut into any number of chunks, or of torch's of the same name.
 
         The given tensors are copied. The schedule continues where it was saved if the number of chunks is
-        the same, and begins a new sweep with a `ChunkFTWarning` if it is not. Without saved master weights the
-        parameters themselves are the masters. Where saved masters lie halfway between two bfloat16, parameters take at
-        the next step or save the rounding of this optimizer's format of masters. States that no update reads under the
-        saved options (``exp_avg`` with ``betas[0] == 0``) may be missing, and begin as zeros. With ``states="reset"``
-        nothing but the schedule is saved, and only it and the options are loaded: the active chunk starts anew. Raises
-        `CheckpointMismatch`, before anything changes, for a checkpoint of another model or optimizer, with states that
-        this optimizer would round or cannot keep, or with a position that means something else under this order, seed,
-        interval or way of cutting.
+        the same, and begins a new sweep with a `ChunkFTWarning` if it is not. Gradients that are there stay, unless
+        another chunk becomes active. Without saved master weights the parameters themselves are the masters. Where
+        saved masters lie halfway between two bfloat16, parameters take at the next step or save the rounding of this
+        optimizer's format of masters. States that no update reads under the saved options (``exp_avg`` with
+        ``betas[0] == 0``) may be missing, and begin as zeros. With ``states="reset"`` nothing but the schedule is
+        saved, and only it and the options are loaded: the active chunk starts anew. Raises `CheckpointMismatch`, before
+        anything changes, for a checkpoint of another model or optimizer, with states that this optimizer would round or
+        cannot keep, or with a position that means something else under this order, seed, interval or way of cutting.
         """
         state_dict = state_dict.copy()
         for before in self._optimizer_load_state_dict_pre_hooks.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 import chunkft_fx
 from chunkft_fx.errors import CheckpointMismatch
 from chunkft_fx.tools.zoo import tiny
+from tests.support.waiting import waiting_in_host
 
 
 class Twins(nn.Module):
@@ -104,3 +106,38 @@ def test_an_entry_of_another_version_is_refused_before_anything_changes(version:
     with pytest.raises(CheckpointMismatch, match=f"version {version!r}.*reads version 1"):
         optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["lr"] == before
+
+
+@pytest.mark.parametrize("options", [{"coverage": "all"}, {"chunks": 1}, {"chunks": 3}])
+@pytest.mark.parametrize("in_host", [False, True])
+def test_gradients_stay_when_the_optimizer_is_loaded(options: dict[str, Any], in_host: bool) -> None:
+    """As with torch's: a second backward adds to them, and the step uses the sum."""
+    model, batch = tiny("llama", dtype=torch.float64)
+    with waiting_in_host() if in_host else contextlib.nullcontext():
+        ours, reference = (
+            chunkft_fx.compile(copy.deepcopy(model), "1GB", backend="eager", **options) for _ in range(2)
+        )
+        optimizers = [chunkft_fx.AdamW(m, lr=1e-2) for m in (ours, reference)]
+        for step in range(2):
+            for m, optimizer in zip((ours, reference), optimizers, strict=True):
+                m(**batch(2, 8, 2 * step)).loss.backward()
+                if m is ours:
+                    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+                m(**batch(2, 8, 2 * step + 1)).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    for a, b in zip(ours.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradients_of_a_chunk_that_is_left_by_loading_are_dropped() -> None:
+    model, batch = tiny("llama")
+    ours = chunkft_fx.compile(model, "1GB", chunks=3, order="ascending", backend="eager")
+    optimizer = chunkft_fx.AdamW(ours, lr=1e-2)
+    ours(**batch(2, 8, 0)).loss.backward()
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.step()
+    ours(**batch(2, 8, 1)).loss.backward()
+    optimizer.load_state_dict(saved)
+    assert ours.chunk == 0
+    assert all(p.grad is None for p in ours.parameters())
