@@ -317,6 +317,11 @@ class Training(Following):
         """A parameter on whose gradient the user has a hook; None if there is none."""
         return self._gate.hooked()
 
+    def frozen(self) -> str | None:
+        """A parameter that was trained when the model was last looked at, and requires no gradient any more."""
+        changes = self._watch.changes()
+        return next(iter(changes.frozen), None) if changes is not None else None
+
     def came_to_parameter(self) -> None:
         """Autograd gave one of the parameters a gradient."""
         self.arrivals.outside = True

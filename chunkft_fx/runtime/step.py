@@ -24,6 +24,13 @@ from chunkft_fx.program.instructions import Executable, Instruction, Slot, Slots
 from chunkft_fx.program.lower import lower
 from chunkft_fx.program.program import RegionCall
 
+# How a forward's values are changed in place before its backward, and what to do instead.
+BY_USER = "place since the forward; call backward before optimizer.step(), or call the model again"
+BY_UPDATE = (
+    'place since the forward, as by another backward, which with update="backward" updates weights; run all but the '
+    'last one of a step inside no_sync(), with their forwards, or use update="step"'
+)
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -159,10 +166,8 @@ class Step:
             )
         for tensor, version in self.versions:
             if torch_internals.version(tensor) != version:
-                raise StaleBackward(
-                    f"a tensor of shape {list(tensor.shape)} that backward needs was changed in place "
-                    "since the forward; call backward before optimizer.step(), or call the model again"
-                )
+                why = BY_UPDATE if self.executable.has_updates else BY_USER
+                raise StaleBackward(f"a tensor of shape {list(tensor.shape)} that backward needs was changed in {why}")
 
 
 def run_forward(

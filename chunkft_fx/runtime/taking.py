@@ -25,7 +25,8 @@ class TakingOwner(PlanOwner, Protocol):
     """What such a backward needs of the compiled module.
 
     ``waiting`` keeps gradients in host memory, through a ring whose memory ``take_ring`` takes before a step takes
-    anything; ``hooked`` names a parameter with a hook of the user's on its gradient.
+    anything; ``hooked`` names a parameter with a hook of the user's on its gradient, ``frozen`` one that requires no
+    gradient any more.
     """
 
     @property
@@ -37,6 +38,8 @@ class TakingOwner(PlanOwner, Protocol):
     def take_ring(self) -> None: ...
 
     def hooked(self) -> str | None: ...
+
+    def frozen(self) -> str | None: ...
 
     def came_through(self, updated: bool = False) -> None: ...
 
@@ -52,13 +55,20 @@ def run_taking(
     """Run such a backward; the gradients of other inputs, by primal.
 
     ``is_whole`` says that the call is for all gradients, as ``backward()`` is. Raises `UnsupportedGraph` if it is not,
-    or where a parameter has hooks, `StaleBackward` if weights can no more be updated as the forward expected.
+    or where a parameter has hooks, `StaleBackward` if one was frozen since the forward, or if weights can no more be
+    updated as the forward expected.
     """
     why = 'update="backward"' if step.executable.has_updates else "they wait in host memory"
     if not is_whole:
         raise UnsupportedGraph(
             "torch.autograd.grad, or a backward with inputs=, asks for some gradients alone, but this plan's program "
             f"takes the gradients of all parameters itself ({why}); call loss.backward()"
+        )
+    frozen = owner.frozen()
+    if frozen is not None:
+        raise StaleBackward(
+            f"{frozen!r} was frozen between this forward and its backward, whose program takes the gradients of all "
+            f"parameters ({why}); freeze before the forward, or call the model again"
         )
     hooked = owner.hooked()
     if hooked is not None:

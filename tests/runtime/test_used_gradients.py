@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import chunkft_fx
-from chunkft_fx.errors import UnsupportedGraph, UsedGradientError
+from chunkft_fx.errors import StaleBackward, UnsupportedGraph, UsedGradientError
 from chunkft_fx.gradients.used import UsedGradient
 from chunkft_fx.module.module import CompiledModule
 from tests.runtime.test_full_coverage import assert_equal, batch, twins
@@ -117,6 +117,37 @@ def test_hooks_and_gradients_of_some_alone_are_refused_before_anything_changes()
     handle.remove()
     assert all(torch.equal(v, before[k]) for k, v in ours.state_dict().items())
     ours(batch(1)).backward()
+
+
+@pytest.mark.parametrize("update", ["step", "backward"])
+def test_a_weight_frozen_between_forward_and_backward_is_refused_before_anything_changes(update: str) -> None:
+    """As it is in a program that sends gradients to host memory, also for a backward that only accumulates."""
+    plain, model = twins()
+    with waiting_in_host():
+        ours = chunkft_fx.compile(model, "1GB", coverage="all", backend="eager")
+        optimizer = chunkft_fx.AdamW(ours, lr=1e-2, update=update)
+        theirs = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+        loss = ours(batch(0))
+        before = copy.deepcopy(ours.state_dict())
+        for m in (ours, plain):
+            m.get_parameter("layers.0.weight").requires_grad_(False)
+        with pytest.raises(StaleBackward, match=r"'layers\.0\.weight' was frozen"):
+            loss.backward()
+        assert all(torch.equal(v, before[k]) for k, v in ours.state_dict().items())
+        assert all(p.grad is None for p in ours.parameters())
+        for m, o in ((ours, optimizer), (plain, theirs)):
+            m(batch(1)).backward()
+            o.step()
+        assert_equal(ours, plain, 1e-9)
+
+
+def test_a_backward_behind_one_that_updated_says_what_changed_the_weights() -> None:
+    ours, _, optimizer, _ = trained()
+    optimizer.step()
+    first, second = ours(batch(1)), ours(batch(2))
+    first.backward()
+    with pytest.raises(StaleBackward, match=r"another backward.*no_sync\(\)"):
+        second.backward()
 
 
 @pytest.mark.parametrize("update", ["step", "backward"])
