@@ -74,7 +74,7 @@ def micro_batches(given: Sequence[Any]) -> list[Arguments]:
     if not isinstance(given, (list, tuple)) or not given:
         raise OptionError(
             "accumulate needs a list of micro-batches, at least one, each the arguments of one call: a dict of keyword "
-            f"arguments or a tuple of positional ones; it was given a {type(given).__name__}"
+            f"arguments or a tuple of positional ones; it was given {_kind(given)}"
         )
     batches = [arguments_of(batch) for batch in given]
     leaves, structure = tree_flatten(batches[0])
@@ -90,6 +90,11 @@ def micro_batches(given: Sequence[Any]) -> list[Arguments]:
                     "the loss (label -100), or run them one after the other, inside no_sync() up to the last"
                 )
     return batches
+
+
+def _kind(given: Any) -> str:
+    name = type(given).__name__
+    return f"an empty {name}" if isinstance(given, (list, tuple)) else f"a {name}"
 
 
 def _look(leaf: Any) -> Any:

@@ -372,7 +372,7 @@ def rows(count: int = 3, **options: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("make", "batches", "error", "told"),
     [
-        (Normed, [], OptionError, "at least one"),
+        (Normed, [], OptionError, "given an empty list"),
         (Normed, rows(), OptionError, "a list of micro-batches"),
         (Normed, [rows(), 3], OptionError, "tuple of positional"),
         (Normed, [rows(), rows(4)], OptionError, r"\[4, 4\].*pad the shorter"),
