@@ -10,23 +10,16 @@ import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
 from chunkft_fx.machine.overhead import PAGE_ROUNDING_NBYTES
 from chunkft_fx.torch_internals import release_workspaces, set_allocator
 
-# Settings of torch's allocators that go together, and what they are by default.
-ADDED = (
-    (("expandable_segments", "True"),),
-    (("pinned_use_cuda_host_register", "True"), ("pinned_num_register_threads", "8")),
-)
-DEFAULTS = {
-    "expandable_segments": "False",
-    "pinned_use_cuda_host_register": "False",
-    "pinned_num_register_threads": "1",
-}
+# The setting of torch's allocator that is added, and how it is without.
+SEGMENTS = "expandable_segments"
+ADDED, DEFAULT = f"{SEGMENTS}:True", f"{SEGMENTS}:False"
 
 
 class Allocator:
@@ -78,24 +71,23 @@ class Limits:
         self._settings: str | None = None  # to go back to, once they were changed
 
     def set_up(self, owner: object, device: torch.device) -> None:
-        """Let a CUDA device's allocator grow its segments in place and pin faster, unless the user said otherwise.
+        """Let a CUDA device's allocator grow its segments in place, unless the user said otherwise.
 
         Steps of different chunks keep and free blocks of different sizes: between segments of fixed sizes up to a
         twentieth of a budget was lost. Memory that is allocated already stays where it is; cached memory is given back,
         else it would be what the next blocks are cut from, and with it the workspaces of cuBLAS, which would hold it.
-        Several threads make host memory's pages that are pinned then, which takes less than half the time.
         """
         if device.type != "cuda":
             return
         with self._lock:
             self._enter(owner, device)
-            given, added = users_settings(os.environ), added_settings(os.environ)
-            if self._settings is not None or not added or not self._allocator.is_native():
+            given = users_settings(os.environ)
+            if self._settings is not None or SEGMENTS in given or not self._allocator.is_native():
                 return
             self._allocator.give_back_workspaces(device)
             self._allocator.give_back(device)
-            self._allocator.set_up(_written(given, added))
-            self._settings = _written(given, [(name, DEFAULTS[name]) for name, _ in added])
+            self._allocator.set_up(_with(given, ADDED))
+            self._settings = _with(given, DEFAULT)
 
     def hold(self, owner: object, device: torch.device, budget_bytes: int) -> None:
         """Let no more than this model's budget and those of others be reserved on a CUDA device, while it lives.
@@ -148,14 +140,8 @@ def users_settings(environment: Mapping[str, str]) -> str:
     return next(filter(None, found), "")
 
 
-def added_settings(environment: Mapping[str, str]) -> list[tuple[str, str]]:
-    """The settings, with their values, that are added to the user's: those kinds of which the user says nothing."""
-    given = users_settings(environment)
-    return [setting for kind in ADDED if not any(name in given for name, _ in kind) for setting in kind]
-
-
-def _written(given: str, settings: Sequence[tuple[str, str]]) -> str:
-    return ",".join(filter(None, (given, *(f"{name}:{value}" for name, value in settings))))
+def _with(given: str, setting: str) -> str:
+    return ",".join(filter(None, (given, setting)))
 
 
 def take_workspaces(device: torch.device) -> None:

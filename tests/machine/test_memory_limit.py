@@ -7,40 +7,31 @@ import torch
 from torch import nn
 
 from chunkft_fx.machine import memory_limit
-from chunkft_fx.machine.memory_limit import Allocator, Limits, added_settings, explained
+from chunkft_fx.machine.memory_limit import ADDED, DEFAULT, Allocator, Limits, explained
 from chunkft_fx.machine.overhead import PAGE_ROUNDING_NBYTES
 
 GIB = 2**30
 
 
-SEGMENTS, PINNING = "expandable_segments:True", "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"
-PINNING_OFF = "pinned_use_cuda_host_register:False,pinned_num_register_threads:1"
-
-
 @pytest.mark.parametrize(
-    ("environment", "added"),
+    ("given", "settings"),
     [
-        ({}, f"{SEGMENTS},{PINNING}"),
-        ({"PYTORCH_ALLOC_CONF": ""}, f"{SEGMENTS},{PINNING}"),
-        ({"PYTORCH_CUDA_ALLOC_CONF": "garbage_collection_threshold:0.8"}, f"{SEGMENTS},{PINNING}"),
-        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, PINNING),
-        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64,expandable_segments:True"}, PINNING),
-        ({"PYTORCH_ALLOC_CONF": "pinned_use_cuda_host_register:False"}, SEGMENTS),
-        ({"PYTORCH_ALLOC_CONF": "pinned_num_register_threads:4,expandable_segments:True"}, ""),
+        ("", [ADDED, DEFAULT]),
+        ("max_split_size_mb:64", [f"max_split_size_mb:64,{setting}" for setting in (ADDED, DEFAULT)]),
+        ("max_split_size_mb:64,expandable_segments:False", []),
+        ("expandable_segments:True", []),
     ],
 )
-def test_the_users_settings_stay(environment: dict[str, str], added: str) -> None:
-    assert ",".join(f"{name}:{value}" for name, value in added_settings(environment)) == added
-
-
-def test_the_users_settings_are_written_again_with_ours(allocator: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:False,max_split_size_mb:64")
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_users_settings_stay(
+    allocator: Recorded, monkeypatch: pytest.MonkeyPatch, name: str, given: str, settings: list[str]
+) -> None:
+    monkeypatch.setenv(name, given)
     limits, owner = Limits(allocator), nn.Module()
     limits.set_up(owner, torch.device("cuda", 0))
-    given = "expandable_segments:False,max_split_size_mb:64"
-    assert allocator.settings == [f"{given},{PINNING}"]
+    assert allocator.settings == settings[:1]
     del owner
-    assert allocator.settings[1:] == [f"{given},{PINNING_OFF}"]
+    assert allocator.settings == settings
 
 
 def test_the_cpu_has_nothing_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,14 +103,14 @@ def test_limits_and_settings_end_with_the_last_model(allocator: Recorded) -> Non
     for owner, device in zip(owners, devices, strict=True):
         limits.set_up(owner, device)
         limits.hold(owner, device, 10 * GIB)
-    assert allocator.settings == [f"{SEGMENTS},{PINNING}"]
+    assert allocator.settings == [ADDED]
     del owner
     owners.pop(0)
     assert allocator.fractions == {devices[0]: 0.9, devices[1]: _share(10 * GIB)}
-    assert allocator.settings == [f"{SEGMENTS},{PINNING}"]
+    assert allocator.settings == [ADDED]
     owners.clear()
     assert allocator.fractions == dict.fromkeys(devices, 0.9)
-    assert allocator.settings == [f"{SEGMENTS},{PINNING}", f"expandable_segments:False,{PINNING_OFF}"]
+    assert allocator.settings == [ADDED, DEFAULT]
 
 
 def test_a_hundred_models_one_after_the_other_leave_nothing(allocator: Recorded) -> None:
