@@ -15,7 +15,7 @@ ROOMS = (
     "tools", "optim", "module", "following", "runtime", "planning", "predict", "program", "passes", "capture",
     "machine", "copies", "head", "gradients", "kernels", "plan", "graph",
 )  # fmt: skip
-GROUND = ("errors", "bytes", "logs", "torch_internals")
+GROUND = ("errors", "bytes", "logs", "torch_internals", "torch_sizes")
 MOST_FILES = 9
 
 

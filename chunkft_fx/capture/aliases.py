@@ -28,7 +28,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor, fx, nn
 
-from chunkft_fx.torch_internals import dynamo_meta, dynamo_value, hint, storage_key
+from chunkft_fx.torch_internals import dynamo_meta, dynamo_value, storage_key
+from chunkft_fx.torch_sizes import hint
 
 
 def separate_outputs(gm: fx.GraphModule) -> int:

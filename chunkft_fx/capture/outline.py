@@ -28,7 +28,8 @@ from chunkft_fx.graph.region import RegionGraph
 from chunkft_fx.graph.storages import weight_views
 from chunkft_fx.graph.sub_graphs import renamed
 from chunkft_fx.head.operators import is_head
-from chunkft_fx.torch_internals import graph_module, hint, symbols
+from chunkft_fx.torch_internals import graph_module
+from chunkft_fx.torch_sizes import hint, symbols
 
 aten = torch.ops.aten
 

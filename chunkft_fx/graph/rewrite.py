@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from chunkft_fx.torch_internals import fake_mode_of, hint, is_known_true, tree_leaves, writes_memory
+from chunkft_fx.torch_internals import fake_mode_of, tree_leaves, writes_memory
+from chunkft_fx.torch_sizes import hint, is_known_true
 
 
 def insert_before(

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from chunkft_fx.torch_internals import falls_with, hint, size_symbol, substituted, tree_leaves
+from chunkft_fx.torch_internals import tree_leaves
+from chunkft_fx.torch_sizes import falls_with, hint, size_symbol, substituted
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from chunkft_fx.errors import OptionError
-from chunkft_fx.torch_internals import may_vary, tree_flatten, tree_map
+from chunkft_fx.torch_internals import tree_flatten, tree_map
+from chunkft_fx.torch_sizes import may_vary
 
 
 class PlanMade(BaseException):

@@ -15,7 +15,8 @@ from chunkft_fx.errors import VerificationError
 from chunkft_fx.graph.region import Pass, RegionGraph, SliceDemand
 from chunkft_fx.graph.rewrite import fake_value, same
 from chunkft_fx.head import operators as head
-from chunkft_fx.torch_internals import hint, tree_leaves, writes_memory
+from chunkft_fx.torch_internals import tree_leaves, writes_memory
+from chunkft_fx.torch_sizes import hint
 
 _KINDS = ("primal", "tangent", "start")
 

@@ -36,7 +36,8 @@ from chunkft_fx.runtime import random_state
 from chunkft_fx.runtime.lower_ahead import lowered_beside
 from chunkft_fx.runtime.step import Machine, Step, run_backward, run_forward
 from chunkft_fx.runtime.taking import TakingOwner, run_taking, takes_gradients
-from chunkft_fx.torch_internals import accumulates, as_traced, hint, is_in_forward_mode, keeps_graph, version
+from chunkft_fx.torch_internals import accumulates, as_traced, is_in_forward_mode, keeps_graph, version
+from chunkft_fx.torch_sizes import hint
 
 
 class Owner(TakingOwner, Protocol):

@@ -47,7 +47,7 @@ from chunkft_fx.graph import ops
 from chunkft_fx.graph.layout import run_strides
 from chunkft_fx.graph.ops import PARTS
 from chunkft_fx.passes.program.schedule_prefetch import PREFETCH_CALLS
-from chunkft_fx.torch_internals import hint
+from chunkft_fx.torch_sizes import hint
 
 # Bytes below which a value stays. A copy of this size takes 20 us at the 51 GiB/s measured over the link, about what it
 # costs the CPU to launch it and its events.

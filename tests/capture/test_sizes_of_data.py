@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import chunkft_fx
-from chunkft_fx.torch_internals import UNBOUNDED
+from chunkft_fx.torch_sizes import UNBOUNDED
 from tests.support.equivalence import assert_same_gradients
 from tests.support.odd_blocks import (
     WIDTH,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.utils._sympy.functions import FloorDiv, Max, Mod
 
 from chunkft_fx.graph.sizes import SizeReader, Sizes, round_up
-from chunkft_fx.torch_internals import _never_falls
+from chunkft_fx.torch_sizes import _never_falls
 
 ROWS, LENGTH = sympy.symbols("s0 s1", integer=True, positive=True)
 

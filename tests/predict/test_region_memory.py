@@ -22,7 +22,7 @@ from chunkft_fx.predict.region_memory import allocated_peak, workspace
 from chunkft_fx.program.lower import lower
 from chunkft_fx.program.variants import Variant
 from chunkft_fx.runtime import step as runtime
-from chunkft_fx.torch_internals import hint
+from chunkft_fx.torch_sizes import hint
 from tests.support.equivalence import loss_of
 from tests.support.live_storages import LiveStorages, allocator_peak
 

@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from chunkft_fx.capture.capture import Capture, OutputName
 from chunkft_fx.capture.outline import backward_regions, bounds, forward_regions, is_call_of_forward, value_text
 from chunkft_fx.capture.repeats.find import Repeats, Unit
-from chunkft_fx.torch_internals import symbols
+from chunkft_fx.torch_sizes import symbols
 
 # A node that another reads: whose it is, and which of them.
 Reference = tuple[str, Any]
