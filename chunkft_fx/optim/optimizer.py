@@ -5,6 +5,7 @@ An optimizer is a `StateSpec`, the default options of its groups, and one update
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, overload
@@ -40,11 +41,11 @@ from chunkft_fx.optim.refusals import (
 )
 from chunkft_fx.optim.states.pieces import PieceUpdates
 from chunkft_fx.optim.states.staging import StagedStates
-from chunkft_fx.optim.update import Part, PartsUpdate, StagedSlice, Update, after_host_weights, clip_factor
+from chunkft_fx.optim.update import StagedSlice, Update, after_host_weights, clip_factor
 from chunkft_fx.plan.state_spec import StateSpec
 
 
-class ChunkedOptimizer(Optimizer):
+class ChunkedOptimizer(Optimizer, ABC):
     """What every optimizer on the active slices of a compiled module shares.
 
     ``no_decay`` holds glob patterns of parameter names (``"*.bias"``) that get no weight decay, in a second
@@ -111,18 +112,15 @@ class ChunkedOptimizer(Optimizer):
         ownership.allow(self)
         training.expect(self)
 
+    @abstractmethod
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raise `OptionError` for an option of a group, beside its rate, that is out of range."""
-        raise NotImplementedError
 
     def unread(self, options: Mapping[str, Any]) -> frozenset[str]:
         """The states that updates with a group's options do not read, so that a checkpoint may lack them."""
         return frozenset()
 
-    def update(self, parts: Sequence[Part], options: Mapping[str, Any]) -> None:
-        """One step on these parts, in place, with a group's options: the optimizer's arithmetic."""
-        raise NotImplementedError
-
+    @abstractmethod
     def prepare(
         self, entries: Sequence[StagedSlice], options: Mapping[str, Any], scale: Tensor | None, seed: int
     ) -> Update:
@@ -130,7 +128,6 @@ class ChunkedOptimizer(Optimizer):
 
         ``seed``, for stochastic rounding, differs from call to call.
         """
-        return PartsUpdate(self.update, self.spec, entries, options, scale)
 
     @overload
     def step(self, closure: None = None) -> None: ...

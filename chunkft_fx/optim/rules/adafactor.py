@@ -13,7 +13,7 @@ from torch.linalg import vector_norm
 from chunkft_fx.errors import OptionError
 from chunkft_fx.optim import update as updates
 from chunkft_fx.optim.groups import is_at_least_0, require_at_least_0
-from chunkft_fx.optim.optimizer import ChunkedOptimizer
+from chunkft_fx.optim.parts import PartsOptimizer
 from chunkft_fx.optim.update import Part
 from chunkft_fx.plan.state_spec import StateSpec, StateTensor
 
@@ -28,7 +28,7 @@ TENSORS = (
 UPDATE_NBYTES = 152
 
 
-class Adafactor(ChunkedOptimizer):
+class Adafactor(PartsOptimizer):
     """Adafactor (Shazeer and Stern, arXiv 1804.04235) as `torch.optim.Adafactor` has it, on a compiled module.
 
     Beside ``lr``, ``beta2_decay``, ``eps``, ``d`` and ``weight_decay`` the options are those that `ChunkedOptimizer`

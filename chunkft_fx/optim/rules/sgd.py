@@ -10,14 +10,14 @@ from torch.optim.sgd import sgd
 
 from chunkft_fx.errors import OptionError
 from chunkft_fx.optim.groups import is_at_least_0, require_at_least_0
-from chunkft_fx.optim.optimizer import ChunkedOptimizer
+from chunkft_fx.optim.parts import PartsOptimizer
 from chunkft_fx.optim.update import Part
 from chunkft_fx.plan.state_spec import StateSpec, StateTensor
 
 BUFFER = "momentum_buffer"
 
 
-class SGD(ChunkedOptimizer):
+class SGD(PartsOptimizer):
     """Stochastic gradient descent as `torch.optim.SGD` has it, on the active slices of a compiled module.
 
     Beside ``lr``, ``momentum``, ``dampening``, ``weight_decay`` (added to gradients) and ``nesterov`` the options are
