@@ -231,8 +231,10 @@ def dense_compiled(setting: Setting) -> Made:
 TRAINERS: dict[str, Maker] = {
     "ours-backward": ours("backward"),
     "ours-step": ours("step"),
-    "ours-vertical": ours("backward", is_vertical=True),
     "ours-without": ours(None),
+    "ours-vertical": ours("backward", is_vertical=True),
+    "ours-vertical-step": ours("step", is_vertical=True),
+    "ours-vertical-without": ours(None, is_vertical=True),
     "dense": dense,
     "dense-compiled": dense_compiled,
 }

@@ -1,7 +1,10 @@
 """Engines: holds what copies for all programs of one model: the weight ring, saved values, and gradients that wait.
 
-The weight ring has a link of its own; saved values share one link for both directions, gradients have one for each.
-The optimizer's stage (`copies.states.stage`) has two more, and belongs to the optimizer.
+All that comes to the device in a step, weights, saved values and the states and gradients of pieces, comes over one
+link, in the order in which the program asks for it. On links of their own the copies of states, of which many are
+begun early, would hold up a saved value that is needed now: a GPU does them in whatever order it likes. Each of them
+leaves over a link of its own. The optimizer's stage (`copies.states.stage`), of steps that cover one chunk, has two
+links, and belongs to the optimizer.
 """
 
 from __future__ import annotations
@@ -26,8 +29,8 @@ class Engines:
     """The copy engines of one model between ``device`` and ``tier``; only rings take device memory that stays."""
 
     def __init__(self, device: torch.device, tier: Tier) -> None:
-        self.saved = SavedValues(open_link(device), tier)
-        self._fetches = open_link(device)
+        self.incoming = open_link(device)
+        self.saved = SavedValues(open_link(device), self.incoming, tier)
         self._tier = tier
         self._ring: Ring | None = None
         self._waiting: WaitingGradients | None = None
@@ -46,7 +49,7 @@ class Engines:
         known = self._ring
         if known is None or known.depth != residency.depth or known.buffer_nbytes < nbytes:
             self._ring = None  # free before taking a larger one
-            self._ring = Ring(self._fetches, self._tier, residency.depth, nbytes)
+            self._ring = Ring(self.incoming, self._tier, residency.depth, nbytes)
         return self._ring
 
     def waiting(
@@ -64,7 +67,7 @@ class Engines:
             require_room(sum(own), others)
             known = self._waiting = WaitingGradients(self._tier, pieces)
         if ring is None:
-            ring = self._gradients or make_ring(self._fetches.device, pieces.depth, waiting_nbytes(pieces, parameters))
+            ring = self._gradients or make_ring(self.incoming, pieces.depth, waiting_nbytes(pieces, parameters))
             self._gradients = ring
         known.bind(parameters, ring)
         return known

@@ -48,11 +48,12 @@ def test_there_is_no_ring_where_all_weights_are_on_the_device() -> None:
     assert engines._ring is None
 
 
-def test_a_model_has_a_link_for_its_ring_and_one_for_saved_values() -> None:
+def test_all_that_comes_to_the_device_has_one_link_and_what_leaves_another() -> None:
     engines = Engines(CPU, TIER)
     ring = engines.ring(streaming(2), [SMALL])
     assert ring is not None
-    assert ring.link is not engines.saved._link
+    assert ring.link is engines.incoming is engines.saved._in
+    assert engines.saved._out is not engines.incoming
     copies = ring.fetch([torch.ones(64)], 0)
     kept = engines.saved.offload(copies, 0)
     assert bool(kept[0].tensor.eq(1).all())

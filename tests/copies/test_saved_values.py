@@ -42,7 +42,7 @@ def test_a_pool_takes_the_smallest_free_buffer_that_is_large_enough() -> None:
 
 
 def test_values_come_back_with_their_dtype_and_strides() -> None:
-    carrier = SavedValues(Link(torch.device("cpu")), HostTier(torch.device("cpu")))
+    carrier = SavedValues(Link(CPU), Link(CPU), HostTier(torch.device("cpu")))
     values = [torch.randn(3, 5).t(), torch.randn(2, 3, 4).to(torch.bfloat16), torch.arange(7), torch.tensor(True)]
     host = carrier.offload(values, 0)
     kept = [v.clone() for v in values]
@@ -82,25 +82,26 @@ def steps(carrier: SavedValues, seed: int) -> list[Tensor]:
     return back
 
 
+def carriers(link: type[CudaLink] = CudaLink) -> tuple[SavedValues, SavedValues]:
+    """One over streams of the machine, one that copies at once."""
+    host = HostTier(CPU)
+    return SavedValues(link(CPU), link(CPU), host), SavedValues(Link(CPU), Link(CPU), host)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_no_order_of_the_copies_changes_a_value(machine: Machine, seed: int) -> None:
     machine.chance = random.Random(seed) if seed % 3 else None
-    streamed, plain = SavedValues(CudaLink(CPU), HostTier(CPU)), SavedValues(Link(CPU), HostTier(CPU))
+    streamed, plain = carriers()
     for a, b in zip(steps(streamed, seed), steps(plain, seed), strict=True):
         assert torch.equal(a, b)
     assert streamed.pool.nbytes == plain.pool.nbytes
 
 
-class EachOnItsOwn(CudaLink):
-    """A link that has another stream for every second use, so that copies in may overtake copies out."""
+class FollowingNobody(CudaLink):
+    """A link that takes no notice of what other links have begun."""
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self._other = torch.cuda.Stream(device)
-
-    def follow(self, *others: Link) -> None:
-        self._stream, self._other = self._other, self._stream
-        super().follow(*others)
+    def follow_mark(self, mark: object) -> None:
+        pass
 
 
 class NeverAwaited(CudaLink):
@@ -110,41 +111,50 @@ class NeverAwaited(CudaLink):
         pass
 
 
-@pytest.mark.parametrize("broken", [EachOnItsOwn, NeverAwaited])
-def test_copies_that_are_not_in_turn_or_not_waited_for_are_noticed(machine: Machine, broken: type[CudaLink]) -> None:
+@pytest.mark.parametrize("broken", [FollowingNobody, NeverAwaited])
+def test_copies_that_overtake_others_or_are_not_awaited_are_noticed(machine: Machine, broken: type[CudaLink]) -> None:
     def is_right(seed: int) -> bool:
         machine.chance = random.Random(seed)
-        streamed, plain = SavedValues(broken(CPU), HostTier(CPU)), SavedValues(Link(CPU), HostTier(CPU))
+        streamed, plain = carriers(broken)
         return all(map(torch.equal, steps(streamed, seed), steps(plain, seed)))
 
     assert not all(is_right(seed) for seed in range(20))
 
 
 def test_an_offload_is_behind_the_work_that_makes_its_values(machine: Machine) -> None:
-    carrier, value = SavedValues(CudaLink(CPU), HostTier(CPU)), torch.zeros(100)
+    carrier, value = SavedValues(CudaLink(CPU), CudaLink(CPU), HostTier(CPU)), torch.zeros(100)
     machine.compute_late(lambda: value.fill_(1))
     kept = carrier.offload([value], 0)
-    carrier._link.synchronize()
+    carrier._out.synchronize()
     assert bool(kept[0].tensor.eq(1).all())
 
 
+def test_a_fetch_is_behind_the_way_out_of_its_values(machine: Machine) -> None:
+    """Also where the device has not given up their memory yet."""
+    carrier = SavedValues(CudaLink(CPU), CudaLink(CPU), HostTier(CPU))
+    copies = carrier.fetch(carrier.offload([torch.ones(100)], 0), 1)
+    carrier.wait(1)
+    machine.finish(machine.compute.last)
+    assert bool(copies[0].eq(1).all())
+
+
 def test_a_fetch_is_behind_the_work_that_still_uses_the_memory_of_its_copies(machine: Machine) -> None:
-    carrier = SavedValues(CudaLink(CPU), HostTier(CPU))
+    carrier = SavedValues(CudaLink(CPU), CudaLink(CPU), HostTier(CPU))
     kept = carrier.offload([torch.ones(100)], 0)
     still_used: list[bool] = []
     machine.compute_late(lambda: still_used.append(True))
     carrier.fetch(kept, 1)
-    carrier._link.synchronize()
+    carrier._in.synchronize()
     assert still_used
 
 
 def test_fetched_copies_are_held_until_they_are_waited_for(machine: Machine) -> None:
     """Else their memory would go to others while bytes are on their way into it."""
-    carrier = SavedValues(CudaLink(CPU), HostTier(CPU))
+    carrier = SavedValues(CudaLink(CPU), CudaLink(CPU), HostTier(CPU))
     copies = carrier.fetch(carrier.offload([torch.ones(100)], 0), 1)
     gone = weakref.ref(copies[0])
     copies.clear()
-    carrier._link.synchronize()  # so that the machine itself holds nothing
+    carrier._in.synchronize()  # so that the machine itself holds nothing
     gc.collect()
     assert gone() is not None
     carrier.wait(1)
@@ -153,7 +163,7 @@ def test_fetched_copies_are_held_until_they_are_waited_for(machine: Machine) -> 
 
 
 def test_an_abandoned_step_has_ended_its_copies_and_gives_its_buffers_back(machine: Machine) -> None:
-    carrier = SavedValues(CudaLink(CPU), HostTier(CPU))
+    carrier = SavedValues(CudaLink(CPU), CudaLink(CPU), HostTier(CPU))
     kept = carrier.offload([torch.ones(100)], 0)
     carrier.release(0)
     copies = carrier.fetch(kept, 1)

@@ -52,7 +52,7 @@ def test_gradients_with_offloaded_values_on_cuda(family: str) -> None:
     compiled.activate(0)
     compiled(**on_cuda(batch(2, 12, 0)))
     assert any(n.target is ops.offload for n in compiled.program.graph.nodes)
-    assert compiled._training.engines.saved.pool.take(1).is_pinned()
+    assert compiled._training.engines.saved.pool.take(1).memory.is_pinned()
 
 
 def wide_batch(seed: int) -> dict[str, Tensor]:
@@ -132,7 +132,7 @@ def test_a_failed_step_leaves_no_copy_under_way(monkeypatch: pytest.MonkeyPatch)
 def test_fetched_values_are_whole_although_their_memory_was_in_use() -> None:
     """Host buffers and device blocks pass from value to value without the CPU ever waiting."""
     device = torch.device("cuda", torch.cuda.current_device())
-    carrier = SavedValues(open_link(device), HostTier(device))
+    carrier = SavedValues(open_link(device), open_link(device), HostTier(device))
     shape = (4096, 4096)
     for step in range(8):
         value = torch.full(shape, float(step), device="cuda")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import chunkft_fx
-from chunkft_fx.copies.link import open_link
+from chunkft_fx.copies.link import Link, open_link
 from chunkft_fx.copies.states.ring import CopyingRing
 from chunkft_fx.copies.tier import HostTier
 from chunkft_fx.errors import NoGradientToScale, OptionError, OutsideGradient, PartialStep, StaleBackward
@@ -60,9 +60,9 @@ def batch(step: int) -> Tensor:
     return torch.randint(0, 11, (3, 5), generator=torch.Generator().manual_seed(step))
 
 
-def copying_ring(device: torch.device, depth: int, nbytes: int) -> CopyingRing:
+def copying_ring(incoming: Link, depth: int, nbytes: int) -> CopyingRing:
     """The ring of a GPU, beside a CPU."""
-    return CopyingRing(open_link(device), open_link(device), HostTier(device), depth, nbytes)
+    return CopyingRing(open_link(incoming.device), open_link(incoming.device), HostTier(incoming.device), depth, nbytes)
 
 
 def assert_equal(a: nn.Module, b: nn.Module, tolerance: float = 0.0) -> None:

@@ -27,7 +27,7 @@ def on_streams() -> Machine:
     stage.announce([torch.ones(64)])
     stage.tensors()
     ring = Ring(CudaLink(CPU), HostTier(CPU), 2, 1024)
-    return Machine("eager", None, ring, SavedValues(CudaLink(CPU), HostTier(CPU)), stage)
+    return Machine("eager", None, ring, SavedValues(CudaLink(CPU), CudaLink(CPU), HostTier(CPU)), stage)
 
 
 def fetch_a_weight(m: Machine) -> None:

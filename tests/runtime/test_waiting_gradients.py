@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import chunkft_fx
 from chunkft_fx.copies import engines, host_memory
-from chunkft_fx.copies.link import CudaLink
+from chunkft_fx.copies.link import CudaLink, Link
 from chunkft_fx.copies.states.ring import CopyingRing
 from chunkft_fx.copies.tier import HostTier
 from chunkft_fx.copies.waiting_gradients import WaitingGradients
@@ -101,9 +101,9 @@ def test_steps_are_those_of_the_plain_model(data: st.DataObject) -> None:
         assert_equal(ours_model, plain, 1e-9)
 
 
-def late_ring(device: torch.device, depth: int, nbytes: int) -> CopyingRing:
+def late_ring(incoming: Link, depth: int, nbytes: int) -> CopyingRing:
     """A ring over streams of the machine."""
-    return CopyingRing(CudaLink(device), CudaLink(device), HostTier(device), depth, nbytes)
+    return CopyingRing(CudaLink(incoming.device), CudaLink(incoming.device), HostTier(incoming.device), depth, nbytes)
 
 
 @pytest.mark.parametrize("kind", ["AdamW", "SGD"])

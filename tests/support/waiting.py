@@ -8,19 +8,18 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
 from chunkft_fx.copies import engines
-from chunkft_fx.copies.link import open_link
+from chunkft_fx.copies.link import Link, open_link
 from chunkft_fx.copies.states.ring import CopyingRing
 from chunkft_fx.copies.tier import HostTier
 from chunkft_fx.plan.policy import Policy
 from chunkft_fx.planning import planner
 
 
-def copying_ring(device: torch.device, depth: int, nbytes: int) -> CopyingRing:
+def copying_ring(incoming: Link, depth: int, nbytes: int) -> CopyingRing:
     """The ring of a GPU, beside a CPU."""
-    return CopyingRing(open_link(device), open_link(device), HostTier(device), depth, nbytes)
+    return CopyingRing(open_link(incoming.device), open_link(incoming.device), HostTier(incoming.device), depth, nbytes)
 
 
 @contextmanager

@@ -88,6 +88,9 @@ class CopyingRing(PieceRing):
             link.follow()
             link.reserve(self._buffers)
         self._beside = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        with self.beside():
+            # on a full device the allocator gives back pages of which all is free, and waits for their stream before
+            self._hold_page = torch.empty(1, dtype=torch.uint8, device=self.device)
         self._free = list(range(depth))
         self._held: dict[int, int] = {}  # by piece, its buffer
         self._batches: dict[int, list[Batch]] = {}  # by piece
@@ -178,8 +181,9 @@ class CopyingRing(PieceRing):
         super().abandon()
 
 
-def make_ring(device: torch.device, depth: int, nbytes: int) -> PieceRing:
-    """The ring for states that host memory keeps, with memory on the device where it needs any."""
+def make_ring(incoming: Link, depth: int, nbytes: int) -> PieceRing:
+    """The ring for states that host memory keeps and this link brings, with device memory where it needs any."""
+    device = incoming.device
     if device.type != "cuda":
         return PieceRing(device)
-    return CopyingRing(open_link(device), open_link(device), HostTier(device), depth, nbytes)
+    return CopyingRing(incoming, open_link(device), HostTier(device), depth, nbytes)

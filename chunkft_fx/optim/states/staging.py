@@ -58,7 +58,8 @@ class StagedStates:
             self.travelling = self._model.residency.away()
             self._depth = pieces.depth
             self._ring = None  # free before taking another
-            self._ring = make_ring(device, pieces.depth, piece_nbytes(pieces, parameters, self._spec, self.travelling))
+            nbytes = piece_nbytes(pieces, parameters, self._spec, self.travelling)
+            self._ring = make_ring(self._model.engines.incoming, pieces.depth, nbytes)
         return self._ring
 
     def places(self, parameters: Sequence[Tensor]) -> HostStates:
