@@ -4,13 +4,19 @@ Contract: every gradient of a parameter in ``pieces`` is taken by update nodes, 
 more. The update of a piece stands behind the last backward call that makes a gradient of one of its parameters or
 reads one of them: its gradients are then complete, and no one can see a new weight beside an old activation. Where
 gradients are only kept, for an update at the optimizer's step, weights stay, and the last gradient alone decides.
-Pieces are updated one after another; the states of the first ``pieces.depth`` come in from the beginning of the
-backward, those of each later one when the states of the piece ``pieces.depth`` before it have begun to go out. A piece
-without a gradient is left out.
+Pieces are taken one after another. The states of the first ``pieces.depth`` come in before the backward, those of each
+later one when the states of the piece ``pieces.depth`` before it have begun to go out. A piece without a gradient is
+left out.
+
+All that comes to the device comes in turn (`copies.engines`), and states are wanted later than the weights and values
+of the calls that follow. So of a region's pieces only as many as there are buffers are taken at once. The others, and
+fetches for regions still to come, are spread over the micro-batches' calls of the next region, each behind a call: what
+the call after it waits for is asked for before. Behind the last of these calls nothing is left to take: compute waits
+there for all updates of the region before.
 
 Terms: *piece* as in `plan.pieces`; a *contribution* is one region's gradient of a parameter, of which tied weights have
 several. ``update`` (or ``keep``) takes all contributions to its slices, of the whole parameters; ``meta["names"]`` says
-which parameter each belongs to, ``meta["group"]`` behind how many backward calls it stands.
+which parameter each belongs to, ``meta["group"]`` how many backward calls there are up to its gradients.
 
 Before::
 
@@ -29,7 +35,9 @@ After::
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 from typing import Any
 
 from torch import fx
@@ -62,31 +70,60 @@ class InsertUpdates:
             if names:
                 found.append((max((last[n] for n in names), key=order.__getitem__), i, names))
         found.sort(key=lambda entry: (order[entry[0]], -entry[1]))
-        written: list[fx.Node] = []
-        for place, i, names in found:
-            taken = [(node, name) for name in names for node in contributions[name]]
-            group = sum(order[call] <= order[place] for call in calls)
-            written.append(self._insert(module.graph, place, i, taken, group))
+        groups = [sum(order[call] <= order[place] for call in calls) for place, _, _ in found]
         depth = self.pieces.depth
-        for at, (_, i, _) in enumerate(found):
-            before = calls[0] if at < depth else written[at - depth].next
-            with module.graph.inserting_before(before):
-                _marked(module.graph.call_function(ops.fetch_states, (i,)))
+        takers, fetches = _slots(groups, depth)
+        ends = _ends(calls, [place for place, _, _ in found], groups, order)
+        nodes = sorted([(slot, at, False) for at, slot in enumerate(takers)] + [
+            (slot, at - depth, True) for at, slot in enumerate(fetches)
+        ])  # fmt: skip
+        for slot, at, is_fetch in nodes:
+            with module.graph.inserting_before(calls[0] if slot < 0 else ends[slot]):
+                if is_fetch:
+                    _marked(module.graph.call_function(ops.fetch_states, (found[at + depth][1],)))
+                    continue
+                _, i, names = found[at]
+                taken = [(node, name) for name in names for node in contributions[name]]
+                taker = _marked(module.graph.call_function(self.taker, ([node for node, _ in taken], i)))
+                taker.meta["names"], taker.meta["group"] = tuple(name for _, name in taken), groups[at]
+                _marked(module.graph.call_function(ops.write_states, (i,)))
         _keep_no_gradients(module.graph)
         return len(found)
 
-    def _insert(
-        self, graph: fx.Graph, place: fx.Node, piece: int, taken: list[tuple[fx.Node, str]], group: int
-    ) -> fx.Node:
-        """Put a taker and its write-back behind a node, the items of its call, and what stands there already."""
-        after = place
-        while after.next.target is operator.getitem or after.next.target in ops.PIECE_NODES:
+
+def _slots(groups: Sequence[int], depth: int) -> tuple[list[int], list[int]]:
+    """By piece, the call behind which it is taken, and that behind which its states are fetched; -1: before them all.
+
+    ``groups`` has for each piece how many calls there are up to its gradients.
+    """
+    following = dict(pairwise(dict.fromkeys(groups)))
+    takers: list[int] = []
+    freed: list[int] = []  # by piece: the earliest call behind which its buffer may be filled again
+    for group, share in groupby(groups):
+        count = len(list(share))
+        under_way = following.get(group, group) - group
+        late = max(count - depth, 0) if under_way > 1 else 0
+        takers += [group - 1] * (count - late) + [group + j * (under_way - 1) // late for j in range(late)]
+        freed += [group - 1 if not under_way else group + j * under_way // count for j in range(count)]
+    at_once = [-1] * min(depth, len(groups))
+    later = zip(takers, freed, takers[depth:], strict=False)
+    return takers, at_once + [min(max(out, free), taken) for out, free, taken in later]
+
+
+def _ends(
+    calls: Sequence[fx.Node], places: Sequence[fx.Node], groups: Sequence[int], order: Mapping[fx.Node, int]
+) -> list[fx.Node]:
+    """By call, the node before which pieces are taken: behind its items, and the gradients complete with it."""
+    last = list(calls)
+    for place, group in zip(places, groups, strict=True):
+        last[group - 1] = max(last[group - 1], place, key=order.__getitem__)
+    ends = []
+    for node in last:
+        after = node.next
+        while after.target is operator.getitem:
             after = after.next
-        with graph.inserting_after(after):
-            taker = _marked(graph.call_function(self.taker, ([node for node, _ in taken], piece)))
-        taker.meta["names"], taker.meta["group"] = tuple(name for _, name in taken), group
-        with graph.inserting_after(taker):
-            return _marked(graph.call_function(ops.write_states, (piece,)))
+        ends.append(after)
+    return ends
 
 
 def _contributions(graph: fx.Graph) -> dict[str, list[fx.Node]]:

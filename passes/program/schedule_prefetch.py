@@ -74,7 +74,8 @@ class SchedulePrefetch:
         if not fetches:
             return 0
         depth = 1 + max(_buffer(f) for f in fetches)
-        first = next(n for n in nodes if _part(module, n) == part)
+        # states that come in before the backward stand in front: they need not wait for the forward
+        first = next(n for n in nodes if _part(module, n) == part and n.target is not ops.fetch_states)
         moved = 0
         for n, fetch in enumerate(fetches):
             # the beginning is a place before a node that never moves, so the first fetches keep their order

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate, groupby
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import fx, nn
 
 import chunkft_fx
 from chunkft_fx.errors import VerificationError
 from chunkft_fx.graph import ops
 from chunkft_fx.module.module import CompiledModule
+from chunkft_fx.passes.program import insert_updates
 from chunkft_fx.plan import pieces
 from chunkft_fx.program.verify_streams import verify_streams
-from tests.runtime.test_full_coverage import batch, twins
+from tests.runtime.test_full_coverage import assert_equal, batch, twins
 from tests.support.waiting import waiting_in_host
 
 Mutation = Callable[[fx.Graph], object]
@@ -139,3 +144,64 @@ def test_only_an_update_forbids_to_read_a_weight_behind_it(model: CompiledModule
         return
     with pytest.raises(VerificationError, match=r"reads layers\.1\.weight behind its update"):
         verify_streams(module, model.plan.policy)
+
+
+def test_pieces_are_taken_between_the_micro_batches_of_the_next_region(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that none of their calls waits for the states of a whole region."""
+    monkeypatch.setattr(pieces, "LARGEST_NBYTES", 300)
+    monkeypatch.setattr(pieces, "MOST_BUFFERS", 3)
+    plain, model = twins()
+    compiled = chunkft_fx.compile(model, "1GB", coverage="all", backend="eager")
+    assert isinstance(compiled, CompiledModule)
+    optimizers = [
+        chunkft_fx.AdamW(compiled, lr=1e-2, update="backward"),
+        torch.optim.AdamW(plain.parameters(), lr=1e-2),
+    ]
+    for step in range(3):
+        batches = [batch(4 * step + i) for i in range(4)]
+        torch.stack(compiled.accumulate([(b,) for b in batches])).sum().backward()
+        torch.stack([plain(b) for b in batches]).sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_equal(compiled, plain, 1e-9)
+    module, depth = compiled.program.module, compiled.plan.policy.pieces.depth
+    assert depth == 3
+    verify_streams(module, compiled.plan.policy)
+    nodes = [n for n in module.graph.nodes if n.target in (*ops.TAKERS, ops.fetch_states) or _is_backward(module, n)]
+    assert [n.target for n in nodes[:depth]] == [ops.fetch_states] * depth
+    runs = ["".join(kinds) for is_call, kinds in groupby(map(_kind, nodes), key="c".__eq__) if not is_call]
+    assert any(run.count("t") > depth for run in runs[-1:])  # behind the last call of all
+    assert all(run.count("t") <= depth for run in runs[:-1])
+    assert sum("t" in run for run in runs) > len(compiled.plan.policy.pieces) // 10
+
+
+def _is_backward(module: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "call_module" and bool(module.get_submodule(str(node.target)).is_backward)
+
+
+def _kind(node: fx.Node) -> str:
+    return "c" if node.op == "call_module" else "t" if node.target in ops.TAKERS else "f"
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 12)), min_size=1, max_size=5), st.integers(1, 20))
+def test_pieces_are_spread_in_turn(regions: list[tuple[int, int]], depth: int) -> None:
+    """Each region has some calls, and some pieces that are complete behind the last of them."""
+    ends = list(accumulate(calls for calls, _ in regions))
+    groups = [end for end, (_, count) in zip(ends, regions, strict=True) for _ in range(count)]
+    takers, fetches = insert_updates._slots(groups, depth)
+    assert takers == sorted(takers)
+    assert fetches == sorted(fetches)
+    assert fetches[:depth] == [-1] * min(depth, len(groups))
+    for at, (taker, fetch) in enumerate(zip(takers, fetches, strict=True)):
+        assert fetch <= taker
+        assert at < depth or fetch >= takers[at - depth]
+    for i, (end, (_, count)) in enumerate(zip(ends, regions, strict=True)):
+        own = [taker for taker, group in zip(takers, groups, strict=True) if group == end]
+        assert own.count(end - 1) >= min(count, depth)
+        beside = range(end, ends[i + 1] - 1) if i + 1 < len(ends) else range(0)
+        shares = [own.count(call) for call in beside]
+        assert own.count(end - 1) + sum(shares) == count
+        if shares:
+            assert own.count(end - 1) == min(count, depth)
+            assert max(shares) - min(shares) <= 1
