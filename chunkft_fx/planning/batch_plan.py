@@ -37,7 +37,7 @@ from chunkft_fx.predict.fixed_memory import (
     weight_terms,
 )
 from chunkft_fx.predict.predictor import BATCH, Predictor
-from chunkft_fx.predict.step_memory import step_timeline, storages_nbytes
+from chunkft_fx.predict.step_memory import most_workspace, step_timeline, storages_nbytes
 from chunkft_fx.program.programs import Programs
 
 # Of a session's plans the newest are kept; a plan that is asked for again is made again.
@@ -260,7 +260,7 @@ class BatchPlans:
             staged = kept["optimizer state of the active chunk"]
         terms = [*resident.values(), staged]
         terms += [self._constants_nbytes + need.nbytes, largest]
-        return sum(terms) + sum(overhead(residency.device, largest).values())
+        return sum(terms) + sum(overhead(residency.device, largest, most_workspace(moments)).values())
 
 
 def _alike(plan: Plan, other: Plan | None) -> bool:

@@ -35,6 +35,8 @@ class Predicts(Protocol):
 
     def work(self, chunk: Chunk, times: StepTimes, states_nbytes: int) -> Work: ...
 
+    def clocked_us(self, chunk: Chunk, policy: Policy) -> float | None: ...
+
 
 @dataclass(frozen=True)
 class Choice:

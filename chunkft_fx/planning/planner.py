@@ -215,11 +215,13 @@ def _completed(
         pacing=search.times if states.is_kept and not search.base.pieces else None,
         states=states,
     )
+    # sums of times are enough to compare choices; what the one that was taken costs in all, its program tells
+    step_us = search.predictor.clocked_us(plan.chunks[0], policy) if policy.pieces else best.step_us
     return replace(
         plan,
         policy=policy,
         predicted_peak_bytes=best.nbytes,
-        predicted_step_us=best.step_us,
+        predicted_step_us=step_us,
         peak_at=best.peak_at,
         terms=_largest_first(best.terms),
         host_terms=_largest_first(search.costs.host_terms(replace(best.choice, policy=policy))),

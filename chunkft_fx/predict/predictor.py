@@ -24,7 +24,8 @@ from chunkft_fx.plan.policy import Policy, StepTimes
 from chunkft_fx.plan.state_spec import ASSUMED, StateSpec
 from chunkft_fx.predict.chunk_kinds import Kinds, sweep_peak
 from chunkft_fx.predict.region_time import direction_us, transfer_us
-from chunkft_fx.predict.step_memory import Moment, moment_label, step_timeline
+from chunkft_fx.predict.step_clock import clocked_step_us
+from chunkft_fx.predict.step_memory import Moment, moment_label, most_workspace, step_timeline
 from chunkft_fx.predict.step_time import Work
 from chunkft_fx.program.programs import Programs
 from chunkft_fx.program.variants import Variant
@@ -106,7 +107,7 @@ class Predictor:
             planned = self.programs.planned(chunk, self._absent, policy)
             moments = step_timeline(planned, self.programs.backend, sizes=self._batch)
             largest = max(moments, key=lambda m: m.nbytes)
-            besides = dict(self._given) | overhead(self.programs.device, largest.nbytes)
+            besides = dict(self._given) | overhead(self.programs.device, largest.nbytes, most_workspace(moments))
             self._peaks[key] = Moment(largest.label, largest.terms | besides)
         return self._peaks[key]
 
@@ -125,6 +126,14 @@ class Predictor:
         if self.known_times is None:
             self.known_times = self._predicted(deepest, self.rates)
         return self.known_times
+
+    def clocked_us(self, chunk: Chunk, policy: Policy) -> float | None:
+        """Microseconds of a step that covers all parameters, by its program; None where no rates are known."""
+        times = self.times(chunk)
+        if times is None:
+            return None
+        program = self.programs.planned(chunk, self._absent, policy).program
+        return clocked_step_us(program, policy, times, self.programs.parameters, self._batch)
 
     def work(self, chunk: Chunk, times: StepTimes, states_nbytes: int) -> Work:
         """What a chunk, with so many bytes of states on the device, adds to a step."""

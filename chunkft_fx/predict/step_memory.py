@@ -69,6 +69,11 @@ def step_timeline(
     return tuple(replay.moments)
 
 
+def most_workspace(moments: Iterable[Moment]) -> int:
+    """The most bytes that a region call allocates itself."""
+    return max((m.terms[WORKSPACE] for m in moments), default=0)
+
+
 def moment_label(region: Region, is_backward: bool) -> str:
     """The label of the moments at which a region runs."""
     return f"{region.label} {'backward' if is_backward else 'forward'}"
@@ -113,6 +118,11 @@ def _ends(variant: Variant, is_backward: bool, sizes: Sizes) -> _Ends:
         inputs = tuple(_value(node, held) for node in graph.find_nodes(op="placeholder"))
         known[key] = _Ends(inputs, tuple(_value(node, held) for node in values))
     return known[key]
+
+
+def outputs_nbytes(variant: Variant, is_backward: bool, sizes: Sizes) -> tuple[int, ...]:
+    """Bytes of the storages of what one direction of a variant returns, in order."""
+    return tuple(value.nbytes for value in _ends(variant, is_backward, sizes).outputs)
 
 
 def _value(node: Any, held: Storages) -> _Value:

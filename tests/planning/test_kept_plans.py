@@ -243,7 +243,7 @@ def test_a_plan_whose_first_step_needs_more_than_it_says_is_made_anew(
 ) -> None:
     """As if the memory model had changed in a way that no digest tells of."""
     peak = planned().predicted_peak_bytes
-    monkeypatch.setattr("chunkft_fx.predict.predictor.overhead", lambda device, nbytes: {"more": 1000})
+    monkeypatch.setattr("chunkft_fx.predict.predictor.overhead", lambda device, nbytes, workspace: {"more": 1000})
     with caplog.at_level(logging.WARNING, logger="chunkft_fx.planning.kept_plans"):
         plan = planned()
     assert "needs" in caplog.text

@@ -1,0 +1,129 @@
+"""The clock of a step that covers all parameters: bounds that hold for any times, and what can be told by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import chunkft_fx
+from chunkft_fx.plan import pieces
+from chunkft_fx.plan.policy import Policy, StepTimes
+from chunkft_fx.predict.predictor import Predictor
+from chunkft_fx.predict.step_clock import clocked_step_us
+from chunkft_fx.tools.zoo import tiny
+from tests.predict.test_predictor import RATES, absent
+
+us = st.floats(0.1, 100.0)
+
+
+class Steps:
+    """Programs of one small model, and what its pieces move."""
+
+    def __init__(self, kind: str) -> None:
+        model, batch = tiny("llama")
+        self.compiled: Any = chunkft_fx.compile(model, "1GB", backend="eager", coverage="all")
+        self.optimizer = chunkft_fx.AdamW(self.compiled, update=kind)
+        self.compiled(**batch(2, 16, 0)).loss.backward()
+        self.session = self.compiled._training.sessions[-1]
+        self.predictor = Predictor(self.session.programs, absent(self.session), known=RATES)
+        self.plan = self.compiled.plan
+        self.regions = len(self.predictor.uses())
+
+    def policy(self, **changes: Any) -> Policy:
+        return replace(self.plan.policy, **changes)
+
+    def clocked(self, policy: Policy, times: StepTimes) -> float:
+        programs = self.session.programs
+        program = programs.planned(self.plan.chunks[0], absent(self.session), policy).program
+        return clocked_step_us(program, policy, times, programs.parameters, self.predictor._batch)
+
+    def moved(self) -> int:
+        """Bytes of the states, one way."""
+        weights = sum(p.nbytes for p in self.session.programs.parameters.values())
+        return sum(piece.nbytes for piece in self.plan.policy.pieces) - weights
+
+    def compute(self, policy: Policy, times: StepTimes) -> float:
+        again = sum(times.recompute_us[: policy.save_from])
+        return sum(times.forward_us) + sum(times.backward_us) + sum(times.gradients_us) + again
+
+
+@pytest.fixture(scope="module", params=["backward", "step"])
+def steps(request: pytest.FixtureRequest) -> Iterator[Steps]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pieces, "LARGEST_NBYTES", 100_000)
+        yield Steps(request.param)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[dict[str, Any], tuple[tuple[float, ...], ...], float, int]:
+    count = draw(st.sampled_from([1, 3]))
+    below = draw(st.integers(0, 4))
+    changes = {"micro_batches": count, "save_from": below, "offload_below": draw(st.integers(0, below))}
+    each = tuple(tuple(draw(st.lists(us, min_size=4, max_size=4))) for _ in range(4))
+    return changes, each, draw(st.floats(0.0, 1e-2)), draw(st.integers(1, 12))
+
+
+def times_of(regions: int, each: tuple[tuple[float, ...], ...], per_byte: float) -> StepTimes:
+    forward, backward, again, gradients = (tuple(e[i % len(e)] for i in range(regions)) for e in each)
+    return StepTimes(forward, backward, again, gradients, (0.0,) * regions, (0.0,) * regions, per_byte, 1e-4)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
+@given(cases(), st.booleans())
+def test_a_step_takes_as_long_as_the_busiest_and_no_longer_than_all_in_turn(
+    steps: Steps, case: tuple[dict[str, Any], tuple[tuple[float, ...], ...], float, int], is_streamed: bool
+) -> None:
+    changes, each, per_byte, depth = case
+    held = replace(steps.plan.policy.pieces, depth=depth)
+    names = frozenset(n for n in steps.session.programs.parameters if ".1." in n) if is_streamed else frozenset()
+    policy = steps.policy(pieces=held, streamed=names, **changes)
+    times = times_of(steps.regions, each, per_byte)
+    found = steps.clocked(policy, times)
+    compute, states = steps.compute(policy, times), steps.moved() * per_byte
+    updates = sum(p.numel for p in held) * times.update_us_per_element
+    floor = max(compute, states) if policy.in_backward else compute + states
+    assert found >= floor * (1 - 1e-9)
+    # weights pass three times at most, and values of all micro-batches twice
+    weights = 3 * sum(steps.session.programs.parameters[n].nbytes for n in names) * per_byte
+    values = 2 * policy.micro_batches * steps.predictor.offloaded_nbytes(steps.regions) * per_byte
+    assert found <= (compute + 2 * states + updates + 2 * weights + values) * (1 + 1e-9)
+    assert steps.clocked(policy, replace(times, state_us_per_byte=per_byte * 2)) >= found * (1 - 1e-9)
+
+
+def test_copies_that_take_no_time_leave_compute(steps: Steps) -> None:
+    policy = steps.policy(micro_batches=3, save_from=4, offload_below=4)
+    times = replace(times_of(steps.regions, ((3.0, 5.0), (7.0,), (2.0,), (1.0, 4.0)), 0.0), update_us_per_element=0.0)
+    assert steps.clocked(policy, times) == pytest.approx(steps.compute(policy, times))
+
+
+def test_one_buffer_brings_updates_and_takes_each_piece_in_turn(steps: Steps) -> None:
+    """Where compute takes no time, which then hides nothing."""
+    policy = steps.policy(pieces=replace(steps.plan.policy.pieces, depth=1))
+    times = times_of(steps.regions, ((0.0,),) * 4, 1e-3)
+    updates = sum(p.numel for p in policy.pieces) * times.update_us_per_element
+    assert steps.clocked(policy, times) == pytest.approx(2 * steps.moved() * 1e-3 + updates)
+
+
+def test_more_buffers_hide_more(steps: Steps) -> None:
+    """States under the backward, or at the step those that leave under those that come."""
+    times = times_of(steps.regions, ((50.0,),) * 4, 1e-4)
+    found = [
+        steps.clocked(steps.policy(pieces=replace(steps.plan.policy.pieces, depth=depth)), times)
+        for depth in (1, 3, 12)
+    ]
+    assert found == sorted(found, reverse=True)
+    assert found[0] > found[2]
+
+
+def test_a_plan_tells_what_the_clock_says(steps: Steps) -> None:
+    predictor = Predictor(steps.session.programs, absent(steps.session), known=RATES)
+    times = predictor.times(steps.plan.chunks[0])
+    assert times is not None
+    assert predictor.clocked_us(steps.plan.chunks[0], steps.plan.policy) == steps.clocked(steps.plan.policy, times)
+    unknown = Predictor(steps.session.programs, absent(steps.session))
+    assert unknown.clocked_us(steps.plan.chunks[0], steps.plan.policy) is None
