@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from chunkft_fx.plan.chunk import Chunk
-from chunkft_fx.plan.policy import Policy
+from chunkft_fx.plan.policy import LinkUse, Policy
 from chunkft_fx.plan.table import Considered, PlanTables
 
 # Of the JSON text of a plan; changes when a field comes, goes or means something else.
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class Plan(PlanTables):
     ``policy`` holds all that programs and passes act on: which weights are streamed, what is saved, and how.
     ``terms`` maps each part of the predicted peak to its bytes, ``host_terms`` each kind of host memory that a GPU's
     training takes beside it (none of it on the CPU), ``peak_at`` names the moment of the step,
-    ``predicted_step_us`` is the mean step of a sweep (None on the CPU, where memory alone decides), and
-    ``considered`` lists choices that were not taken. ``batch`` says for which input
-    shapes the prediction was made, ``batch_nbytes`` how large that batch is; before the first training batch these and
-    the prediction are empty, and the policy says nothing.
+    ``predicted_step_us`` is the mean step of a sweep (None on the CPU, where memory alone decides), ``link`` what of a
+    step that covers all parameters is compute, and what moves meanwhile, and ``considered`` lists choices that were not
+    taken. ``batch`` says for which input shapes the prediction was made, ``batch_nbytes`` how large that batch is;
+    before the first training batch these and the prediction are empty, and the policy says nothing.
     """
 
     budget_bytes: int
@@ -42,6 +42,7 @@ class Plan(PlanTables):
     considered: tuple[Considered, ...] = ()
     terms: tuple[tuple[str, int], ...] = ()
     host_terms: tuple[tuple[str, int], ...] = ()
+    link: LinkUse | None = None
     batch: str = ""
     batch_nbytes: int = 0
 

@@ -59,6 +59,34 @@ class StepTimes:
 
 
 @dataclass(frozen=True)
+class LinkUse:
+    """Predicted microseconds of a step that covers all parameters: all of it, compute, and what moves each way.
+
+    ``hides_from`` is the multiple of the batch's tokens from which compute is long enough to hide all that moves beside
+    it, 0 where updates wait for the optimizer's step, which hides nothing.
+    """
+
+    step_us: float
+    compute_us: float
+    incoming_us: float
+    outgoing_us: float
+    hides_from: float
+
+    @property
+    def hidden(self) -> float:
+        """The share of what moves, on the busier way, that adds nothing to a step."""
+        busier = max(self.incoming_us, self.outgoing_us)
+        return 1.0 if not busier else max(0.0, 1 - (self.step_us - self.compute_us) / busier)
+
+    def sentence(self) -> str:
+        """For people."""
+        inwards, outwards = (us / self.step_us for us in (self.incoming_us, self.outgoing_us))
+        more = f", all from {self.hides_from:.1f} times these tokens on" if self.hides_from > 1 else ""
+        busy = f"the link is busy {inwards:.0%} of a step inwards and {outwards:.0%} outwards"
+        return f"{busy}; {self.hidden:.0%} of that hides behind compute{more}"
+
+
+@dataclass(frozen=True)
 class RegionPolicy:
     """The part of a policy that concerns one region: whether it recomputes and offloads, and the split of its head."""
 

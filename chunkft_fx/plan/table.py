@@ -11,7 +11,7 @@ from rich.table import Table
 
 from chunkft_fx.bytes import format_bytes
 from chunkft_fx.plan.chunk import Chunk, Slice
-from chunkft_fx.plan.policy import Policy
+from chunkft_fx.plan.policy import LinkUse, Policy
 
 WIDTH = 120
 # Longer plans show this many chunks at the beginning and at the end.
@@ -49,6 +49,7 @@ class PlanTables:
     considered: tuple[Considered, ...]
     terms: tuple[tuple[str, int], ...]
     host_terms: tuple[tuple[str, int], ...]
+    link: LinkUse | None
     batch: str
 
     def __str__(self) -> str:
@@ -114,6 +115,7 @@ def _head(plan: PlanTables) -> list[str]:
     kinds = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in plan.host_terms)
     host = [f"host memory {format_bytes(sum(n for _, n in plan.host_terms))}: {kinds}"] if kinds else []
     decided = plan.policy.sentences() if plan.batch else []
+    decided += [] if plan.link is None else [plan.link.sentence()]
     return [f"budget {format_bytes(plan.budget_bytes)}, {peak}", *terms, *host, schedule, *decided]
 
 

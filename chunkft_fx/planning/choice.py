@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from chunkft_fx.plan.chunk import Chunk
-from chunkft_fx.plan.policy import Policy, StepTimes
+from chunkft_fx.plan.policy import LinkUse, Policy, StepTimes
 from chunkft_fx.plan.table import Considered
 from chunkft_fx.predict.fixed_memory import Terms
 from chunkft_fx.predict.predictor import Head
@@ -35,7 +35,7 @@ class Predicts(Protocol):
 
     def work(self, chunk: Chunk, times: StepTimes, states_nbytes: int) -> Work: ...
 
-    def clocked_us(self, chunk: Chunk, policy: Policy) -> float | None: ...
+    def clocked(self, chunk: Chunk, policy: Policy) -> LinkUse | None: ...
 
 
 @dataclass(frozen=True)

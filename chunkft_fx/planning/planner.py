@@ -216,12 +216,13 @@ def _completed(
         states=states,
     )
     # sums of times are enough to compare choices; what the one that was taken costs in all, its program tells
-    step_us = search.predictor.clocked_us(plan.chunks[0], policy) if policy.pieces else best.step_us
+    link = search.predictor.clocked(plan.chunks[0], policy) if policy.pieces else None
     return replace(
         plan,
         policy=policy,
         predicted_peak_bytes=best.nbytes,
-        predicted_step_us=step_us,
+        predicted_step_us=best.step_us if link is None else link.step_us,
+        link=link,
         peak_at=best.peak_at,
         terms=_largest_first(best.terms),
         host_terms=_largest_first(search.costs.host_terms(replace(best.choice, policy=policy))),

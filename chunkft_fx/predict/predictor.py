@@ -20,11 +20,11 @@ from chunkft_fx.machine.known_rates import known_rates
 from chunkft_fx.machine.overhead import overhead
 from chunkft_fx.machine.rates import Rates
 from chunkft_fx.plan.chunk import Chunk
-from chunkft_fx.plan.policy import Policy, StepTimes
+from chunkft_fx.plan.policy import LinkUse, Policy, StepTimes
 from chunkft_fx.plan.state_spec import ASSUMED, StateSpec
 from chunkft_fx.predict.chunk_kinds import Kinds, sweep_peak
 from chunkft_fx.predict.region_time import direction_us, transfer_us
-from chunkft_fx.predict.step_clock import clocked_step_us
+from chunkft_fx.predict.step_clock import clocked_step
 from chunkft_fx.predict.step_memory import Moment, moment_label, most_workspace, step_timeline
 from chunkft_fx.predict.step_time import Work
 from chunkft_fx.program.programs import Programs
@@ -127,13 +127,13 @@ class Predictor:
             self.known_times = self._predicted(deepest, self.rates)
         return self.known_times
 
-    def clocked_us(self, chunk: Chunk, policy: Policy) -> float | None:
-        """Microseconds of a step that covers all parameters, by its program; None where no rates are known."""
+    def clocked(self, chunk: Chunk, policy: Policy) -> LinkUse | None:
+        """What a step that covers all parameters takes, by its program; None where no rates are known."""
         times = self.times(chunk)
         if times is None:
             return None
         program = self.programs.planned(chunk, self._absent, policy).program
-        return clocked_step_us(program, policy, times, self.programs.parameters, self._batch)
+        return clocked_step(program, policy, times, self.programs.parameters, self._batch)
 
     def work(self, chunk: Chunk, times: StepTimes, states_nbytes: int) -> Work:
         """What a chunk, with so many bytes of states on the device, adds to a step."""

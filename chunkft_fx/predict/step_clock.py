@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 from torch import Tensor, fx
@@ -17,7 +18,7 @@ from torch import Tensor, fx
 from chunkft_fx.graph import ops
 from chunkft_fx.graph.sizes import Sizes
 from chunkft_fx.plan.chunk import Chunk
-from chunkft_fx.plan.policy import Policy, StepTimes
+from chunkft_fx.plan.policy import LinkUse, Policy, StepTimes
 from chunkft_fx.predict.step_memory import outputs_nbytes
 from chunkft_fx.program.program import Program, RegionCall
 
@@ -25,16 +26,24 @@ from chunkft_fx.program.program import Program, RegionCall
 STEPS = 2
 
 
-def clocked_step_us(
+def clocked_step(
     program: Program, policy: Policy, times: StepTimes, parameters: Mapping[str, Tensor], sizes: Sizes
-) -> float:
-    """Microseconds of a step of this program; ``times`` are those of a step, ``sizes`` those of a micro-batch."""
+) -> LinkUse:
+    """What a step of this program takes; ``times`` are those of a step, ``sizes`` those of a micro-batch."""
     clock = _Clock(program, policy, times.times(1 / policy.micro_batches), parameters, sizes)
-    before = 0.0
+    began = 0.0
     for _ in range(STEPS):
-        before = clock.compute
+        began = clock.compute
         clock.run_step()
-    return clock.compute - before
+    moved, backward = clock.moved, clock.busy_backward
+    hides_from = max(moved[True, True], moved[False, True]) / backward if policy.in_backward and backward else 0.0
+    return LinkUse(
+        step_us=clock.compute - began,
+        compute_us=clock.busy,
+        incoming_us=moved[True, False] + moved[True, True],
+        outgoing_us=moved[False, False] + moved[False, True],
+        hides_from=hides_from,
+    )
 
 
 @dataclass
@@ -75,6 +84,9 @@ class _Clock:
 
     def run_step(self) -> None:
         """Forward, backward and the optimizer's step."""
+        self.busy = self.busy_backward = 0.0
+        self.moved = dict.fromkeys(product((True, False), repeat=2), 0.0)  # by whether it came, and in the backward
+        self.is_backward = False
         for node in self.program.graph.nodes:
             if node.op == "call_module":
                 self._call(self.program.module.get_submodule(str(node.target)))
@@ -87,19 +99,30 @@ class _Clock:
     def _call(self, call: Any) -> None:
         assert isinstance(call, RegionCall)
         i, times = call.region.index, self.times
-        if not call.is_backward:
-            self.compute += times.forward_us[i]
-            return
-        again = times.recompute_us[i] if i < self.policy.save_from else 0.0
-        self.compute += times.backward_us[i] + times.gradients_us[i] + again
+        us = times.forward_us[i]
+        if call.is_backward:
+            again = times.recompute_us[i] if i < self.policy.save_from else 0.0
+            us = times.backward_us[i] + times.gradients_us[i] + again
+            self.busy_backward += us
+        self.is_backward = call.is_backward
+        self.busy += us
+        self.compute += us
+
+    def _come(self, ready: float, us: float) -> float:
+        self.moved[True, self.is_backward] += us
+        self.incoming = max(self.incoming, ready) + us
+        return self.incoming
+
+    def _go(self, ready: float, us: float) -> float:
+        self.moved[False, self.is_backward] += us
+        self.outgoing = max(self.outgoing, ready) + us
+        return self.outgoing
 
     def _fetch(self, node: fx.Node) -> None:
-        self.incoming = max(self.incoming, self.compute) + self._moving_us(node)
-        self.copied[node] = self.incoming
+        self.copied[node] = self._come(self.compute, self._moving_us(node))
 
     def _offload(self, node: fx.Node) -> None:
-        self.outgoing = max(self.outgoing, self.compute) + self._moving_us(node)
-        self.copied[node] = self.outgoing
+        self.copied[node] = self._go(self.compute, self._moving_us(node))
 
     def _wait(self, node: fx.Node) -> None:
         """A wait for what was fetched, or the release of a value that is on its way out; a buffer's is for nothing."""
@@ -114,13 +137,12 @@ class _Clock:
         """Gradients of a piece leave, if they wait in host memory."""
         if self.policy.host_gradients:
             nbytes = self._weights_nbytes(self.policy.pieces[_piece(node)])
-            self.outgoing = max(self.outgoing, self.compute) + nbytes * self.times.state_us_per_byte
+            self._go(self.compute, nbytes * self.times.state_us_per_byte)
 
     def _fetch_states(self, piece: int, more: float = 0.0) -> None:
         buffer = self.held[piece] = self.free.pop(0)
         free = max(self.emptied.get(buffer, 0.0), self.left.get(piece, 0.0))
-        self.incoming = max(self.incoming, free) + self._piece_us(piece) + more
-        self.came[piece] = self.incoming
+        self.came[piece] = self._come(free, self._piece_us(piece) + more)
 
     def _update(self, node: fx.Node) -> None:
         if node.meta["group"] != self.group:
@@ -129,9 +151,8 @@ class _Clock:
         self.updates = max(self.updates, self.compute, self.came[piece]) + self._update_us(piece)
 
     def _write_states(self, piece: int, done: float) -> None:
-        self.outgoing = max(self.outgoing, done) + self._piece_us(piece)
         buffer = self.held.pop(piece)
-        self.left[piece] = self.emptied[buffer] = self.outgoing
+        self.left[piece] = self.emptied[buffer] = self._go(done, self._piece_us(piece))
         self.free.append(buffer)
 
     def _step(self) -> None:

@@ -97,7 +97,7 @@ class Predicted:
         share = chunk.numel / sum(self.sizes.values())
         return Work(self.lowest(chunk), share * sum(times.gradients_us), states_nbytes * times.state_us_per_byte)
 
-    def clocked_us(self, chunk: Chunk, policy: Policy) -> float | None:
+    def clocked(self, chunk: Chunk, policy: Policy) -> None:
         return None
 
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 import chunkft_fx
 from chunkft_fx.plan import pieces
-from chunkft_fx.plan.policy import Policy, StepTimes
+from chunkft_fx.plan.policy import LinkUse, Policy, StepTimes
 from chunkft_fx.predict.predictor import Predictor
-from chunkft_fx.predict.step_clock import clocked_step_us
+from chunkft_fx.predict.step_clock import clocked_step
 from chunkft_fx.tools.zoo import tiny
 from tests.predict.test_predictor import RATES, absent
 
@@ -37,10 +37,10 @@ class Steps:
     def policy(self, **changes: Any) -> Policy:
         return replace(self.plan.policy, **changes)
 
-    def clocked(self, policy: Policy, times: StepTimes) -> float:
+    def clocked(self, policy: Policy, times: StepTimes) -> LinkUse:
         programs = self.session.programs
         program = programs.planned(self.plan.chunks[0], absent(self.session), policy).program
-        return clocked_step_us(program, policy, times, programs.parameters, self.predictor._batch)
+        return clocked_step(program, policy, times, programs.parameters, self.predictor._batch)
 
     def moved(self) -> int:
         """Bytes of the states, one way."""
@@ -83,8 +83,12 @@ def test_a_step_takes_as_long_as_the_busiest_and_no_longer_than_all_in_turn(
     names = frozenset(n for n in steps.session.programs.parameters if ".1." in n) if is_streamed else frozenset()
     policy = steps.policy(pieces=held, streamed=names, **changes)
     times = times_of(steps.regions, each, per_byte)
-    found = steps.clocked(policy, times)
+    use = steps.clocked(policy, times)
+    found = use.step_us
     compute, states = steps.compute(policy, times), steps.moved() * per_byte
+    assert use.compute_us == pytest.approx(compute)
+    assert min(use.incoming_us, use.outgoing_us) >= states * (1 - 1e-9)
+    assert 0 <= use.hidden <= 1
     updates = sum(p.numel for p in held) * times.update_us_per_element
     floor = max(compute, states) if policy.in_backward else compute + states
     assert found >= floor * (1 - 1e-9)
@@ -92,13 +96,15 @@ def test_a_step_takes_as_long_as_the_busiest_and_no_longer_than_all_in_turn(
     weights = 3 * sum(steps.session.programs.parameters[n].nbytes for n in names) * per_byte
     values = 2 * policy.micro_batches * steps.predictor.offloaded_nbytes(steps.regions) * per_byte
     assert found <= (compute + 2 * states + updates + 2 * weights + values) * (1 + 1e-9)
-    assert steps.clocked(policy, replace(times, state_us_per_byte=per_byte * 2)) >= found * (1 - 1e-9)
+    assert steps.clocked(policy, replace(times, state_us_per_byte=per_byte * 2)).step_us >= found * (1 - 1e-9)
 
 
 def test_copies_that_take_no_time_leave_compute(steps: Steps) -> None:
     policy = steps.policy(micro_batches=3, save_from=4, offload_below=4)
     times = replace(times_of(steps.regions, ((3.0, 5.0), (7.0,), (2.0,), (1.0, 4.0)), 0.0), update_us_per_element=0.0)
-    assert steps.clocked(policy, times) == pytest.approx(steps.compute(policy, times))
+    use = steps.clocked(policy, times)
+    assert [use.step_us, use.compute_us] == pytest.approx([steps.compute(policy, times)] * 2)
+    assert use.hidden == 1.0
 
 
 def test_one_buffer_brings_updates_and_takes_each_piece_in_turn(steps: Steps) -> None:
@@ -106,14 +112,17 @@ def test_one_buffer_brings_updates_and_takes_each_piece_in_turn(steps: Steps) ->
     policy = steps.policy(pieces=replace(steps.plan.policy.pieces, depth=1))
     times = times_of(steps.regions, ((0.0,),) * 4, 1e-3)
     updates = sum(p.numel for p in policy.pieces) * times.update_us_per_element
-    assert steps.clocked(policy, times) == pytest.approx(2 * steps.moved() * 1e-3 + updates)
+    use = steps.clocked(policy, times)
+    assert use.step_us == pytest.approx(2 * steps.moved() * 1e-3 + updates)
+    assert use.incoming_us == use.outgoing_us == pytest.approx(steps.moved() * 1e-3)
+    assert use.hidden == use.compute_us == 0.0
 
 
 def test_more_buffers_hide_more(steps: Steps) -> None:
     """States under the backward, or at the step those that leave under those that come."""
     times = times_of(steps.regions, ((50.0,),) * 4, 1e-4)
     found = [
-        steps.clocked(steps.policy(pieces=replace(steps.plan.policy.pieces, depth=depth)), times)
+        steps.clocked(steps.policy(pieces=replace(steps.plan.policy.pieces, depth=depth)), times).step_us
         for depth in (1, 3, 12)
     ]
     assert found == sorted(found, reverse=True)
@@ -124,6 +133,6 @@ def test_a_plan_tells_what_the_clock_says(steps: Steps) -> None:
     predictor = Predictor(steps.session.programs, absent(steps.session), known=RATES)
     times = predictor.times(steps.plan.chunks[0])
     assert times is not None
-    assert predictor.clocked_us(steps.plan.chunks[0], steps.plan.policy) == steps.clocked(steps.plan.policy, times)
+    assert predictor.clocked(steps.plan.chunks[0], steps.plan.policy) == steps.clocked(steps.plan.policy, times)
     unknown = Predictor(steps.session.programs, absent(steps.session))
-    assert unknown.clocked_us(steps.plan.chunks[0], steps.plan.policy) is None
+    assert unknown.clocked(steps.plan.chunks[0], steps.plan.policy) is None
