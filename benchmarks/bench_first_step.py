@@ -60,7 +60,7 @@ PARTS = {
     "chunkft_fx.program.programs:choose_variants": "demands",
     "chunkft_fx.predict.predictor:step_timeline": "steps replayed",
     "chunkft_fx.predict.step_memory:workspace": "region peaks",
-    "chunkft_fx.predict.region_time:graph_cost": "region times",
+    "chunkft_fx.predict.region.time:graph_cost": "region times",
     "chunkft_fx.program.run_passes:over_region": "region passes",
     "chunkft_fx.program.variants:Specializer.variant": "variants",
     "chunkft_fx.program.variants:partition": "partition",

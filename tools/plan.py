@@ -62,6 +62,8 @@ def command(
     check_compile_options(budget, "ascending", 1, backend)
     if rates and timeline:
         raise OptionError("timeline shows a program, and for another machine none is written; leave out --rates")
+    if rates and device != "auto":
+        raise OptionError(f"--rates are of a GPU elsewhere, which --device {device} is not; leave out one of them")
     where = torch.device("cpu") if rates else pick_device(device)
     number = torch.bfloat16 if rates and dtype == "auto" else pick_dtype(dtype, where)
     known = parse_rates(rates, str(number).removeprefix("torch.")) if rates else None

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from chunkft_fx.capture.outline import Region
 from chunkft_fx.graph.sizes import AS_TRACED, Sizes
 from chunkft_fx.head.memory import operands
@@ -23,7 +25,7 @@ from chunkft_fx.plan.chunk import Chunk
 from chunkft_fx.plan.policy import LinkUse, Policy, StepTimes
 from chunkft_fx.plan.state_spec import ASSUMED, StateSpec
 from chunkft_fx.predict.chunk_kinds import Kinds, sweep_peak
-from chunkft_fx.predict.region_time import direction_us, transfer_us
+from chunkft_fx.predict.region.time import direction_us, transfer_us
 from chunkft_fx.predict.step_clock import clocked_step
 from chunkft_fx.predict.step_memory import Moment, moment_label, most_workspace, step_timeline
 from chunkft_fx.predict.step_time import Work
@@ -47,10 +49,10 @@ class Head:
 class Predictor:
     """Predictions of what the programs of one capture would do; everything is found once.
 
-    ``absent`` names the tangents that backward is expected not to get. ``known`` are rates to predict times with, by
-    default the measured ones of a GPU, and none on the CPU. ``sizes`` are those of the batch, by default as it was
-    traced, ``given`` the bytes by name that are there beside what a step makes, and ``spec`` describes the optimizer.
-    A step runs ``micro_batches`` such batches.
+    ``absent`` names the tangents that backward is expected not to get. ``known`` are rates of a GPU elsewhere, by
+    default the measured ones of the GPU here, and none on the CPU. ``sizes`` are those of the batch, by default as it
+    was traced, ``given`` the bytes by name that are there beside what a step makes, and ``spec`` describes the
+    optimizer. A step runs ``micro_batches`` such batches.
     """
 
     def __init__(
@@ -107,7 +109,8 @@ class Predictor:
             planned = self.programs.planned(chunk, self._absent, policy)
             moments = step_timeline(planned, self.programs.backend, sizes=self._batch)
             largest = max(moments, key=lambda m: m.nbytes)
-            besides = dict(self._given) | overhead(self.programs.device, largest.nbytes, most_workspace(moments))
+            device = self.programs.device if self._known is None else torch.device("cuda")
+            besides = dict(self._given) | overhead(device, largest.nbytes, most_workspace(moments))
             self._peaks[key] = Moment(largest.label, largest.terms | besides)
         return self._peaks[key]
 

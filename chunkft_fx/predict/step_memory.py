@@ -19,7 +19,7 @@ from chunkft_fx.capture.outline import Region
 from chunkft_fx.graph import ops
 from chunkft_fx.graph.sizes import AS_TRACED, Sizes
 from chunkft_fx.graph.storages import Key, Storages
-from chunkft_fx.predict.region_memory import graph_of, workspace
+from chunkft_fx.predict.region.memory import graph_of, workspace
 from chunkft_fx.program.instructions import Executable, Instruction, Slot, StreamNode
 from chunkft_fx.program.program import RegionCall
 from chunkft_fx.program.variants import Variant

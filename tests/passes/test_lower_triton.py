@@ -19,8 +19,8 @@ from chunkft_fx.graph.region import RegionGraph
 from chunkft_fx.kernels.weight_gradient import LIBRARY, TILINGS, Problem, compute, weight_gradient, workspace
 from chunkft_fx.passes.region.eliminate import Eliminate
 from chunkft_fx.passes.region.lower_triton import problems
-from chunkft_fx.predict.region_memory import allocated_peak
-from chunkft_fx.predict.region_time import graph_cost
+from chunkft_fx.predict.region.memory import allocated_peak
+from chunkft_fx.predict.region.time import graph_cost
 from chunkft_fx.program.run_passes import over_region
 from tests.passes.joint import Asked, Joint, count, joint, rewritten
 

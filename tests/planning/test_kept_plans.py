@@ -104,12 +104,12 @@ def test_a_plan_with_a_deep_ring_of_states_is_kept_whole(searches: list[Plan]) -
 
     with pytest.raises(BudgetInfeasible) as refused:
         timed(1)
-    budget = refused.value.smallest_budget_bytes * 12 // 10
+    budget = refused.value.smallest_budget_bytes + 30_000
     first, second = timed(budget), timed(budget)
     assert len(searches) == 1
     assert second == first
     assert first.policy.pieces.depth > DEPTH
-    assert first.considered
+    assert first.link is not None
 
 
 def test_a_tight_plan_that_streams_and_recomputes_is_kept_whole(searches: list[Plan]) -> None:
@@ -118,6 +118,7 @@ def test_a_tight_plan_that_streams_and_recomputes_is_kept_whole(searches: list[P
     first, second = trained(budget), trained(budget)
     assert len(searches) == 1
     assert first.plan.streamed or first.plan.policy.save_from
+    assert first.plan.considered
     assert second.plan == first.plan
 
 

@@ -11,7 +11,7 @@ from torch import fx, nn
 import chunkft_fx
 from chunkft_fx.errors import BudgetInfeasible
 from chunkft_fx.module.module import CompiledModule
-from chunkft_fx.predict.region_memory import allocated_peak
+from chunkft_fx.predict.region.memory import allocated_peak
 from chunkft_fx.tools.zoo import tiny
 from tests.support.equivalence import smallest_budget
 

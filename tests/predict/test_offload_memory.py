@@ -14,7 +14,7 @@ import chunkft_fx
 from chunkft_fx.graph import ops
 from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.passes.program import offload_saved
-from chunkft_fx.predict import region_memory as memory_model
+from chunkft_fx.predict.region import memory as memory_model
 from chunkft_fx.predict.step_memory import SAVED, step_timeline
 from chunkft_fx.program.instructions import StreamNode
 from chunkft_fx.runtime.session import Session

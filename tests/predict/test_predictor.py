@@ -11,7 +11,7 @@ from chunkft_fx.plan.cuts import cut
 from chunkft_fx.plan.policy import Policy
 from chunkft_fx.planning.planner import parameter_specs
 from chunkft_fx.predict.predictor import Predictor
-from chunkft_fx.predict.region_time import direction_us
+from chunkft_fx.predict.region.time import direction_us
 from chunkft_fx.predict.step_memory import step_timeline
 from chunkft_fx.runtime.session import Session
 from chunkft_fx.tools.zoo import tiny

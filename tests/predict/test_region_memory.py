@@ -17,8 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import chunkft_fx
 from chunkft_fx.plan.policy import RegionPolicy
-from chunkft_fx.predict import region_memory as memory_model
-from chunkft_fx.predict.region_memory import allocated_peak, workspace
+from chunkft_fx.predict.region import memory as memory_model
+from chunkft_fx.predict.region.memory import allocated_peak, workspace
 from chunkft_fx.program.lower import lower
 from chunkft_fx.program.variants import Variant
 from chunkft_fx.runtime import step as runtime

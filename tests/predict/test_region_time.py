@@ -20,7 +20,7 @@ import chunkft_fx
 from chunkft_fx.graph import ops
 from chunkft_fx.machine.rates import Rates
 from chunkft_fx.plan.policy import RegionPolicy
-from chunkft_fx.predict.region_time import Cost, Work, graph_cost, transfer_us
+from chunkft_fx.predict.region.time import Cost, Work, graph_cost, transfer_us
 from tests.support.equivalence import loss_of
 
 RATES = Rates({"float32": 1e12, "bfloat16": 4e12}, 1e11, 2e10, 1e10, 5e9, 2.0)

@@ -15,7 +15,7 @@ from chunkft_fx.graph import ops
 from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.plan.policy import DEPTH, Policy
 from chunkft_fx.predict import fixed_memory
-from chunkft_fx.predict import region_memory as memory_model
+from chunkft_fx.predict.region import memory as memory_model
 from chunkft_fx.predict.step_memory import Moment, step_timeline, storages_nbytes
 from chunkft_fx.runtime.session import Session
 from chunkft_fx.tools.zoo import FAMILIES, tiny

@@ -20,7 +20,7 @@ from chunkft_fx.graph import ops
 from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.plan import pieces
 from chunkft_fx.plan.policy import DEPTH
-from chunkft_fx.predict import region_memory
+from chunkft_fx.predict.region import memory as region_memory
 from chunkft_fx.predict.step_memory import step_timeline
 from chunkft_fx.runtime.session import Session
 from chunkft_fx.tools.zoo import tiny

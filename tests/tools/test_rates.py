@@ -51,7 +51,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def planned(capsys: pytest.CaptureFixture[str], folder: Path, rates: str, *more: str) -> tuple[dict[str, object], str]:
-    options = ["--budget", "30MB", "--seq-len", "64", "--coverage", "all", "--update", "backward", "--rates", rates]
+    options = ["--budget", "150MB", "--seq-len", "64", "--coverage", "all", "--update", "backward", "--rates", rates]
     chunkft("plan", str(folder), *options, *more)
     printed = capsys.readouterr().out
     chunkft("plan", str(folder), *options, *more, "--json")
@@ -76,6 +76,21 @@ def test_a_timeline_of_another_machine_is_refused(capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         chunkft("plan", str(folder), "--rates", CARD, "--timeline")
     assert "leave out --rates" in capsys.readouterr().err
+
+
+def test_a_device_beside_another_machine_is_refused(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    with pytest.raises(SystemExit):
+        chunkft("plan", str(folder), "--rates", CARD, "--device", "cpu")
+    assert "leave out one of them" in capsys.readouterr().err
+
+
+def test_another_machine_needs_what_a_gpu_needs_beside_tensors(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    plan, _ = planned(capsys, folder, CARD)
+    terms = dict(plan["terms"])  # type: ignore[call-overload]
+    assert terms["library workspaces"] > 0
+    assert terms["fragmentation"] > 0
 
 
 def test_planning_for_another_machine_runs_nothing(

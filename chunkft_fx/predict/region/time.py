@@ -18,7 +18,7 @@ from chunkft_fx.graph.sizes import AS_TRACED, Sizes
 from chunkft_fx.graph.storages import Storages
 from chunkft_fx.head.memory import blocks, repeated_nbytes
 from chunkft_fx.machine.rates import Rates
-from chunkft_fx.predict.kernel_list import Kernel, kernels, packet_of, packets
+from chunkft_fx.predict.region.kernel_list import Kernel, kernels, packet_of, packets
 from chunkft_fx.program.variants import Variant
 from chunkft_fx.torch_internals import flop_formula, tree_map
 

@@ -1,7 +1,7 @@
 """Predicts the bytes that a region needs while it runs.
 
 The model is liveness, storage by storage (views count once), over the kernels that a partitioned graph becomes
-(`predict.kernel_list.kernels`). With ``backend="eager"`` every value is stored and the caller's inputs stay alive until
+(`predict.region.kernel_list`). With ``backend="eager"`` every value is stored and the caller's inputs stay alive until
 the call returns. Compiled graphs store less, free an input that nobody else holds after its last use, and write a
 result over an operand that dies with it.
 """
@@ -21,7 +21,7 @@ from chunkft_fx.graph.storages import Key, Storages
 from chunkft_fx.graph.sub_graphs import Closed
 from chunkft_fx.head.memory import head_workspace
 from chunkft_fx.kernels import weight_gradient
-from chunkft_fx.predict.kernel_list import Kernel, Store, kernels
+from chunkft_fx.predict.region.kernel_list import Kernel, Store, kernels
 from chunkft_fx.program.variants import Variant
 from chunkft_fx.torch_internals import tree_leaves
 
