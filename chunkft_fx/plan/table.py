@@ -80,8 +80,10 @@ class PlanTables:
             step = "" if c.step_us is None else f"{c.step_us / 1e3:.1f} ms"
             decided = c.policy.described().values()
             table.add_row(str(c.chunks), str(c.streamed), *decided, format_bytes(c.nbytes), step, _reason(self, c))
-        meanings = "streamed: how many regions; recompute, offload: the regions below; split: of the head's blocks"
-        return _text([f"choices beside the plan's, for {self.batch}", meanings], table)
+        meanings = ["streamed: how many regions; recompute, offload: the regions below; split: of the head's blocks"]
+        if self.link is not None:
+            meanings.append("step: by sums of times, which compare choices; the plan's own time is that of its program")
+        return _text([f"choices beside the plan's, for {self.batch}", *meanings], table)
 
 
 def _reason(plan: PlanTables, c: Considered) -> str:

@@ -250,11 +250,12 @@ def _infeasible(budget: int, smallest: Fit, batch: str, why: str = "") -> Budget
     needed, choice = smallest.nbytes, smallest.choice
     largest = sorted(smallest.terms.items(), key=lambda item: -item[1])
     listed = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in largest)
+    fewer = "" if choice.policy.pieces else "use more chunks, "
     return BudgetInfeasible(
         f"budget {format_bytes(budget)} is too small for {batch}: with {len(choice.chunks)} chunk(s), weights of "
         f"{choice.streamed} regions streamed and all activations recomputed the step needs {format_bytes(needed)} "
-        f"({listed}); raise the budget to at least {needed} bytes, use more chunks, or a "
-        f"smaller batch or sequence{why}",
+        f"({listed}); raise the budget to at least {needed} bytes, {fewer}make one step of smaller micro-batches "
+        f"(model.accumulate), or shorten the sequence{why}",
         needed,
         dict(largest),
     )
