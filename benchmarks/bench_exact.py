@@ -12,8 +12,8 @@ parts of half the size after each such time, each in a new process, or as ``--mi
 The table has the median step, tokens and model operations a second (6 for each parameter that multiplies and token,
 and causal attention; what is computed again does not count), the most that torch reserved of the device in the
 measured steps, what was predicted, how much more host memory the machine had in use at the end of a step than when the
-process began, how much torch had pinned at most and how much was resident, and the loss before the last step. Needs
-one CUDA GPU, and for 7B about 110 GB of host memory for a trainer.
+process began, how much torch had pinned at most and how much was resident, the loss before the last step, and how often
+the allocator had to give back pages in it. Needs one CUDA GPU, and for 7B about 110 GB of host memory for a trainer.
 
 Trainers that are not installed give a line that says so: ``pip install torchao deepspeed`` and MegaTrain's repository.
 SlideFormer (arXiv 2603.16428) is not among them: it is no package, only scripts around a model folder.
@@ -51,7 +51,8 @@ class Row:
     """A trainer's figures for a case, or why it has none.
 
     Seconds for the median, mean and first step; bytes of the device (reserved by torch) and of the host; the loss
-    before the last step, by which trainers can be seen to do the same.
+    before the last step, by which trainers can be seen to do the same; how often in that step the allocator had to give
+    back pages before it found room, each time behind all that the device had to do.
     """
 
     trainer: str
@@ -70,6 +71,7 @@ class Row:
     pinned: int = 0
     rss: int = 0
     loss: float = 0.0
+    retries: int = 0
     failure: str = ""
 
 
@@ -105,13 +107,15 @@ def child(trainer: str, settings: list[Setting], warm: int, steps: int) -> None:
 def _measure(trainer: str, setting: Setting, made: Any, warm: int, steps: int, before: int) -> Row:
     vocabulary = SHAPES[setting.shape](setting.layers)[1].vocab_size
     data = batches(vocabulary, setting.batch, setting.sequence, "cuda")
-    in_use = before
+    in_use, retries = before, 0
     loss: Any = 0.0
 
     def step(i: int) -> None:
-        nonlocal in_use, loss
+        nonlocal in_use, loss, retries
+        so_far = torch.cuda.memory_stats()["num_alloc_retries"]
         loss = made.step(data[i % len(data)])
         in_use = max(in_use, host_in_use())
+        retries = torch.cuda.memory_stats()["num_alloc_retries"] - so_far
 
     gc.collect()
     torch.cuda.empty_cache()
@@ -138,6 +142,7 @@ def _measure(trainer: str, setting: Setting, made: Any, warm: int, steps: int, b
         pinned,
         peak_rss(),
         float(loss),
+        retries,
     )
 
 
@@ -195,7 +200,7 @@ def _start(trainer: str, group: list[Setting], args: argparse.Namespace) -> tupl
 def table(rows: list[Row]) -> str:
     """The rows as a table in Markdown; memory in GiB."""
     titles = ["trainer", "batch", "in parts of", "median step", "tokens/s", "TFLOP/s", "device reserved", "predicted"]
-    titles += ["host in use", "host pinned", "resident", "loss"]
+    titles += ["host in use", "host pinned", "resident", "loss", "retries"]
     lines = ["| " + " | ".join(titles) + " |", "| --- " * len(titles) + "|"]
     for r in rows:
         cells = [r.trainer, f"{r.batch} x {r.sequence}", str(r.micro)]
@@ -205,7 +210,8 @@ def table(rows: list[Row]) -> str:
             cells += [f"{r.median_s:.3f} s", f"{r.tokens_s:.0f}", f"{r.tflops:.1f}"]
             cells += [f"{r.reserved / GIB:.2f} GiB"]
             cells += [f"{r.predicted_s:.3f} s, {r.predicted / GIB:.2f} GiB" if r.predicted else ""]
-            cells += [f"{n / GIB:.2f} GiB" for n in (r.host, r.pinned, r.rss)] + [f"{r.loss:.4f}"]
+            cells += [f"{n / GIB:.2f} GiB" for n in (r.host, r.pinned, r.rss)]
+            cells += [f"{r.loss:.4f}", str(r.retries)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
