@@ -49,16 +49,24 @@ def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "LARGEST_NBYTES", 1000)
 
 
-def begun() -> tuple[CompiledModule, chunkft_fx.AdamW]:
+def begun(micro: int = 1) -> tuple[CompiledModule, chunkft_fx.AdamW]:
     """A model that has done one step."""
     module = chunkft_fx.compile(Small(), "1GB", coverage="all", backend="eager")
     optimizer = chunkft_fx.AdamW(module, lr=1e-2, update="backward")
-    step(module, optimizer)
+    step(module, optimizer, micro)
     return module, optimizer
 
 
-def step(module: CompiledModule, optimizer: chunkft_fx.AdamW) -> None:
-    module(IDS).backward()
+def loss_of(module: CompiledModule, micro: int) -> Tensor:
+    """The loss of one batch, or of several micro-batches, between whose calls pieces are then updated."""
+    if micro == 1:
+        loss: Tensor = module(IDS)
+        return loss
+    return torch.stack(module.accumulate([(IDS + i) % 11 for i in range(micro)])).sum()
+
+
+def step(module: CompiledModule, optimizer: chunkft_fx.AdamW, micro: int = 1) -> None:
+    loss_of(module, micro).backward()
     optimizer.step()
     optimizer.zero_grad()
 
@@ -79,9 +87,9 @@ def failing_at(place: int, is_behind: bool, seen: list[Instruction]) -> Callable
     return failing
 
 
-def instructions_of_a_backward(monkeypatch: pytest.MonkeyPatch) -> int:
+def instructions_of_a_backward(monkeypatch: pytest.MonkeyPatch, micro: int = 1) -> int:
     seen: list[Instruction] = []
-    loss = begun()[0](IDS)
+    loss = loss_of(begun(micro)[0], micro)
     with monkeypatch.context() as patched:
         patched.setattr(Machine, "run", failing_at(10**6, False, seen))
         loss.backward()
@@ -97,14 +105,18 @@ def assert_refused(module: CompiledModule, optimizer: chunkft_fx.AdamW) -> None:
             going_on()
 
 
+@pytest.mark.parametrize("micro", [1, 3])
 @pytest.mark.parametrize("is_behind", [False, True])
-def test_a_failure_at_every_instruction(is_behind: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, optimizer = begun()
-    twin, other = begun()
+def test_a_failure_at_every_instruction(is_behind: bool, micro: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if micro > 1:  # more pieces of a region than buffers: updates of one stand between calls of the next
+        monkeypatch.setattr(pieces, "LARGEST_NBYTES", 300)
+        monkeypatch.setattr(pieces, "MOST_BUFFERS", 3)
+    module, optimizer = begun(micro)
+    twin, other = begun(micro)
     outcomes = set()
-    for place in range(instructions_of_a_backward(monkeypatch)):
+    for place in range(instructions_of_a_backward(monkeypatch, micro)):
         before, saved = copy.deepcopy(module.state_dict()), copy.deepcopy(optimizer.state_dict())
-        loss = module(IDS)
+        loss = loss_of(module, micro)
         with monkeypatch.context() as patched:
             patched.setattr(Machine, "run", failing_at(place, is_behind, []))
             with pytest.raises(Failure):
@@ -116,8 +128,8 @@ def test_a_failure_at_every_instruction(is_behind: bool, monkeypatch: pytest.Mon
             assert_refused(module, optimizer)
             module.load_state_dict(before)
             optimizer.load_state_dict(saved)
-        step(module, optimizer)
-        step(twin, other)
+        step(module, optimizer, micro)
+        step(twin, other, micro)
         for p, q in zip(module.parameters(), twin.parameters(), strict=True):
             assert torch.equal(p, q)
     assert outcomes == {False, True}
