@@ -15,6 +15,9 @@ measured steps, what was predicted, how much more host memory the machine had in
 process began, how much torch had pinned at most and how much was resident, the loss before the last step, and how often
 the allocator had to give back pages in it. Needs one CUDA GPU, and for 7B about 110 GB of host memory for a trainer.
 
+With ``--unlimited`` the library plans for the budget and the allocator is not held to it: what it reserves beyond the
+tensors that were predicted is what lies unused between them.
+
 Trainers that are not installed give a line that says so: ``pip install torchao deepspeed`` and MegaTrain's repository.
 SlideFormer (arXiv 2603.16428) is not among them: it is no package, only scripts around a model folder.
 """
@@ -233,6 +236,7 @@ def main() -> None:
     parser.add_argument("--micro", action="append", default=[], metavar="TRAINER=N", help="sequences in one go")
     parser.add_argument("--master", choices=MASTERS, default="float32", help="how the library keeps its masters")
     parser.add_argument("--state-dtype", choices=("float32", "bfloat16"), default="float32", help="of its moments")
+    parser.add_argument("--unlimited", action="store_true", help="plan for the budget, but let more be reserved")
     parser.add_argument("--warm", type=int, default=2, help="steps before those that are measured")
     parser.add_argument("--steps", type=int, default=5, help="measured steps")
     parser.add_argument("--timeout", type=float, default=600, help="seconds after which a process is ended")
@@ -253,7 +257,15 @@ def main() -> None:
     for name in names:
         settings = [
             Setting(
-                args.shape, args.layers, batch, micro.get(name), sequence, args.budget, args.master, args.state_dtype
+                args.shape,
+                args.layers,
+                batch,
+                micro.get(name),
+                sequence,
+                args.budget,
+                args.master,
+                args.state_dtype,
+                args.unlimited,
             )
             for batch, sequence in args.case or [(8, 1024)]
         ]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 import chunkft_fx
 from benchmarks.shapes import build
+from chunkft_fx.machine.memory_limit import Allocator
 from chunkft_fx.optim.states.pieces import PieceUpdates
 
 LEARNING_RATE = 1e-5
@@ -40,6 +41,7 @@ class Setting:
     budget: str
     master: str
     state_dtype: str
+    is_unlimited: bool
 
     @property
     def parts(self) -> int:
@@ -100,6 +102,8 @@ def ours(update: str | None, is_vertical: bool = False) -> Maker:
     def make(setting: Setting) -> Made:
         model: Any = build(setting.shape, "cpu", setting.layers)
         flops = flops_of(model)
+        if setting.is_unlimited:
+            Allocator.set_fraction = lambda *_: None  # type: ignore[method-assign]
         compiled: Any = chunkft_fx.compile(model, setting.budget, coverage="all", device="cuda")
         if update is None:
             leave_updates_out()
