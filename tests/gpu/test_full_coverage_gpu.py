@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +13,9 @@ import chunkft_fx
 from chunkft_fx.copies.states.ring import CopyingRing
 from chunkft_fx.plan import pieces
 from tests.runtime.test_full_coverage import Tied, batch
-from tests.support.forced_streaming import streaming
+from tests.support.forced_streaming import resident_or_streamed
+
+__all__ = ["resident_or_streamed"]
 
 pytestmark = pytest.mark.gpu
 
@@ -21,15 +23,6 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "LARGEST_NBYTES", 2000)
-
-
-@pytest.fixture(params=["resident", "streamed"])
-def _where(request: pytest.FixtureRequest) -> Iterator[None]:
-    if request.param == "resident":
-        yield
-        return
-    with streaming("all"):
-        yield
 
 
 def trained(model: nn.Module, device: str, update: str, master: str = "float32") -> tuple[nn.Module, chunkft_fx.AdamW]:
@@ -42,7 +35,7 @@ def trained(model: nn.Module, device: str, update: str, master: str = "float32")
     return compiled, optimizer
 
 
-@pytest.mark.usefixtures("_where")
+@pytest.mark.usefixtures("resident_or_streamed")
 @pytest.mark.parametrize("update", ["step", "backward"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_steps_equal_those_of_the_cpu(dtype: torch.dtype, update: str) -> None:
@@ -66,7 +59,7 @@ def test_steps_equal_those_of_the_cpu(dtype: torch.dtype, update: str) -> None:
         torch.testing.assert_close(kept.cpu(), theirs.state[q]["exp_avg"], rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.usefixtures("_where")
+@pytest.mark.usefixtures("resident_or_streamed")
 def test_masters_of_both_formats_give_the_same_steps_whenever_they_happen() -> None:
     found = []
     for update, master in (("step", "float32"), ("backward", "float32"), ("backward", "remainder")):
@@ -79,7 +72,7 @@ def test_masters_of_both_formats_give_the_same_steps_whenever_they_happen() -> N
             assert torch.equal(a, b)
 
 
-@pytest.mark.usefixtures("_where")
+@pytest.mark.usefixtures("resident_or_streamed")
 @pytest.mark.parametrize("update", ["step", "backward"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_micro_batches_equal_those_of_the_cpu_in_turn(dtype: torch.dtype, update: str) -> None:
@@ -99,3 +92,26 @@ def test_micro_batches_equal_those_of_the_cpu_in_turn(dtype: torch.dtype, update
     tolerance = 1e-9 if dtype == torch.float64 else 1e-4
     for p, q in zip(compiled.state_dict().values(), other.state_dict().values(), strict=True):
         torch.testing.assert_close(p.cpu(), q, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.usefixtures("resident_or_streamed")
+@pytest.mark.parametrize("update", ["backward", "step"])
+@pytest.mark.parametrize("buffers", [3, 16])
+def test_pieces_are_updated_between_the_calls_of_micro_batches(
+    update: Any, buffers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With fewer buffers than a region has pieces, over the link that brings weights, values and states in turn."""
+    monkeypatch.setattr(pieces, "LARGEST_NBYTES", 300)
+    monkeypatch.setattr(pieces, "MOST_BUFFERS", buffers)
+    plain = Tied()
+    ours: Any = chunkft_fx.compile(copy.deepcopy(plain), "1GB", coverage="all", backend="eager", device="cuda")
+    optimizers = [chunkft_fx.AdamW(ours, lr=1e-2, update=update), torch.optim.AdamW(plain.parameters(), lr=1e-2)]
+    for step in range(6):
+        given = [batch(10 * step + i) for i in range(4)]
+        torch.stack(ours.accumulate([(b.cuda(),) for b in given])).sum().backward()
+        torch.stack([plain(b) for b in given]).sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for (name, p), q in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.cpu(), q, rtol=1e-9, atol=1e-9, msg=name)

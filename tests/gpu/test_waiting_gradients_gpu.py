@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -19,8 +19,10 @@ from chunkft_fx.gradients.waiting import WaitingGradient
 from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.plan import pieces
 from tests.runtime.test_full_coverage import Tied, batch
-from tests.support.forced_streaming import streaming
+from tests.support.forced_streaming import resident_or_streamed
 from tests.support.waiting import waiting_in_host
+
+__all__ = ["resident_or_streamed"]
 
 pytestmark = pytest.mark.gpu
 
@@ -30,22 +32,13 @@ def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "LARGEST_NBYTES", 2000)
 
 
-@pytest.fixture(params=["resident", "streamed"])
-def _where(request: pytest.FixtureRequest) -> Iterator[None]:
-    if request.param == "resident":
-        yield
-        return
-    with streaming("all"):
-        yield
-
-
 def compiled(model: nn.Module) -> CompiledModule:
     made = chunkft_fx.compile(model, "1GB", coverage="all", backend="eager", device="cuda")
     assert isinstance(made, CompiledModule)
     return made
 
 
-@pytest.mark.usefixtures("_where")
+@pytest.mark.usefixtures("resident_or_streamed")
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_steps_equal_those_of_torch(dtype: torch.dtype, clip: float | None) -> None:
@@ -90,7 +83,7 @@ class Deep(nn.Module):
         return x.float().square().mean()
 
 
-@pytest.mark.usefixtures("_where")
+@pytest.mark.usefixtures("resident_or_streamed")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_passes_that_only_accumulate_wait_for_the_backward_that_updates(dtype: torch.dtype) -> None:
     torch.manual_seed(0)

@@ -60,5 +60,15 @@ def streaming(share: str) -> Iterator[None]:
     assert sum(fetched), "nothing was streamed"
 
 
+@pytest.fixture(params=["resident", "streamed"])
+def resident_or_streamed(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Weights on the device, and in host memory."""
+    if request.param == "resident":
+        yield
+        return
+    with streaming("all"):
+        yield
+
+
 def _place(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
