@@ -25,7 +25,7 @@ class Plan(PlanTables):
     ``terms`` maps each part of the predicted peak to its bytes, ``host_terms`` each kind of host memory that a GPU's
     training takes beside it (none of it on the CPU), ``peak_at`` names the moment of the step,
     ``predicted_step_us`` is the mean step of a sweep (None on the CPU, where memory alone decides), ``link`` what of a
-    step that covers all parameters is compute, and what moves meanwhile, and ``considered`` lists choices that were not
+    step that covers all parameters moves between host and device, and ``considered`` lists choices that were not
     taken. ``batch`` says for which input shapes the prediction was made, ``batch_nbytes`` how large that batch is;
     before the first training batch these and the prediction are empty, and the policy says nothing.
     """

@@ -60,14 +60,15 @@ class StepTimes:
 
 @dataclass(frozen=True)
 class LinkUse:
-    """Predicted microseconds of a step that covers all parameters: all of it, compute, and what moves each way.
+    """Predicted microseconds of a step that covers all parameters: all of it, and what moves each way.
 
-    ``hides_from`` is the multiple of the batch's tokens from which compute is long enough to hide all that moves beside
-    it, 0 where updates wait for the optimizer's step, which hides nothing.
+    ``still_us`` is what the step would take if what moves took no time. ``hides_from`` is the multiple of the batch's
+    tokens from which compute is long enough to hide all that moves beside it, 0 where updates wait for the optimizer's
+    step, which hides nothing.
     """
 
     step_us: float
-    compute_us: float
+    still_us: float
     incoming_us: float
     outgoing_us: float
     hides_from: float
@@ -76,7 +77,7 @@ class LinkUse:
     def hidden(self) -> float:
         """The share of what moves, on the busier way, that adds nothing to a step."""
         busier = max(self.incoming_us, self.outgoing_us)
-        return 1.0 if not busier else max(0.0, 1 - (self.step_us - self.compute_us) / busier)
+        return 1.0 if not busier else min(1.0, max(0.0, 1 - (self.step_us - self.still_us) / busier))
 
     def sentence(self) -> str:
         """For people."""

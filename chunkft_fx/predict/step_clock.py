@@ -9,7 +9,7 @@ were asked for before it, for the updates of the region before, or for a buffer 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -30,16 +30,19 @@ def clocked_step(
     program: Program, policy: Policy, times: StepTimes, parameters: Mapping[str, Tensor], sizes: Sizes
 ) -> LinkUse:
     """What a step of this program takes; ``times`` are those of a step, ``sizes`` those of a micro-batch."""
-    clock = _Clock(program, policy, times.times(1 / policy.micro_batches), parameters, sizes)
+    each = times.times(1 / policy.micro_batches)
+    clock = _Clock(program, policy, each, parameters, sizes)
     began = 0.0
     for _ in range(STEPS):
         began = clock.compute
         clock.run_step()
+    still = _Clock(program, policy, replace(each, state_us_per_byte=0.0), parameters, sizes)
+    still.run_step()
     moved, backward = clock.moved, clock.busy_backward
     hides_from = max(moved[True, True], moved[False, True]) / backward if policy.in_backward and backward else 0.0
     return LinkUse(
         step_us=clock.compute - began,
-        compute_us=clock.busy,
+        still_us=still.compute,
         incoming_us=moved[True, False] + moved[True, True],
         outgoing_us=moved[False, False] + moved[False, True],
         hides_from=hides_from,
@@ -84,7 +87,7 @@ class _Clock:
 
     def run_step(self) -> None:
         """Forward, backward and the optimizer's step."""
-        self.busy = self.busy_backward = 0.0
+        self.busy_backward = 0.0
         self.moved = dict.fromkeys(product((True, False), repeat=2), 0.0)  # by whether it came, and in the backward
         self.is_backward = False
         for node in self.program.graph.nodes:
@@ -105,7 +108,6 @@ class _Clock:
             us = times.backward_us[i] + times.gradients_us[i] + again
             self.busy_backward += us
         self.is_backward = call.is_backward
-        self.busy += us
         self.compute += us
 
     def _come(self, ready: float, us: float) -> float:
@@ -157,9 +159,10 @@ class _Clock:
 
     def _step(self) -> None:
         """All pieces one behind the other, with gradients that come back."""
-        self.incoming = max(self.incoming, self.compute)  # nothing is fetched before the step is called
-        depth, count = self.policy.pieces.depth, len(self.policy.pieces)
         waits = self.policy.host_gradients
+        # nothing is fetched before the step is called, and gradients have left by then
+        self.incoming = max(self.incoming, self.compute, self.outgoing if waits else 0.0)
+        depth, count = self.policy.pieces.depth, len(self.policy.pieces)
         back = [self._weights_nbytes(p) * self.times.state_us_per_byte * waits for p in self.policy.pieces]
         for piece in range(min(depth, count)):
             self._fetch_states(piece, back[piece])
