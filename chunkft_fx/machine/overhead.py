@@ -16,8 +16,8 @@ PAGE_ROUNDING_NBYTES = PAGE_NBYTES - SMALL_PAGE_NBYTES
 FRAGMENTATION_SHARE = 0.02
 # Likewise of the largest workspace, where that is more: about one of the large tensors of a transformer block. Under a
 # limit that does not leave it free the allocator gives back pages between tensors and takes them at the end again, each
-# time behind all that the device has to do. 9.9% was measured (`benchmarks.bench_exact --unlimited`, 4 layers of the
-# Llama-2-7B shape at 32 x 1024).
+# time behind all that the device has to do. 9.9% was measured once, with 4 layers of the Llama-2-7B shape at 32 x 1024;
+# `benchmarks.bench_exact --unlimited` shows it.
 WORKSPACE_SHARE = 0.1
 # cuBLAS takes 32 MiB for each thread that multiplies (on Hopper; less before): forward's, and autograd's for backward.
 LIBRARY_NBYTES = 2 * 32 * 2**20
