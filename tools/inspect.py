@@ -22,6 +22,7 @@ from chunkft_fx.program import run_passes
 from chunkft_fx.program.variants import Variant
 from chunkft_fx.tools.console import quiet, run_command
 from chunkft_fx.tools.load import check_config, pick_device, pick_dtype, reasons, source
+from chunkft_fx.tools.show import pieces
 from chunkft_fx.tools.training.options import at_least, check_compile_options, chunk_count, json_object
 
 # Smaller weight gradients (norms, biases) cost nothing worth reporting when they stay dense.
@@ -34,7 +35,11 @@ def command(
     model: Annotated[str, typer.Argument(help="tiny:NAME (random weights), a folder, a hub name or a .gguf file.")],
     config: Annotated[str, typer.Option(help="Changes to the model's config as a JSON object: random weights.")] = "",
     budget: Annotated[str, typer.Option(help='Device memory to stay within, such as "24GB".')] = "24GB",
-    chunks: Annotated[str, typer.Option(help='A number of chunks, or "auto".')] = "8",
+    chunks: Annotated[str, typer.Option(help='A number of chunks, or "auto"; 8 if a step trains one.')] = "",
+    full: Annotated[bool, typer.Option(help="A step that covers all parameters, and its pieces.")] = False,
+    update: Annotated[
+        str, typer.Option(help='When AdamW changes weights (with --full): at the "step", or in the "backward".')
+    ] = "step",
     chunk: Annotated[int, typer.Option(help="The chunk whose program is shown.")] = 0,
     seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 32,
     batch_size: Annotated[int, typer.Option(help="Sequences in the batch.")] = 2,
@@ -47,16 +52,18 @@ def command(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     backend: Annotated[str, typer.Option(help="Whose operators to show: inductor (decomposed) or eager.")] = "inductor",
 ) -> None:
-    """Print the plan and program of MODEL for one chunk, or what --template or --coverage ask for."""
+    """Print the plan and program of MODEL for one chunk, or what --full, --template or --coverage ask for."""
     quiet()
-    count = chunk_count(chunks)
-    check_compile_options(budget, "ascending", 1, backend)
+    count, covers = chunk_count(chunks or ("auto" if full else "8")), "all" if full else "one"
+    check_compile_options(budget, "ascending", 1, backend, covers, count)
     where = pick_device(device)
     plain, inputs = build(model, config, pick_dtype(dtype, where), where, batch_size, seq_len)
-    compiled = chunkft_fx.compile(plain, budget, chunks=count, backend=backend)
+    compiled = chunkft_fx.compile(plain, budget, chunks=count, backend=backend, coverage=covers)
+    optimizer = chunkft_fx.AdamW(compiled, update=update)
     if coverage:
         raise typer.Exit(1 if print_coverage(compiled, inputs) else 0)
     forward(compiled, inputs, chunk)
+    assert compiled._training.optimizer is optimizer, "held until there is a plan, which is for its states"
     if template is not None:
         print_passes(variant_of(compiled, template), pass_name, ops)
         return
@@ -67,6 +74,8 @@ def command(
     print(compiled.program.code)
     for line in summary(compiled):
         print(line)
+    if full:
+        print(pieces.table(compiled))
 
 
 def build(

@@ -5,6 +5,7 @@ With ``--rates`` it plans for another machine, by the rates that are given: with
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -15,15 +16,22 @@ from rich.table import Table
 import chunkft_fx
 from chunkft_fx.bytes import format_bytes
 from chunkft_fx.errors import OptionError
+from chunkft_fx.plan.plan import Plan
+from chunkft_fx.predict.step_clock import Span
 from chunkft_fx.predict.step_memory import Moment
 from chunkft_fx.tools.console import quiet
 from chunkft_fx.tools.inspect import build, forward
 from chunkft_fx.tools.load import pick_device, pick_dtype
 from chunkft_fx.tools.rates import parse_rates
+from chunkft_fx.tools.show import clock
 from chunkft_fx.tools.training.options import check_compile_options, chunk_count
 
 # Of host memory, of which nothing is taken to plan: the plan says how much training needs.
 NO_LIMIT = 2**62
+NO_PROGRAM = (
+    "timeline shows the memory of a program, and for another machine none is written; leave out --rates, or give "
+    "--coverage all, of which a step's time is shown"
+)
 
 
 def command(
@@ -35,7 +43,14 @@ def command(
     seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 1024,
     batch_size: Annotated[int, typer.Option(help="Sequences in the batch.")] = 1,
     explain: Annotated[bool, typer.Option(help="Show the choices that were not taken, and why.")] = False,
-    timeline: Annotated[bool, typer.Option(help="Show the memory of a step, region by region.")] = False,
+    timeline: Annotated[
+        bool,
+        typer.Option(help="Show the memory of a step region by region, and its time where it covers all parameters."),
+    ] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Write when a step that covers all parameters does what, for chrome://tracing or Perfetto."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -60,8 +75,10 @@ def command(
     quiet()
     count = chunk_count(chunks)
     check_compile_options(budget, "ascending", 1, backend)
-    if rates and timeline:
-        raise OptionError("timeline shows a program, and for another machine none is written; leave out --rates")
+    if rates and timeline and coverage == "one":
+        raise OptionError(NO_PROGRAM)
+    if trace is not None and coverage == "one":
+        raise OptionError("trace writes the times of a step that covers all parameters; give --coverage all with it")
     if rates and device != "auto":
         raise OptionError(f"--rates are of a GPU elsewhere, which --device {device} is not; leave out one of them")
     where = torch.device("cpu") if rates else pick_device(device)
@@ -81,12 +98,35 @@ def command(
         print(compiled.plan.to_json())
         return
     print(compiled.plan)
-    if compiled.plan.predicted_step_us:
-        print(f"{batch_size * seq_len / compiled.plan.predicted_step_us * 1e6:.0f} tokens/s")
+    for line in rate_lines(compiled.plan, batch_size * seq_len):
+        print(line)
     if explain:
         print(compiled.plan.explain())
-    if timeline:
+    if timeline and known is None:
         show(compiled.timeline)
+    if timeline and compiled.spans:
+        print(clock.table(compiled.spans))
+    if trace is not None:
+        write_trace(compiled.spans, trace)
+
+
+def rate_lines(plan: Plan, tokens: int) -> list[str]:
+    """Tokens a second, and with how many a step all copies hide, as far as times are known."""
+    found = [f"{tokens / plan.predicted_step_us * 1e6:.0f} tokens/s"] if plan.predicted_step_us else []
+    if plan.link is not None and plan.link.hides_from:
+        found.append(
+            f"all that moves beside the backward hides from {plan.link.hides_from * tokens:.0f} tokens a step on"
+        )
+    return found
+
+
+def write_trace(spans: tuple[Span, ...], path: Path) -> None:
+    """Write the spans of a step; raises `OptionError` where there are none."""
+    if not spans:
+        raise OptionError(
+            "trace has nothing to write: no times of this machine are known; plan on a GPU, or for one with --rates"
+        )
+    path.write_text(clock.chrome_trace(spans))
 
 
 def show(moments: tuple[Moment, ...]) -> None:

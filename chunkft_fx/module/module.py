@@ -20,6 +20,7 @@ from chunkft_fx.module.training import Training
 from chunkft_fx.plan.plan import Plan
 from chunkft_fx.plan.schedule import ChunkSchedule
 from chunkft_fx.planning.planner import Options, first_plan
+from chunkft_fx.predict.step_clock import Span
 from chunkft_fx.predict.step_memory import Moment, step_timeline
 from chunkft_fx.program.program import Program
 from chunkft_fx.program.programs import Programs
@@ -32,8 +33,8 @@ class CompiledModule(StandIn):
     It can be used in the model's place (`module.stand_in`), follows changes of the model where it can and refuses the
     others by name (`following.following`). Calls from several threads come one after another. What it shows beside the
     model's own attributes: ``plan``, ``chunk``, ``activate``, ``active_slices``, ``schedule``, ``no_sync``
-    and ``accumulate`` for training, ``program``, ``templates``, ``variants``, ``timeline`` and ``residency`` for
-    looking inside.
+    and ``accumulate`` for training, ``program``, ``templates``, ``variants``, ``timeline``, ``spans`` and ``residency``
+    for looking inside.
     """
 
     _training: Training
@@ -152,6 +153,16 @@ class CompiledModule(StandIn):
     def timeline(self) -> tuple[Moment, ...]:
         """What its step is predicted to hold, moment by moment, beside weights, states and gradients held before."""
         return step_timeline(self._training.last_executable, self._training.backend)
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """When each call, copy and update of a step is predicted to run, on which of four lanes, in microseconds.
+
+        Empty where no times are known, as on the CPU, or where a step trains one chunk; `NotPlanned` without a plan.
+        """
+        if not self.plan.policy.pieces:
+            return ()
+        return next((found for s in reversed(self._training.sessions) if (found := s.plans.spans())), ())
 
     @property
     def templates(self) -> tuple[Template, ...]:

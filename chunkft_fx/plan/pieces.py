@@ -77,6 +77,17 @@ def piece_nbytes(
     return max(states, waiting_nbytes(pieces, parameters)) if spec.in_backward else states
 
 
+def weights_nbytes(piece: Chunk, parameters: Mapping[str, Tensor], among: frozenset[str] | None = None) -> int:
+    """Bytes of a piece's weights, of those ``among`` these parameters if they are given."""
+    found = [(s, parameters[s.name]) for s in piece.slices if among is None or s.name in among]
+    return sum(p.nbytes // s.size * s.length for s, p in found)
+
+
+def moving_nbytes(piece: Chunk, parameters: Mapping[str, Tensor], streamed: frozenset[str]) -> int:
+    """Bytes that come for a piece's update and leave behind it: its states, and its weights that are ``streamed``."""
+    return piece.nbytes - weights_nbytes(piece, parameters) + weights_nbytes(piece, parameters, streamed)
+
+
 def waiting_nbytes(pieces: Sequence[Chunk], parameters: Mapping[str, Tensor]) -> int:
     """Bytes of a buffer that gradients pass through on their way to host memory and back: the largest piece's."""
     widths = {name: wide_dtype(p.dtype).itemsize for name, p in parameters.items()}

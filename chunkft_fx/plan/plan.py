@@ -14,7 +14,7 @@ from chunkft_fx.plan.policy import LinkUse, Policy
 from chunkft_fx.plan.table import Considered, PlanTables
 
 # Of the JSON text of a plan; changes when a field comes, goes or means something else.
-VERSION = 4
+VERSION = 5
 
 
 @dataclass(frozen=True)

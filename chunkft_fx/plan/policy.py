@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from chunkft_fx.bytes import format_bytes
 from chunkft_fx.plan.pieces import Pieces
 from chunkft_fx.plan.state_spec import ASSUMED, StateSpec
 
@@ -60,7 +61,7 @@ class StepTimes:
 
 @dataclass(frozen=True)
 class LinkUse:
-    """Predicted microseconds of a step that covers all parameters: all of it, and what moves each way.
+    """Predicted microseconds of a step that covers all parameters: all of it, and what moves each way, with its bytes.
 
     ``still_us`` is what the step would take if what moves took no time. ``hides_from`` is the multiple of the batch's
     tokens from which compute is long enough to hide all that moves beside it, 0 where updates wait for the optimizer's
@@ -71,6 +72,8 @@ class LinkUse:
     still_us: float
     incoming_us: float
     outgoing_us: float
+    incoming_nbytes: int
+    outgoing_nbytes: int
     hides_from: float
 
     @property
@@ -79,12 +82,16 @@ class LinkUse:
         busier = max(self.incoming_us, self.outgoing_us)
         return 1.0 if not busier else min(1.0, max(0.0, 1 - (self.step_us - self.still_us) / busier))
 
-    def sentence(self) -> str:
+    def sentences(self) -> list[str]:
         """For people."""
         inwards, outwards = (us / self.step_us for us in (self.incoming_us, self.outgoing_us))
         more = f", all from {self.hides_from:.1f} times these tokens on" if self.hides_from > 1 else ""
         busy = f"the link is busy {inwards:.0%} of a step inwards and {outwards:.0%} outwards"
-        return f"{busy}; {self.hidden:.0%} of that hides behind compute{more}"
+        come, go = format_bytes(self.incoming_nbytes), format_bytes(self.outgoing_nbytes)
+        return [
+            f"a step brings {come} to the device and takes {go} to the host, weights and saved values included",
+            f"{busy}; {self.hidden:.0%} of that hides behind compute{more}",
+        ]
 
 
 @dataclass(frozen=True)
@@ -170,13 +177,14 @@ class Policy:
         """The decisions in words, those that change nothing left out."""
         when = "each behind the backward call that completes its gradients" if self.in_backward else "at the step"
         away = f"{len(self.streamed)} weights stay in host memory and pass through {self.depth} buffers"
+        pieces = f"{len(self.pieces)} pieces through {self.pieces.depth} buffers"
         told = {
             f"regions from {self.save_from} on keep their activations, those before recompute them": self.save_from > 0,
             f"regions before {self.offload_below} offload what they keep": self.offload_below > 0,
             away: bool(self.streamed),
             f"the head holds 1/{self.head_split} of its usual block of logits": self.head_split > 1,
             f"each region runs over {self.micro_batches} micro-batches before the next": self.micro_batches > 1,
-            f"every step updates all parameters in {len(self.pieces)} pieces, {when}": bool(self.pieces),
+            f"every step updates all parameters in {pieces}, {when}": bool(self.pieces),
             "gradients wait for the step in host memory": self.host_gradients,
         }
         return [sentence for sentence, is_told in told.items() if is_told]

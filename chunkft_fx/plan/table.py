@@ -64,8 +64,8 @@ class PlanTables:
                 table.add_row("…", f"… {len(self.chunks) - 2 * SHOWN} more chunks …")
                 continue
             chunk = self.chunks[k]
-            table.add_row(str(k), _slices(chunk), f"{chunk.numel:,}", format_bytes(chunk.nbytes))
-        return _text(_head(self), table)
+            table.add_row(str(k), slices_text(chunk), f"{chunk.numel:,}", format_bytes(chunk.nbytes))
+        return text(_head(self), table)
 
     def explain(self) -> str:
         """The choices that were not taken, one a line, with what each would have needed and why it was not taken."""
@@ -83,7 +83,7 @@ class PlanTables:
         meanings = ["streamed: how many regions; recompute, offload: the regions below; split: of the head's blocks"]
         if self.link is not None:
             meanings.append("step: by sums of times, which compare choices; the plan's own time is that of its program")
-        return _text([f"choices beside the plan's, for {self.batch}", *meanings], table)
+        return text([f"choices beside the plan's, for {self.batch}", *meanings], table)
 
 
 def _reason(plan: PlanTables, c: Considered) -> str:
@@ -93,7 +93,16 @@ def _reason(plan: PlanTables, c: Considered) -> str:
     return "fits, but is not better"
 
 
-def _text(head: list[str], table: Table) -> str:
+def plain_table(*titles: str) -> Table:
+    """A table to add rows to, its columns folded where they are too wide."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for title in titles:
+        table.add_column(title, overflow="fold")
+    return table
+
+
+def text(head: list[str], table: Table) -> str:
+    """Lines and a table as plain text of limited width."""
     out = StringIO()
     console = Console(file=out, width=WIDTH, color_system=None, markup=False, highlight=False, emoji=False)
     for line in head:
@@ -117,7 +126,7 @@ def _head(plan: PlanTables) -> list[str]:
     kinds = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in plan.host_terms)
     host = [f"host memory {format_bytes(sum(n for _, n in plan.host_terms))}: {kinds}"] if kinds else []
     decided = plan.policy.sentences() if plan.batch else []
-    decided += [] if plan.link is None else [plan.link.sentence()]
+    decided += [] if plan.link is None else plan.link.sentences()
     return [f"budget {format_bytes(plan.budget_bytes)}, {peak}", *terms, *host, schedule, *decided]
 
 
@@ -128,7 +137,7 @@ def _shown(count: int) -> list[int | None]:
     return [*range(SHOWN), None, *range(count - SHOWN, count)]
 
 
-def _slices(chunk: Chunk) -> str:
+def slices_text(chunk: Chunk) -> str:
     """The first and the last slice, and how many lie between them."""
     first, last = _slice(chunk.slices[0]), _slice(chunk.slices[-1])
     if len(chunk.slices) == 1:

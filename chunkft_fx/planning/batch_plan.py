@@ -37,6 +37,7 @@ from chunkft_fx.predict.fixed_memory import (
     weight_terms,
 )
 from chunkft_fx.predict.predictor import BATCH, Predictor
+from chunkft_fx.predict.step_clock import Span
 from chunkft_fx.predict.step_memory import most_workspace, step_timeline, storages_nbytes
 from chunkft_fx.program.programs import Programs
 
@@ -215,20 +216,28 @@ class BatchPlans:
 
     def _chosen(self, need: Need) -> Made:
         """The plan for a need, which changes nothing yet."""
-        absent = frozenset(self._programs.capture.tangents) - need.expected
+        plan = _choose(self._owner(), self._predictor(need), self._described(need), need)
+        return Made(need, replace(plan, batch_nbytes=need.nbytes))
+
+    def _predictor(self, need: Need) -> Predictor:
         owner = self._owner()
-        spec = spec_of(owner.optimizer)
-        predictor = Predictor(
+        return Predictor(
             self._programs,
-            absent,
+            frozenset(self._programs.capture.tangents) - need.expected,
             known=owner.options.rates,
             sizes=need.sizes,
             given=self.given(need),
-            spec=spec,
+            spec=spec_of(owner.optimizer),
             micro_batches=need.micro_batches,
         )
-        plan = _choose(owner, predictor, self._described(need), need)
-        return Made(need, replace(plan, batch_nbytes=need.nbytes))
+
+    def spans(self) -> tuple[Span, ...]:
+        """What a step by the plan in force does, and when: empty where it does not cover all parameters, or no times
+        are known."""
+        made = self._in_force
+        if made is None or not made.plan.policy.pieces:
+            return ()
+        return self._predictor(made.need).spans(made.plan.chunks[0], made.plan.policy)
 
     def given(self, need: Need) -> dict[str, int]:
         """The bytes by name that are there before a step on a batch, beside weights and what training keeps."""

@@ -26,7 +26,7 @@ from chunkft_fx.plan.policy import LinkUse, Policy, StepTimes
 from chunkft_fx.plan.state_spec import ASSUMED, StateSpec
 from chunkft_fx.predict.chunk_kinds import Kinds, sweep_peak
 from chunkft_fx.predict.region.time import direction_us, transfer_us
-from chunkft_fx.predict.step_clock import clocked_step
+from chunkft_fx.predict.step_clock import Span, clocked_step, spans
 from chunkft_fx.predict.step_memory import Moment, moment_label, most_workspace, step_timeline
 from chunkft_fx.predict.step_time import Work
 from chunkft_fx.program.programs import Programs
@@ -137,6 +137,14 @@ class Predictor:
             return None
         program = self.programs.planned(chunk, self._absent, policy).program
         return clocked_step(program, policy, times, self.programs.parameters, self._batch)
+
+    def spans(self, chunk: Chunk, policy: Policy) -> tuple[Span, ...]:
+        """All that a step that covers all parameters does, and when; empty where no rates are known."""
+        times = self.times(chunk)
+        if times is None:
+            return ()
+        program = self.programs.planned(chunk, self._absent, policy).program
+        return spans(program, policy, times, self.programs.parameters, self._batch)
 
     def work(self, chunk: Chunk, times: StepTimes, states_nbytes: int) -> Work:
         """What a chunk, with so many bytes of states on the device, adds to a step."""

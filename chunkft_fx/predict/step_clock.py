@@ -3,7 +3,8 @@
 Compute, updates beside it, what comes to the device and what leaves it: each does one thing after another, and they
 wait for each other as the engines have them wait (`copies.engines`, `copies.states.ring`). So the clock sees what sums
 of times (`predict.step_time`, by which plans are searched) do not: compute that waits for a value behind states that
-were asked for before it, for the updates of the region before, or for a buffer that is still going out.
+were asked for before it, for the updates of the region before, or for a buffer that is still going out. `spans` tells
+when each of them does what.
 """
 
 from __future__ import annotations
@@ -17,13 +18,29 @@ from torch import Tensor, fx
 
 from chunkft_fx.graph import ops
 from chunkft_fx.graph.sizes import Sizes
-from chunkft_fx.plan.chunk import Chunk
+from chunkft_fx.plan.pieces import moving_nbytes, weights_nbytes
 from chunkft_fx.plan.policy import LinkUse, Policy, StepTimes
-from chunkft_fx.predict.step_memory import outputs_nbytes
+from chunkft_fx.predict.step_memory import moment_label, outputs_nbytes
 from chunkft_fx.program.program import Program, RegionCall
 
 # The second step begins with what the first has left behind: copies under way, and buffers in use.
 STEPS = 2
+# What works beside each other in a step.
+COMPUTE, UPDATES, INCOMING, OUTGOING = LANES = ("compute", "updates", "to the device", "to the host")
+
+
+@dataclass(frozen=True)
+class Span:
+    """One thing that is done on one of the `LANES`, in microseconds from the beginning of the step.
+
+    ``nbytes`` are those that a copy moves. A copy may begin in a step and end behind it.
+    """
+
+    lane: str
+    what: str
+    begin_us: float
+    end_us: float
+    nbytes: int = 0
 
 
 def clocked_step(
@@ -31,27 +48,45 @@ def clocked_step(
 ) -> LinkUse:
     """What a step of this program takes; ``times`` are those of a step, ``sizes`` those of a micro-batch."""
     each = times.times(1 / policy.micro_batches)
-    clock = _Clock(program, policy, each, parameters, sizes)
-    began = 0.0
-    for _ in range(STEPS):
-        began = clock.compute
-        clock.run_step()
+    clock = _replayed(program, policy, each, parameters, sizes)
     still = _Clock(program, policy, replace(each, state_us_per_byte=0.0), parameters, sizes)
     still.run_step()
-    moved, backward = clock.moved, clock.busy_backward
-    hides_from = max(moved[True, True], moved[False, True]) / backward if policy.in_backward and backward else 0.0
+    moved, per_byte, backward = clock.moved, each.state_us_per_byte, clock.busy_backward
+    incoming, outgoing = (moved[comes, False] + moved[comes, True] for comes in (True, False))
+    in_backward = max(moved[True, True], moved[False, True]) * per_byte
     return LinkUse(
-        step_us=clock.compute - began,
+        step_us=clock.compute - clock.began,
         still_us=still.compute,
-        incoming_us=moved[True, False] + moved[True, True],
-        outgoing_us=moved[False, False] + moved[False, True],
-        hides_from=hides_from,
+        incoming_us=incoming * per_byte,
+        outgoing_us=outgoing * per_byte,
+        incoming_nbytes=incoming,
+        outgoing_nbytes=outgoing,
+        hides_from=in_backward / backward if policy.in_backward and backward else 0.0,
     )
+
+
+def spans(
+    program: Program, policy: Policy, times: StepTimes, parameters: Mapping[str, Tensor], sizes: Sizes
+) -> tuple[Span, ...]:
+    """All that such a step does, by when it begins; for the same arguments as `clocked_step`."""
+    clock = _replayed(program, policy, times.times(1 / policy.micro_batches), parameters, sizes)
+    moved = (replace(s, begin_us=s.begin_us - clock.began, end_us=s.end_us - clock.began) for s in clock.spans)
+    return tuple(sorted(moved, key=lambda span: (span.begin_us, LANES.index(span.lane))))
+
+
+def _replayed(
+    program: Program, policy: Policy, each: StepTimes, parameters: Mapping[str, Tensor], sizes: Sizes
+) -> _Clock:
+    """A clock behind a step that was not the first one."""
+    clock = _Clock(program, policy, each, parameters, sizes)
+    for _ in range(STEPS):
+        clock.run_step()
+    return clock
 
 
 @dataclass
 class _Clock:
-    """When each of the four is free again, in microseconds."""
+    """When each of the four is free again, in microseconds; of the step that ran last, when it began and all it did."""
 
     program: Program
     policy: Policy
@@ -62,6 +97,8 @@ class _Clock:
     updates: float = 0.0
     incoming: float = 0.0
     outgoing: float = 0.0
+    began: float = 0.0
+    spans: list[Span] = field(default_factory=list)
     group: int | None = None
     copied: dict[fx.Node, float] = field(default_factory=dict)  # by fetch or offload, its end
     came: dict[int, float] = field(default_factory=dict)  # by piece
@@ -87,8 +124,8 @@ class _Clock:
 
     def run_step(self) -> None:
         """Forward, backward and the optimizer's step."""
-        self.busy_backward = 0.0
-        self.moved = dict.fromkeys(product((True, False), repeat=2), 0.0)  # by whether it came, and in the backward
+        self.began, self.spans, self.busy_backward = self.compute, [], 0.0
+        self.moved = dict.fromkeys(product((True, False), repeat=2), 0)  # bytes, by whether they came, in the backward
         self.is_backward = False
         for node in self.program.graph.nodes:
             if node.op == "call_module":
@@ -108,23 +145,30 @@ class _Clock:
             us = times.backward_us[i] + times.gradients_us[i] + again
             self.busy_backward += us
         self.is_backward = call.is_backward
-        self.compute += us
+        self.compute = self._span(COMPUTE, moment_label(call.region, call.is_backward), self.compute, us)
 
-    def _come(self, ready: float, us: float) -> float:
-        self.moved[True, self.is_backward] += us
-        self.incoming = max(self.incoming, ready) + us
+    def _span(self, lane: str, what: str, begin: float, us: float, nbytes: int = 0) -> float:
+        """Note what is done; returns when it ends."""
+        self.spans.append(Span(lane, what, begin, begin + us, nbytes))
+        return begin + us
+
+    def _come(self, what: str, ready: float, nbytes: int) -> float:
+        self.moved[True, self.is_backward] += nbytes
+        begin, us = max(self.incoming, ready), nbytes * self.times.state_us_per_byte
+        self.incoming = self._span(INCOMING, what, begin, us, nbytes)
         return self.incoming
 
-    def _go(self, ready: float, us: float) -> float:
-        self.moved[False, self.is_backward] += us
-        self.outgoing = max(self.outgoing, ready) + us
+    def _go(self, what: str, ready: float, nbytes: int) -> float:
+        self.moved[False, self.is_backward] += nbytes
+        begin, us = max(self.outgoing, ready), nbytes * self.times.state_us_per_byte
+        self.outgoing = self._span(OUTGOING, what, begin, us, nbytes)
         return self.outgoing
 
     def _fetch(self, node: fx.Node) -> None:
-        self.copied[node] = self._come(self.compute, self._moving_us(node))
+        self.copied[node] = self._come(_copied(node), self.compute, self._moving_nbytes(node))
 
     def _offload(self, node: fx.Node) -> None:
-        self.copied[node] = self._go(self.compute, self._moving_us(node))
+        self.copied[node] = self._go(_copied(node), self.compute, self._moving_nbytes(node))
 
     def _wait(self, node: fx.Node) -> None:
         """A wait for what was fetched, or the release of a value that is on its way out; a buffer's is for nothing."""
@@ -138,23 +182,30 @@ class _Clock:
     def _keep(self, node: fx.Node) -> None:
         """Gradients of a piece leave, if they wait in host memory."""
         if self.policy.host_gradients:
-            nbytes = self._weights_nbytes(self.policy.pieces[_piece(node)])
-            self._go(self.compute, nbytes * self.times.state_us_per_byte)
+            piece = _piece(node)
+            self._go(
+                f"gradients of piece {piece}", self.compute, weights_nbytes(self.policy.pieces[piece], self.parameters)
+            )
 
-    def _fetch_states(self, piece: int, more: float = 0.0) -> None:
+    def _fetch_states(self, piece: int, gradients: int = 0) -> None:
         buffer = self.held[piece] = self.free.pop(0)
         free = max(self.emptied.get(buffer, 0.0), self.left.get(piece, 0.0))
-        self.came[piece] = self._come(free, self._piece_us(piece) + more)
+        what = f"states and gradients of piece {piece}" if gradients else _states(piece)
+        self.came[piece] = self._come(what, free, self._piece_nbytes(piece) + gradients)
 
     def _update(self, node: fx.Node) -> None:
         if node.meta["group"] != self.group:
             self.group, self.compute = node.meta["group"], max(self.compute, self.updates)
         piece = _piece(node)
-        self.updates = max(self.updates, self.compute, self.came[piece]) + self._update_us(piece)
+        self.updates = self._updated(piece, max(self.updates, self.compute, self.came[piece]))
+
+    def _updated(self, piece: int, begin: float) -> float:
+        us = self.policy.pieces[piece].numel * self.times.update_us_per_element
+        return self._span(UPDATES, f"update of piece {piece}", begin, us)
 
     def _write_states(self, piece: int, done: float) -> None:
         buffer = self.held.pop(piece)
-        self.left[piece] = self.emptied[buffer] = self._go(done, self._piece_us(piece))
+        self.left[piece] = self.emptied[buffer] = self._go(_states(piece), done, self._piece_nbytes(piece))
         self.free.append(buffer)
 
     def _step(self) -> None:
@@ -163,19 +214,19 @@ class _Clock:
         # nothing is fetched before the step is called, and gradients have left by then
         self.incoming = max(self.incoming, self.compute, self.outgoing if waits else 0.0)
         depth, count = self.policy.pieces.depth, len(self.policy.pieces)
-        back = [self._weights_nbytes(p) * self.times.state_us_per_byte * waits for p in self.policy.pieces]
+        back = [weights_nbytes(p, self.parameters) * waits for p in self.policy.pieces]
         for piece in range(min(depth, count)):
             self._fetch_states(piece, back[piece])
         for piece in range(count):
-            self.compute = max(self.compute, self.came[piece]) + self._update_us(piece)
+            self.compute = self._updated(piece, max(self.compute, self.came[piece]))
             self._write_states(piece, self.compute)
             if piece + depth < count:
                 self._fetch_states(piece + depth, back[piece + depth])
         self.updates = self.compute
 
-    def _moving_us(self, node: fx.Node) -> float:
+    def _moving_nbytes(self, node: fx.Node) -> int:
         values: Any = node.args[0]
-        return sum(map(self._nbytes, values)) * self.times.state_us_per_byte
+        return sum(map(self._nbytes, values))
 
     def _nbytes(self, node: fx.Node) -> int:
         name = node.meta.get("parameter")
@@ -191,20 +242,21 @@ class _Clock:
         values: Any = source.args[0]
         return self._nbytes(values[index])
 
-    def _update_us(self, piece: int) -> float:
-        return self.policy.pieces[piece].numel * self.times.update_us_per_element
-
-    def _piece_us(self, piece: int) -> float:
-        """The way of a piece's states, and of its weights that stay in host memory."""
-        chunk = self.policy.pieces[piece]
-        stay = self._weights_nbytes(chunk) - self._weights_nbytes(chunk, self.policy.streamed)
-        return (chunk.nbytes - stay) * self.times.state_us_per_byte
-
-    def _weights_nbytes(self, chunk: Chunk, among: frozenset[str] | None = None) -> int:
-        found = [(s, self.parameters[s.name]) for s in chunk.slices if among is None or s.name in among]
-        return sum(p.nbytes // s.size * s.length for s, p in found)
+    def _piece_nbytes(self, piece: int) -> int:
+        return moving_nbytes(self.policy.pieces[piece], self.parameters, self.policy.streamed)
 
 
 def _piece(node: fx.Node) -> int:
     number: Any = node.args[0] if isinstance(node.args[0], int) else node.args[1]
     return int(number)
+
+
+def _states(piece: int) -> str:
+    return f"states of piece {piece}"
+
+
+def _copied(node: fx.Node) -> str:
+    """What a fetch or an offload moves."""
+    values: Any = node.args[0]
+    names = [value.meta["parameter"] for value in values if value.meta.get("parameter") is not None]
+    return f"weights {', '.join(names)}" if names else f"{len(values)} saved value{'s' * (len(values) > 1)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ import chunkft_fx
 from chunkft_fx.plan import pieces
 from chunkft_fx.plan.policy import LinkUse, Policy, StepTimes
 from chunkft_fx.predict.predictor import Predictor
-from chunkft_fx.predict.step_clock import clocked_step
+from chunkft_fx.predict.step_clock import COMPUTE, INCOMING, LANES, OUTGOING, UPDATES, Span, clocked_step, spans
 from chunkft_fx.tools.zoo import tiny
 from tests.predict.test_predictor import RATES, absent
 
@@ -41,6 +42,13 @@ class Steps:
         programs = self.session.programs
         program = programs.planned(self.plan.chunks[0], absent(self.session), policy).program
         return clocked_step(program, policy, times, programs.parameters, self.predictor._batch)
+
+    def spans(self, policy: Policy, times: StepTimes) -> dict[str, list[Span]]:
+        """What each lane does, in order."""
+        programs = self.session.programs
+        program = programs.planned(self.plan.chunks[0], absent(self.session), policy).program
+        found = spans(program, policy, times, programs.parameters, self.predictor._batch)
+        return {lane: [s for s in found if s.lane == lane] for lane in LANES}
 
     def moved(self) -> int:
         """Bytes of the states, one way."""
@@ -100,6 +108,43 @@ def test_a_step_takes_as_long_as_the_busiest_and_no_longer_than_all_in_turn(
     assert steps.clocked(policy, replace(times, state_us_per_byte=per_byte * 2)).step_us >= found * (1 - 1e-9)
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
+@given(cases())
+def test_spans_are_what_the_clock_counted(
+    steps: Steps, case: tuple[dict[str, Any], tuple[tuple[float, ...], ...], float, int]
+) -> None:
+    changes, each, per_byte, depth = case
+    names = frozenset(n for n in steps.session.programs.parameters if ".1." in n)
+    policy = steps.policy(pieces=replace(steps.plan.policy.pieces, depth=depth), streamed=names, **changes)
+    times = times_of(steps.regions, each, per_byte)
+    use, lanes = steps.clocked(policy, times), steps.spans(policy, times)
+    for lane in lanes.values():  # one thing after another
+        assert all(b.begin_us >= a.end_us - 1e-6 for a, b in itertools.pairwise(lane))
+    assert sum(s.nbytes for s in lanes[INCOMING]) == use.incoming_nbytes
+    assert sum(s.nbytes for s in lanes[OUTGOING]) == use.outgoing_nbytes
+    assert sum(s.end_us - s.begin_us for s in lanes[INCOMING]) == pytest.approx(use.incoming_us)
+    done = max(s.end_us for s in (*lanes[COMPUTE], *lanes[UPDATES]))
+    assert done == pytest.approx(use.step_us)
+    assert lanes[COMPUTE][0].begin_us >= 0
+    assert len(lanes[COMPUTE]) == 2 * steps.regions * policy.micro_batches
+
+
+def test_a_piece_comes_is_updated_and_leaves(steps: Steps) -> None:
+    """Each once, in that order, its bytes those of its states."""
+    times = times_of(steps.regions, ((3.0, 5.0), (7.0,), (2.0,), (1.0, 4.0)), 1e-3)
+    lanes, weights = steps.spans(steps.plan.policy, times), steps.session.programs.parameters
+    by_lane = {lane: {s.what: s for s in found} for lane, found in lanes.items()}
+    assert steps.plan.policy.pieces
+    for i, piece in enumerate(steps.plan.policy.pieces):
+        came, left = by_lane[INCOMING][f"states of piece {i}"], by_lane[OUTGOING][f"states of piece {i}"]
+        updated = by_lane[UPDATES][f"update of piece {i}"]
+        assert came.end_us <= updated.begin_us + 1e-6 and updated.end_us <= left.begin_us + 1e-6
+        own = sum(weights[s.name].nbytes // s.size * s.length for s in piece.slices)
+        assert came.nbytes == left.nbytes == piece.nbytes - own
+        assert updated.end_us - updated.begin_us == pytest.approx(piece.numel * times.update_us_per_element)
+    assert len(lanes[INCOMING]) == len(lanes[OUTGOING]) == len(lanes[UPDATES]) == len(steps.plan.policy.pieces)
+
+
 def test_copies_that_take_no_time_leave_compute(steps: Steps) -> None:
     policy = steps.policy(micro_batches=3, save_from=4, offload_below=4)
     times = replace(times_of(steps.regions, ((3.0, 5.0), (7.0,), (2.0,), (1.0, 4.0)), 0.0), update_us_per_element=0.0)
@@ -141,3 +186,4 @@ def test_a_plan_tells_what_the_clock_says(steps: Steps) -> None:
     assert predictor.clocked(steps.plan.chunks[0], steps.plan.policy) == steps.clocked(steps.plan.policy, times)
     unknown = Predictor(steps.session.programs, absent(steps.session))
     assert unknown.clocked(steps.plan.chunks[0], steps.plan.policy) is None
+    assert unknown.spans(steps.plan.chunks[0], steps.plan.policy) == ()
