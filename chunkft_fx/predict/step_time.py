@@ -35,7 +35,10 @@ class Work:
 
 @dataclass(frozen=True)
 class BareSteps:
-    """Steps without a chunk's own work, by the lowest region of backward: microseconds of compute and of the link."""
+    """Steps without a chunk's own work, by the lowest region of backward: microseconds of compute and of the link.
+
+    The last is a step without a backward, as of a chunk of which no region reads a weight.
+    """
 
     compute_us: NDArray[np.float64]
     link_us: NDArray[np.float64]
@@ -52,7 +55,8 @@ def bare_steps(times: StepTimes, policy: Policy, streamed: frozenset[int], depth
     backward = _pipeline([times.backward_us[i] + again[i] for i in order], [fetch[i] for i in order], depth)
     moved = np.cumsum(np.add(fetch, kept)[::-1])[::-1]  # from each region up
     more = dict(times.split_us)[policy.head_split]
-    return BareSteps(forward + more + np.array(backward)[::-1], sum(fetch) + moved)
+    compute = forward + more + np.array([0.0, *backward])[::-1]
+    return BareSteps(compute, sum(fetch) + np.append(moved, 0.0))
 
 
 def streamed_regions(regions: int, count: int, times: StepTimes | None, depth: int) -> tuple[int, ...]:
@@ -64,7 +68,7 @@ def streamed_regions(regions: int, count: int, times: StepTimes | None, depth: i
     if times is None:
         return places[0]
     bare = [bare_steps(times, Policy(), frozenset(place), depth) for place in places]
-    waits = [float(np.maximum(b.compute_us, b.link_us).mean()) for b in bare]
+    waits = [float(np.maximum(b.compute_us, b.link_us)[:-1].mean()) for b in bare]
     return places[waits.index(min(waits))]
 
 

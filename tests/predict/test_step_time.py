@@ -31,6 +31,18 @@ def test_resident_weights_cost_what_runs(t: StepTimes) -> None:
         assert bare.link_us[lowest] == 0
 
 
+@given(times(), st.integers(2, 3))
+def test_a_chunk_that_no_region_reads_has_no_backward(t: StepTimes, depth: int) -> None:
+    everything = frozenset(range(len(t.forward_us)))
+    none = Work(len(t.forward_us), 1.5, 0.0)
+    resident = bare_steps(t, Policy(0), frozenset(), depth)
+    assert step_us(resident, none) == pytest.approx(sum(t.forward_us) + 1.5)
+    bare = bare_steps(t, Policy(2, 1), everything, depth)
+    assert bare.link_us[-1] == pytest.approx(sum(t.fetch_us))
+    assert np.all(np.diff(bare.compute_us) <= 1e-9)
+    assert SweepWork.of([none]).steps_us(bare) == pytest.approx([step_us(bare, none)])
+
+
 @given(times(), st.data())
 def test_recomputing_streaming_and_fewer_buffers_never_make_a_step_faster(t: StepTimes, data: st.DataObject) -> None:
     count = len(t.forward_us)
@@ -66,7 +78,7 @@ def test_streamed_regions_wait_no_longer_than_evenly_spread_ones(t: StepTimes, d
 
     def waits(place: tuple[int, ...]) -> float:
         bare = bare_steps(t, Policy(0), frozenset(place), depth)
-        return float(np.maximum(bare.compute_us, bare.link_us).mean())
+        return float(np.maximum(bare.compute_us, bare.link_us)[:-1].mean())
 
     even = streamed_regions(regions, count, None, depth)
     placed = streamed_regions(regions, count, t, depth)
