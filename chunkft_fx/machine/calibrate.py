@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from chunkft_fx.copies.host_memory import pinned_zeros
 from chunkft_fx.machine.rates import Rates
@@ -26,15 +25,23 @@ _MATRIX_SIDE = {
 }
 # Bytes of a copied buffer: several times the last-level cache (an H200 has 50 MiB of L2).
 _BUFFER_NBYTES = {"cuda": 256 * 2**20, "cpu": 64 * 2**20}
-# Seconds spent on each measurement: long enough on a GPU for its clocks to settle under load.
-_SECONDS = {"cuda": 0.5, "cpu": 0.05}
+# Seconds spent on each measurement.
+_SECONDS = {"cuda": 0.15, "cpu": 0.05}
+# Seconds of products before those that are measured. A GPU that begins to work is faster than one that has worked for a
+# while: it lowers its clocks to stay within its power. One H200 went from 779 TFLOP/s to 651 within two seconds.
+_LOAD_SECONDS = {"cuda": 1.0, "cpu": 0.0}
+# Products in a row that are measured as one, so that the GPU never waits for the next.
+_IN_A_ROW = {"cuda": 8, "cpu": 1}
+# Copies of 64 MiB each way that are under way while products are measured beside them, and how often that is done. The
+# copies take longer than the products: 45 ms and 13 ms on one H200.
+_COPIES, _REPEATS = 32, 5
 _LAUNCHES = 200
 # On a device that is nearly full, by how much smaller each try is. At a sixteenth a product still fills a large GPU.
 _SMALLER = (1, 4, 16)
 
 
 def calibrate(device: torch.device | str) -> Rates:
-    """Measure a device; takes some ten seconds on CUDA, about one on the CPU.
+    """Measure a device; takes some four seconds on CUDA, about one on the CPU.
 
     Needs up to 600 MiB of device memory while it runs (given back to the system at the end) and 512 MiB of pinned
     host memory; on a device that is nearly full it measures with less. Raises `ValueError` for a device that is neither
@@ -71,8 +78,10 @@ def _measure(device: torch.device, smaller: int) -> Rates:
     """The rates by matrices and buffers of 1/``smaller`` of the full bytes."""
     links = _links(device, smaller)
     dtypes = _MATRIX_SIDE[device.type]
+    slowed = _slowed(device, smaller)  # the first of the products, since it begins with a load
     return Rates(
         matmul_flops_per_s={str(d).removeprefix("torch."): _matmul(device, d, smaller) for d in dtypes},
+        slowed_by_copies=slowed,
         memory_nbytes_per_s=_memory(device, smaller),
         launch_us=_launch(device),
         # twice, seconds apart, since others may use the link for a while, which only makes it look slower
@@ -84,15 +93,20 @@ def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """The median time of one call of ``run``, over as many calls as fit the time for a measurement."""
+def _seconds(run: Callable[[], Any], device: torch.device, seconds: float | None = None, in_a_row: int = 1) -> float:
+    """The median time of one call of ``run``, timed ``in_a_row``, over as many as fit the time for a measurement."""
     times: list[float] = []
+
+    def several() -> None:
+        for _ in range(in_a_row):
+            run()
+
     for _ in range(2):
         elapsed_seconds(run, device)  # the first calls choose algorithms and fill pools
-    end = time.perf_counter() + _SECONDS[device.type]
+    end = time.perf_counter() + (_SECONDS[device.type] if seconds is None else seconds)
     while len(times) < 3 or time.perf_counter() < end:
-        times.append(elapsed_seconds(run, device))
-    return statistics.median(times)
+        times.append(elapsed_seconds(several, device))
+    return statistics.median(times) / in_a_row
 
 
 def elapsed_seconds(run: Callable[[], Any], device: torch.device) -> float:
@@ -110,13 +124,19 @@ def elapsed_seconds(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def _matmul(device: torch.device, dtype: torch.dtype, smaller: int = 1) -> float:
+    product, flops = _product(device, dtype, smaller)
+    return flops / _seconds(product, device, in_a_row=_IN_A_ROW[device.type])
+
+
+def _product(device: torch.device, dtype: torch.dtype, smaller: int) -> tuple[Callable[[], Any], int]:
+    """A product of two square matrices, and its operations."""
     side = _MATRIX_SIDE[device.type][dtype] // math.isqrt(smaller)
     # Random values, because a GPU clocks higher on constants; from a generator of their own, so that no draw of the
     # program around is taken.
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return 2 * side**3 / _seconds(lambda: torch.mm(a, b, out=out), device)
+    return lambda: torch.mm(a, b, out=out), 2 * side**3
 
 
 def _memory(device: torch.device, smaller: int = 1) -> float:
@@ -125,34 +145,75 @@ def _memory(device: torch.device, smaller: int = 1) -> float:
     return 2 * source.nbytes / _seconds(lambda: target.copy_(source), device)
 
 
-def _links(device: torch.device, smaller: int = 1) -> dict[str, float]:
-    """Rates between host and device; on the CPU those of plain copies, which is what streams lower to there."""
-    nbytes = _BUFFER_NBYTES[device.type] // smaller
-    is_cuda = device.type == "cuda"
-    there, back = (pinned_zeros(nbytes, device) if is_cuda else torch.ones(nbytes, dtype=torch.uint8) for _ in range(2))
-    into, out = (torch.ones(nbytes, dtype=torch.uint8, device=device) for _ in range(2))
-    sides = [torch.cuda.Stream(), torch.cuda.Stream()] if is_cuda else []
+def _slowed(device: torch.device, smaller: int = 1) -> float:
+    """How many times as long products take while the link is busy both ways; 1 on the CPU, which copies nothing."""
+    if device.type == "cpu":
+        return 1.0
+    product, _ = _product(device, torch.bfloat16, smaller)
+    in_a_row = _IN_A_ROW[device.type]
+    alone = _seconds(product, device, _LOAD_SECONDS[device.type], in_a_row)
+    traffic = _Traffic(device, 4 * smaller)  # beside the matrices
 
-    def copy(target: Tensor, source: Tensor) -> None:
+    def several() -> None:
+        for _ in range(in_a_row):
+            product()
+
+    times = []
+    for _ in range(_REPEATS):
+        traffic.begin(_COPIES)
+        times.append(elapsed_seconds(several, device) / in_a_row)
+        traffic.join()
+        torch.cuda.synchronize(device)
+    return max(1.0, statistics.median(times) / alone)
+
+
+class _Traffic:
+    """Copies both ways between device and pinned host memory; on the CPU plain ones, which streams lower to there."""
+
+    def __init__(self, device: torch.device, smaller: int) -> None:
+        self.nbytes = _BUFFER_NBYTES[device.type] // smaller
+        self._sides = [torch.cuda.Stream(), torch.cuda.Stream()] if device.type == "cuda" else []
+        there, back = (
+            pinned_zeros(self.nbytes, device) if self._sides else torch.ones(self.nbytes, dtype=torch.uint8)
+            for _ in range(2)
+        )
+        into, out = (torch.ones(self.nbytes, dtype=torch.uint8, device=device) for _ in range(2))
+        self._ways = ((into, there), (back, out))
+
+    def one_way(self, way: int) -> None:
+        """Copy to the device (0) or from it (1), on the current stream."""
+        target, source = self._ways[way]
         target.copy_(source, non_blocking=True)
 
-    def both() -> None:
-        pairs = ((into, there), (back, out))
-        if not sides:
-            for target, source in pairs:
-                copy(target, source)
-            return
-        for side, (target, source) in zip(sides, pairs, strict=True):
+    def begin(self, copies: int) -> None:
+        """Begin so many copies each way, behind the work of the current stream."""
+        for way, side in enumerate(self._sides):
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                copy(target, source)
-        for side in sides:
+                for _ in range(copies):
+                    self.one_way(way)
+
+    def join(self) -> None:
+        """Have the current stream wait for all copies."""
+        for side in self._sides:
             torch.cuda.current_stream().wait_stream(side)
 
+    def both_ways(self) -> None:
+        """Copy both ways at once, as far as the device can."""
+        self.begin(1)
+        self.join()
+        if not self._sides:
+            self.one_way(0)
+            self.one_way(1)
+
+
+def _links(device: torch.device, smaller: int = 1) -> dict[str, float]:
+    """Rates between host and device; on the CPU those of plain copies, which is what streams lower to there."""
+    traffic = _Traffic(device, smaller)
     return {
-        "host_to_device_nbytes_per_s": nbytes / _seconds(lambda: copy(into, there), device),
-        "device_to_host_nbytes_per_s": nbytes / _seconds(lambda: copy(back, out), device),
-        "both_ways_nbytes_per_s": nbytes / _seconds(both, device),
+        "host_to_device_nbytes_per_s": traffic.nbytes / _seconds(lambda: traffic.one_way(0), device),
+        "device_to_host_nbytes_per_s": traffic.nbytes / _seconds(lambda: traffic.one_way(1), device),
+        "both_ways_nbytes_per_s": traffic.nbytes / _seconds(traffic.both_ways, device),
     }
 
 

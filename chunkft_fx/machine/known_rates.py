@@ -11,7 +11,7 @@ from chunkft_fx.machine.cache import CacheFile, device_key
 from chunkft_fx.machine.calibrate import calibrate
 from chunkft_fx.machine.rates import Rates
 
-FILE = CacheFile("rates.json", 1, lambda value: Rates(**value), asdict)
+FILE = CacheFile("rates.json", 2, lambda value: Rates(**value), asdict)
 
 # By file and device.
 _known: dict[tuple[Path, str], Rates] = {}

@@ -27,7 +27,8 @@ class StepTimes:
     ``fetch_us`` brings all its weights from host memory, ``offload_us`` moves what it keeps between forward and
     backward one way. ``state_us_per_byte`` is the time of a chunk's states, both ways at once,
     ``update_us_per_element`` that of its update. ``split_us`` gives for each split of the head what a step takes more.
-    ``leave_us`` is the way of all gradients to host memory, ``return_us`` their way back.
+    ``leave_us`` is the way of all gradients to host memory, ``return_us`` their way back. A region's call takes
+    ``slowed_by_copies`` times as long while copies go both ways.
     """
 
     forward_us: tuple[float, ...]
@@ -41,6 +42,7 @@ class StepTimes:
     split_us: tuple[tuple[int, float], ...] = ((1, 0.0),)
     leave_us: float = 0.0
     return_us: float = 0.0
+    slowed_by_copies: float = 1.0
 
     def times(self, factor: float) -> StepTimes:
         """The same with this multiple of what is done for each micro-batch; weights and states move as before."""

@@ -202,6 +202,7 @@ class Predictor:
             split_us=tuple(split_us),
             leave_us=transfer_us(gradients, known, "device_to_host"),
             return_us=transfer_us(gradients, known, "host_to_device"),
+            slowed_by_copies=known.slowed_by_copies,
         )
         return one.times(self._micro_batches)
 

@@ -99,6 +99,7 @@ class _Clock:
     outgoing: float = 0.0
     began: float = 0.0
     spans: list[Span] = field(default_factory=list)
+    copies: list[tuple[float, float]] = field(default_factory=list)  # those that may be under way, from when to when
     group: int | None = None
     copied: dict[fx.Node, float] = field(default_factory=dict)  # by fetch or offload, its end
     came: dict[int, float] = field(default_factory=dict)  # by piece
@@ -145,7 +146,15 @@ class _Clock:
             us = times.backward_us[i] + times.gradients_us[i] + again
             self.busy_backward += us
         self.is_backward = call.is_backward
+        us += self._slowed_us(us)
         self.compute = self._span(COMPUTE, moment_label(call.region, call.is_backward), self.compute, us)
+
+    def _slowed_us(self, us: float) -> float:
+        """What copies that are under way add to a call that begins now; those of one way alone add half as much."""
+        begin, end = self.compute, self.compute + us
+        self.copies = [copy for copy in self.copies if copy[1] > begin]
+        beside = sum(max(0.0, min(until, end) - max(since, begin)) for since, until in self.copies)
+        return (self.times.slowed_by_copies - 1) * beside / 2
 
     def _span(self, lane: str, what: str, begin: float, us: float, nbytes: int = 0) -> float:
         """Note what is done; returns when it ends."""
@@ -156,12 +165,14 @@ class _Clock:
         self.moved[True, self.is_backward] += nbytes
         begin, us = max(self.incoming, ready), nbytes * self.times.state_us_per_byte
         self.incoming = self._span(INCOMING, what, begin, us, nbytes)
+        self.copies.append((begin, self.incoming))
         return self.incoming
 
     def _go(self, what: str, ready: float, nbytes: int) -> float:
         self.moved[False, self.is_backward] += nbytes
         begin, us = max(self.outgoing, ready), nbytes * self.times.state_us_per_byte
         self.outgoing = self._span(OUTGOING, what, begin, us, nbytes)
+        self.copies.append((begin, self.outgoing))
         return self.outgoing
 
     def _fetch(self, node: fx.Node) -> None:

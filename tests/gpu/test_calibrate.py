@@ -28,6 +28,7 @@ def test_a_gpu_is_measured_within_a_minute_and_gives_its_memory_back() -> None:
     link = max(found.host_to_device_nbytes_per_s, found.device_to_host_nbytes_per_s)
     assert found.both_ways_nbytes_per_s < 1.05 * link
     assert link < found.memory_nbytes_per_s
+    assert 1 <= found.slowed_by_copies < 1.5
 
 
 def test_two_measurements_agree() -> None:

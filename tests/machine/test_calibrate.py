@@ -19,6 +19,7 @@ def test_the_cpu_is_measured_with_positive_finite_rates() -> None:
     by_dtype = figures.pop("matmul_flops_per_s")
     assert set(by_dtype) == {"bfloat16", "float16", "float32", "float64"}
     assert all(math.isfinite(f) and f > 0 for f in [*by_dtype.values(), *figures.values()])
+    assert found.slowed_by_copies == 1  # nothing is copied there
     assert torch.equal(state, torch.get_rng_state())
 
 

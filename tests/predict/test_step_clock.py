@@ -129,6 +129,30 @@ def test_spans_are_what_the_clock_counted(
     assert len(lanes[COMPUTE]) == 2 * steps.regions * policy.micro_batches
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=20)
+@given(cases(), st.floats(1.0, 2.0))
+def test_copies_slow_the_calls_beside_them_and_no_others(
+    steps: Steps, case: tuple[dict[str, Any], tuple[tuple[float, ...], ...], float, int], slowed: float
+) -> None:
+    changes, each, per_byte, depth = case
+    policy = steps.policy(pieces=replace(steps.plan.policy.pieces, depth=depth), **changes)
+    times = times_of(steps.regions, each, per_byte)
+    quick, slow = steps.spans(policy, times), steps.spans(policy, replace(times, slowed_by_copies=slowed))
+    copies = [s for lane in (INCOMING, OUTGOING) for s in slow[lane]]
+    # by then those of the step before have ended, which are not among them
+    since = max((slow[lane][0].begin_us for lane in (INCOMING, OUTGOING) if slow[lane]), default=0.0)
+    for before, call in zip(quick[COMPUTE], slow[COMPUTE], strict=True):
+        us, more = before.end_us - before.begin_us, call.end_us - call.begin_us
+        assert us - 1e-6 <= more <= slowed * us + 1e-6
+        beside = sum(max(0.0, min(s.end_us, call.end_us) - max(s.begin_us, call.begin_us)) for s in copies)
+        if call.begin_us >= since and not beside:
+            assert more == pytest.approx(us)
+    slower = steps.clocked(policy, replace(times, slowed_by_copies=slowed))
+    quicker = steps.clocked(policy, times)
+    assert slower.step_us >= quicker.step_us * (1 - 1e-9)
+    assert slower.still_us == quicker.still_us
+
+
 def test_a_piece_comes_is_updated_and_leaves(steps: Steps) -> None:
     """Each once, in that order, its bytes those of its states."""
     times = times_of(steps.regions, ((3.0, 5.0), (7.0,), (2.0,), (1.0, 4.0)), 1e-3)
