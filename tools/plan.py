@@ -55,7 +55,7 @@ def command(
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     backend: Annotated[str, typer.Option(help="inductor or eager.")] = "inductor",
-    coverage: Annotated[str, typer.Option(help='"one" chunk a step, or "all" parameters.')] = "one",
+    coverage: Annotated[str, typer.Option(help='"one" chunk a step, "all" parameters, or "auto".')] = "one",
     update: Annotated[
         str, typer.Option(help='When AdamW changes weights: at the "step", or in the "backward".')
     ] = "step",

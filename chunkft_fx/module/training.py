@@ -54,6 +54,7 @@ class Training(Following):
     _calls: dict[bool, Callable[..., Any]]
     _unseen: contextlib.ExitStack
     _micro_batches: MicroBatches | None
+    _coverage: str | None
 
     def __init__(
         self, model: nn.Module, options: Options, backend: str, plan: Plan | None, device: torch.device
@@ -62,7 +63,7 @@ class Training(Following):
         self.lock, self.arrivals = threading.RLock(), Arrivals()
         self._plan, self._slices, self._optimizer, self._position = None, None, None, None
         self._advanced = self._is_due = self._is_planning = self._gave_up = self._is_accumulating = False
-        self._sweep, self._micro_batches = 0, None
+        self._sweep, self._micro_batches, self._coverage = 0, None, None
         self._watch, self._gate = ModelWatch(model), GradientGate(self)
         self._take_up(plan, device)
         weakref.finalize(self, self._gate.close)
@@ -373,8 +374,20 @@ class Training(Following):
             return True
         return bool(self._gradients()) or any(session.has_pending for session in self.sessions)
 
+    @property
+    def begun_coverage(self) -> str | None:
+        """What steps of this training cover, "one" chunk or "all" parameters; None while that can still be chosen."""
+        if self._plan is not None and self._plan.batch:
+            return self._plan.coverage if self.is_bound else None
+        if self.has_begun and self._coverage is not None:
+            return self._coverage
+        if self._position is None:
+            return None
+        return "one" if self._position["chunks"] > 1 else "all"
+
     def adopt(self, plan: Plan) -> None:
         """Go by this plan from now on; with other chunks than before, from the first one."""
+        self._coverage = plan.coverage
         if self._plan is None or plan.chunks is not self._plan.chunks:
             self._leave_chunk()
             self._schedule = None

@@ -13,7 +13,8 @@ from chunkft_fx.errors import NoTrainableParameters, OptimizerMismatch, OptionEr
 from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.module.training import Training
 from chunkft_fx.plan.cuts import require_whole
-from chunkft_fx.plan.state_spec import StateSpec, master_dtype
+from chunkft_fx.plan.schedule import only_coverage
+from chunkft_fx.plan.state_spec import ASSUMED, StateSpec, master_dtype
 
 
 def check_rate(lr: Any) -> None:
@@ -47,18 +48,18 @@ def check_clipping(max_grad_norm: float | None) -> None:
 
 def require_coverage(model: Training, spec: StateSpec, max_grad_norm: float | None) -> None:
     """Raise `OptionError` for an optimizer that does not go with what a step of the model trains."""
-    covers = model.options.coverage
+    covers, why = _covered(model)
     if spec.in_backward and covers == "one":
         raise OptionError(
-            'update="backward" updates every parameter in every backward, but the model was compiled with '
-            'coverage="one"; compile it with coverage="all", or leave update at "step"'
+            f'update="backward" updates every parameter in every backward, but {why}; compile it with coverage="all", '
+            'or leave update at "step"'
         )
     if spec.in_backward and max_grad_norm is not None:
         raise OptionError(
             f'max_grad_norm={max_grad_norm!r} needs all gradients before the first update, which update="backward" '
             'does not keep; use update="step" to clip'
         )
-    if not spec.is_kept and covers == "all":
+    if not spec.is_kept and (covers == "all" or spec.in_backward):
         raise OptionError(
             'states="reset" begins a chunk anew, but with coverage="all" there is one chunk that is always active; '
             'use states="keep", or compile with coverage="one"'
@@ -69,6 +70,18 @@ def require_coverage(model: Training, spec: StateSpec, max_grad_norm: float | No
             f'{half} is float16, which is trained with a scaled loss, and update="backward" cannot take the scale out '
             'of gradients again; use update="step", or convert the model to bfloat16'
         )
+
+
+def _covered(model: Training) -> tuple[str, str]:
+    """What steps of a model cover, as far as that is known without its optimizer ("auto" where it is not), and why."""
+    options = model.options
+    if options.coverage != "auto":
+        return options.coverage, f'the model was compiled with coverage="{options.coverage}"'
+    only = only_coverage(options.chunks, options.order, options.interval, ASSUMED)
+    if only is not None:
+        return only[0], f'the model was compiled with coverage="auto", which is "{only[0]}" because {only[1]}'
+    begun = model.begun_coverage
+    return ("auto", "") if begun is None else (begun, f'the model is trained with coverage="{begun}" already')
 
 
 def is_at_least_0(value: Any) -> bool:

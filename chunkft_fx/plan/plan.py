@@ -26,8 +26,10 @@ class Plan(PlanTables):
     training takes beside it (none of it on the CPU), ``peak_at`` names the moment of the step,
     ``predicted_step_us`` is the mean step of a sweep (None on the CPU, where memory alone decides), ``link`` what of a
     step that covers all parameters moves between host and device, and ``considered`` lists choices that were not
-    taken. ``batch`` says for which input shapes the prediction was made, ``batch_nbytes`` how large that batch is;
-    before the first training batch these and the prediction are empty, and the policy says nothing.
+    taken. ``coverage`` is what a step trains, "one" chunk or "all" parameters, ``coverage_reason`` why, where
+    ``coverage="auto"`` chose it. ``batch`` says for which input shapes the prediction was made, ``batch_nbytes`` how
+    large that batch is; before the first training batch these and the prediction are empty, and the policy says
+    nothing.
     """
 
     budget_bytes: int
@@ -45,6 +47,8 @@ class Plan(PlanTables):
     link: LinkUse | None = None
     batch: str = ""
     batch_nbytes: int = 0
+    coverage: str = "one"
+    coverage_reason: str = ""
 
     @property
     def streamed(self) -> frozenset[str]:

@@ -19,9 +19,10 @@ from typing import Any
 
 from chunkft_fx.errors import CheckpointMismatch, ChunkFTWarning, OptionError
 from chunkft_fx.plan.chunk import Chunk
+from chunkft_fx.plan.state_spec import StateSpec
 
-# What a step trains: one chunk, or all parameters.
-COVERAGES = ("one", "all")
+# What a step trains: one chunk, all parameters, or what the planner finds better.
+COVERAGES = ("one", "all", "auto")
 ORDERS = ("ascending", "descending", "random")
 VERSION = 1
 COUNTS = ("sweep", "position", "steps", "chunks")
@@ -37,6 +38,21 @@ def check_coverage(coverage: str, chunks: int | str) -> None:
             f'chunks={chunks!r} cuts the parameters into chunks that are trained in turn, but coverage="all" trains '
             'all of them in every step; leave chunks out, or use coverage="one"'
         )
+
+
+def only_coverage(chunks: int | str, order: str, interval: int, spec: StateSpec) -> tuple[str, str] | None:
+    """The one coverage that goes with what else the user asked for, and which option says so; None if both do."""
+    if chunks != "auto":
+        return "one", f"chunks={chunks!r} was given"
+    if order != "ascending":
+        return "one", f"order={order!r} was given, which a sweep over chunks has"
+    if interval != 1:
+        return "one", f"interval={interval!r} was given, which is spent on each chunk of a sweep"
+    if not spec.is_kept:
+        return "one", 'states="reset" begins each chunk anew'
+    if spec.in_backward:
+        return "all", 'update="backward" updates every parameter in every backward'
+    return None
 
 
 def cuts_digest(chunks: Sequence[Chunk]) -> str:

@@ -51,6 +51,8 @@ class PlanTables:
     host_terms: tuple[tuple[str, int], ...]
     link: LinkUse | None
     batch: str
+    coverage: str
+    coverage_reason: str
 
     def __str__(self) -> str:
         """For people: budget, predicted peak and its terms, policy, and a line a chunk, in at most 120 columns."""
@@ -125,9 +127,11 @@ def _head(plan: PlanTables) -> list[str]:
     schedule = f"{len(plan.chunks)} chunk(s), {plan.order} order{seed}, {steps} each{time}"
     kinds = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in plan.host_terms)
     host = [f"host memory {format_bytes(sum(n for _, n in plan.host_terms))}: {kinds}"] if kinds else []
+    chosen = "one chunk" if plan.coverage == "one" else "all parameters"
+    covers = [f"a step trains {chosen}: {plan.coverage_reason}"] if plan.coverage_reason else []
     decided = plan.policy.sentences() if plan.batch else []
     decided += [] if plan.link is None else plan.link.sentences()
-    return [f"budget {format_bytes(plan.budget_bytes)}, {peak}", *terms, *host, schedule, *decided]
+    return [f"budget {format_bytes(plan.budget_bytes)}, {peak}", *terms, *host, schedule, *covers, *decided]
 
 
 def _shown(count: int) -> list[int | None]:

@@ -26,7 +26,7 @@ from chunkft_fx.machine.overhead import overhead
 from chunkft_fx.plan.plan import Plan
 from chunkft_fx.plan.policy import Policy
 from chunkft_fx.plan.state_spec import spec_of
-from chunkft_fx.planning.kept_plans import known_or_made
+from chunkft_fx.planning.coverage.auto import covering_plan
 from chunkft_fx.planning.planner import Options, plan_again
 from chunkft_fx.predict.fixed_memory import (
     RING_OF_GRADIENTS,
@@ -68,7 +68,8 @@ class PlanOwner(Protocol):
     """What plans need of the compiled module.
 
     ``known_plan`` is the plan that is gone by, if there is one; ``is_bound`` says that another cut into chunks would
-    lose something. ``plain`` is the wrapped model, ``gradient_nbytes`` the bytes of gradients that slices hold.
+    lose something, ``begun_coverage`` what steps cover if that cannot be chosen any more. ``plain`` is the wrapped
+    model, ``gradient_nbytes`` the bytes of gradients that slices hold.
     """
 
     @property
@@ -88,6 +89,9 @@ class PlanOwner(Protocol):
 
     @property
     def is_bound(self) -> bool: ...
+
+    @property
+    def begun_coverage(self) -> str | None: ...
 
     @property
     def gradient_nbytes(self) -> int: ...
@@ -216,7 +220,7 @@ class BatchPlans:
 
     def _chosen(self, need: Need) -> Made:
         """The plan for a need, which changes nothing yet."""
-        plan = _choose(self._owner(), self._predictor(need), self._described(need), need)
+        plan = _choose(self._owner(), lambda: self._predictor(need), self._described(need), need)
         return Made(need, replace(plan, batch_nbytes=need.nbytes))
 
     def _predictor(self, need: Need) -> Predictor:
@@ -279,21 +283,26 @@ def _alike(plan: Plan, other: Plan | None) -> bool:
     return plan.policy.same_places(other.policy)
 
 
-def _choose(owner: PlanOwner, predictor: Predictor, batch: str, need: Need) -> Plan:
+def _choose(owner: PlanOwner, predictor: Callable[[], Predictor], batch: str, need: Need) -> Plan:
     """The plan for a need; while that loses nothing, all is chosen anew for the largest batch."""
-    model, options, known = owner.plain, owner.options, owner.known_plan
-    spec = spec_of(owner.optimizer)
+    model, options, known, optimizer = owner.plain, owner.options, owner.known_plan, owner.optimizer
+    spec, count = spec_of(optimizer), need.micro_batches
+
+    def anew(given: Plan | None) -> Plan:
+        untaken = None if optimizer is None else optimizer.untaken_nbytes
+        return covering_plan(model, options, given, predictor, batch, spec, count, owner.begun_coverage, untaken)
+
     if known is None or not known.batch:
-        return known_or_made(model, options, known, predictor, batch, spec, need.micro_batches)
+        return anew(known)
     if owner.is_bound:
-        return plan_again(model, options, known, predictor, batch, spec, need.micro_batches)
+        return plan_again(model, options, known, predictor(), batch, spec, count)
     given = None if options.chunks == "auto" else known
     if need.nbytes > known.batch_nbytes or spec != known.policy.states:
-        return known_or_made(model, options, given, predictor, batch, spec, need.micro_batches)
+        return anew(given)
     try:
-        return plan_again(model, options, known, predictor, batch, spec, need.micro_batches)
+        return plan_again(model, options, known, predictor(), batch, spec, count)
     except BudgetInfeasible:
-        return known_or_made(model, options, given, predictor, batch, spec, need.micro_batches)
+        return anew(given)
 
 
 def settle(owner: PlanOwner, plan: Plan) -> None:

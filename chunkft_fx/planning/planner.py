@@ -17,10 +17,12 @@ from chunkft_fx.capture.blocks import block_paths, region_of_parameters
 from chunkft_fx.errors import BudgetInfeasible, NoTrainableParameters, UninitializedParameters, UnsupportedParameter
 from chunkft_fx.graph.region import Pass, ProgramPass
 from chunkft_fx.machine.rates import Rates
+from chunkft_fx.plan.chunk import Chunk
 from chunkft_fx.plan.cuts import ParameterSpec, cut
 from chunkft_fx.plan.pieces import DEPTH, Pieces, cut_pieces
 from chunkft_fx.plan.plan import Plan
 from chunkft_fx.plan.policy import Policy
+from chunkft_fx.plan.schedule import only_coverage
 from chunkft_fx.plan.state_spec import ASSUMED, StateSpec
 from chunkft_fx.plan.table import Considered
 from chunkft_fx.planning.choice import Choice, Fit, Predicts
@@ -102,7 +104,17 @@ def first_plan(model: nn.Module, options: Options, spec: StateSpec = ASSUMED) ->
     if options.chunks == "auto" and options.coverage != "all":
         return None
     chunks = cut(parameters, 1 if options.coverage == "all" else int(options.chunks))
-    return Plan(options.budget_bytes, chunks, options.order, options.interval, options.seed)
+    if options.coverage != "auto":
+        return _bare_plan(options, chunks)
+    only = only_coverage(options.chunks, options.order, options.interval, spec)
+    assert only is not None, "a number of chunks was given"
+    return replace(_bare_plan(options, chunks), coverage=only[0], coverage_reason=only[1])
+
+
+def _bare_plan(options: Options, chunks: tuple[Chunk, ...]) -> Plan:
+    """A plan of these chunks without what depends on a batch."""
+    covers = options.coverage
+    return Plan(options.budget_bytes, chunks, options.order, options.interval, options.seed, coverage=covers)
 
 
 def plan_for_batch(
@@ -116,7 +128,8 @@ def plan_for_batch(
 ) -> Plan:
     """Complete a plan for a batch: all that is still open in it, by what is predicted of its steps.
 
-    A step runs ``micro_batches`` such batches.
+    ``options.coverage`` is "one" or "all" (`planning.coverage` chooses where it is "auto"). A step runs
+    ``micro_batches`` such batches.
     Raises `BudgetInfeasible`, with the smallest budget that is enough, when nothing fits.
     """
     chunks = None if known is None else known.chunks
@@ -138,8 +151,8 @@ def plan_for_batch(
     if best is None:
         assert search.smallest is not None
         raise _infeasible(options.budget_bytes, search.smallest, batch)
-    plan = Plan(options.budget_bytes, best.choice.chunks, options.order, options.interval, options.seed)
     best = _deepened(best, search)
+    plan = _bare_plan(options, best.choice.chunks)
     return _completed(plan, search, best, batch, _closest(search.considered, best), spec)
 
 

@@ -215,7 +215,7 @@ def test_the_plan_says_which_regions_offload(monkeypatch: pytest.MonkeyPatch) ->
         plan = plan_for_batch(*arguments)
         return dataclasses.replace(plan, policy=dataclasses.replace(plan.policy, save_from=5, offload_below=2))
 
-    monkeypatch.setattr("chunkft_fx.planning.batch_plan.known_or_made", offloading_plan)
+    monkeypatch.setattr("chunkft_fx.planning.coverage.auto.known_or_made", offloading_plan)
     model, batch = tiny("llama", dtype=torch.float64)
     compiled = chunkft_fx.compile(model, "64GB", chunks=2, backend="eager")
     counts = []

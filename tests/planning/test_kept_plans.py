@@ -20,6 +20,7 @@ import torch._inductor.config as inductor_config
 from torch import nn
 
 import chunkft_fx
+from chunkft_fx.copies import host_memory
 from chunkft_fx.errors import BudgetInfeasible
 from chunkft_fx.graph.region import RegionGraph
 from chunkft_fx.graph.sizes import Sizes
@@ -92,6 +93,18 @@ def test_an_equal_question_gets_the_same_plan_without_a_search(searches: list[Pl
     assert second.plan.explain() == first.plan.explain()
     gradients = [[s.grad for s in module.active_slices()] for module in (first, second)]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True) if a is not None and b is not None)
+
+
+def test_plans_of_both_coverages_are_kept_and_the_choice_between_them_is_not(
+    searches: list[Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = trained(coverage="auto")
+    assert len(searches) == 2
+    assert first.plan.coverage == "all"
+    monkeypatch.setattr(host_memory, "available_nbytes", lambda: 1000)
+    second = trained(coverage="auto")
+    assert len(searches) == 2
+    assert second.plan.coverage == "one"
 
 
 def test_a_plan_with_a_deep_ring_of_states_is_kept_whole(searches: list[Plan]) -> None:

@@ -28,7 +28,8 @@ def command(
     out: Annotated[Path, typer.Option(help="Folder for the trained model, its tokenizer and checkpoints.")],
     chunks: Annotated[str, typer.Option(help='A number, or "auto": the fewest that fit the budget.')] = "auto",
     coverage: Annotated[
-        str, typer.Option(help="What a step trains: one (chunk after another) or all (parameters, in every step).")
+        str,
+        typer.Option(help="What a step trains: one (chunk after another), all (parameters in every step) or auto."),
     ] = "one",
     update: Annotated[
         str, typer.Option(help="When weights change: at the step, or in the backward (coverage all, no clipping).")
@@ -67,7 +68,7 @@ def command(
     )  # fmt: skip
     kind, count = pick_dtype(dtype, where), chunk_count(chunks)
     check_compile_options(budget, order, interval, backend, coverage, count)
-    if update == "backward" and coverage != "all":
+    if update == "backward" and coverage == "one":
         raise OptionError("update=backward updates all parameters in every backward; give --coverage all with it")
     at_least("seq_len", seq_len, 2)  # a token is learnt from those before it
     check_schedule(options)

@@ -1,0 +1,1 @@
+"""What a step trains, where the user leaves that to the planner."""
