@@ -8,9 +8,9 @@ the arrays ``train`` and ``val``: token ids in one dimension. ``dense`` is torch
 weights with float32 masters and moments, no weight decay, gradients clipped to a norm of 1, and a learning rate that
 rises over a twentieth of the steps and falls to a tenth as a cosine. Batches are the same, in the same order.
 
-Losses of two runs that differ in rounding alone can lie 0.02 apart, so that a difference is that of several runs with
-other orders of the sequences (``--seed``). ``--budget`` holds for the library; without it, it gets half of the memory that torch reserved at most while ``dense``
-trained, which then has to come first, on a GPU.
+Losses of two runs that differ in rounding alone can lie 0.02 apart: a difference is that of several runs with other
+orders of the sequences (``--seed``). ``--budget`` holds for the library; without it, it gets half of the memory that
+torch reserved at most while ``dense`` trained, which then has to come first, on a GPU.
 """
 
 from __future__ import annotations
