@@ -22,7 +22,9 @@ from chunkft_fx.plan.state_spec import StateSpec, stage_capacity_nbytes
 # The fewest buffers of a ring that keep both ways of the link busy.
 DEPTH = 3
 # More buffers even out how long pieces take, and bring states in while the forward runs, when the link would rest.
-MOST_BUFFERS = 16
+MOST_BUFFERS = 24
+# Numbers of buffers that are tried at least, and filled up from there: room for more of them takes saved values.
+DEPTHS = (DEPTH, 8, MOST_BUFFERS)
 # A piece of this size moves in 5 ms each way: long beside the start of a copy, short beside a region's backward.
 LARGEST_NBYTES = 256 * 2**20
 # Of a small model every piece is so small a part, that the ring stays small beside the states of the whole.

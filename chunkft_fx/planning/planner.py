@@ -19,7 +19,7 @@ from chunkft_fx.graph.region import Pass, ProgramPass
 from chunkft_fx.machine.rates import Rates
 from chunkft_fx.plan.chunk import Chunk
 from chunkft_fx.plan.cuts import ParameterSpec, cut
-from chunkft_fx.plan.pieces import DEPTH, Pieces, cut_pieces
+from chunkft_fx.plan.pieces import DEPTH, DEPTHS, Pieces, cut_pieces
 from chunkft_fx.plan.plan import Plan
 from chunkft_fx.plan.policy import Policy
 from chunkft_fx.plan.schedule import only_coverage
@@ -141,9 +141,7 @@ def plan_for_batch(
     best = search.run()
     if base.pieces and not base.in_backward and (best is None or best.step_us is not None):
         # gradients of all parameters can wait beside the device, where a step without them there takes less
-        beside = Search(
-            model, parameters, predictor, options.budget_bytes, chunks, spec, replace(base, host_gradients=True)
-        )
+        beside = search.like(replace(base, host_gradients=True))
         other = beside.run()
         if best is None or (other is not None and other.cost < best.cost):
             beside.considered += search.considered
@@ -151,7 +149,7 @@ def plan_for_batch(
     if best is None:
         assert search.smallest is not None
         raise _infeasible(options.budget_bytes, search.smallest, batch)
-    best = _deepened(best, search)
+    search, best = _best_ring(search, best, spec)
     plan = _bare_plan(options, best.choice.chunks)
     return _completed(plan, search, best, batch, _closest(search.considered, best), spec)
 
@@ -205,14 +203,34 @@ def _base(options: Options, parameters: Sequence[ParameterSpec], spec: StateSpec
     return replace(BASE, pieces=cut_pieces(parameters), in_backward=spec.in_backward)
 
 
-def _deepened(best: Fit, search: Search) -> Fit:
-    """The same choice with a ring of states as deep as the rest of the budget lets it be, where steps are timed.
+def _best_ring(search: Search, best: Fit, spec: StateSpec) -> tuple[Search, Fit]:
+    """The best choice of all rings of states that are tried, where steps are timed, and the search that found it.
 
-    At the optimizer's step pieces move one behind the other with nothing between: more buffers would stay empty.
+    A deeper ring lets more states come in while the forward runs, when the link would rest; for its room more may have
+    to be recomputed. What is gained and lost tells the clock, not the sums of times that each search goes by. At the
+    optimizer's step pieces move one behind the other with nothing between: more buffers would stay empty.
     """
+    base = search.base
+    if best.step_us is None or not base.in_backward:
+        return search, best
+    found = [(search, _deepened(best, search))]
+    for depth in (d for d in DEPTHS if base.pieces.depth < d <= len(base.pieces)):
+        deeper = search.like(replace(base, pieces=replace(base.pieces, depth=depth)))
+        fit = deeper.run()
+        if fit is not None:
+            found.append((deeper, _deepened(fit, deeper)))
+
+    def clocked_us(one: tuple[Search, Fit]) -> float:
+        use = search.predictor.clocked(best.choice.chunks[0], _policy(*one, spec))
+        assert use is not None, "times are known"
+        return use.step_us
+
+    return min(found, key=clocked_us) if len(found) > 1 else found[0]
+
+
+def _deepened(best: Fit, search: Search) -> Fit:
+    """The same choice with a ring of states as deep as the rest of the budget lets it be."""
     pieces, ring = best.choice.policy.pieces, best.terms.get(RING_OF_STATES, 0)
-    if best.step_us is None or not best.choice.policy.in_backward:
-        return best
     nbytes = ring // pieces.depth
     deeper = pieces.deepened(search.budget - best.nbytes, nbytes)
     choice = replace(best.choice, policy=replace(best.choice.policy, pieces=deeper))
@@ -222,12 +240,7 @@ def _deepened(best: Fit, search: Search) -> Fit:
 def _completed(
     plan: Plan, search: Search, best: Fit, batch: str, considered: Sequence[Considered], states: StateSpec
 ) -> Plan:
-    policy = replace(
-        best.choice.policy,
-        streamed=search.costs.streamed_names(best.choice.streamed),
-        pacing=search.times if states.is_kept and not search.base.pieces else None,
-        states=states,
-    )
+    policy = _policy(search, best, states)
     # sums of times are enough to compare choices; what the one that was taken costs in all, its program tells
     link = search.predictor.clocked(plan.chunks[0], policy) if policy.pieces else None
     return replace(
@@ -241,6 +254,16 @@ def _completed(
         host_terms=_largest_first(search.costs.host_terms(replace(best.choice, policy=policy))),
         considered=tuple(considered),
         batch=batch,
+    )
+
+
+def _policy(search: Search, best: Fit, states: StateSpec) -> Policy:
+    """The policy of a choice, with all that the search has no need of."""
+    return replace(
+        best.choice.policy,
+        streamed=search.costs.streamed_names(best.choice.streamed),
+        pacing=search.times if states.is_kept and not search.base.pieces else None,
+        states=states,
     )
 
 

@@ -50,7 +50,7 @@ class Search:
         spec: StateSpec = ASSUMED,
         base: Policy = BASE,
     ) -> None:
-        self.base = base
+        self.base, self._model, self._spec = base, model, spec
         self.parameters, self.predictor, self.budget = parameters, predictor, budget
         self.given = chunks
         self.head = predictor.head()
@@ -66,6 +66,11 @@ class Search:
         self.regions = self.costs.regions
         # where cuts of many counts are compared, what every first chunk holds at least
         self._least_chunk = None if chunks or self.times is None else Stream(parameters).chunk(0, 1)
+
+    def like(self, base: Policy) -> Search:
+        """The same search, but for what is decided before."""
+        known = self._model, self.parameters, self.predictor, self.budget, self.given, self._spec
+        return Search(*known, base)
 
     def run(self) -> Fit | None:
         """The cheapest fitting choice; None if nothing fits: then ``smallest`` is the choice that needs least."""

@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chunkft_fx.errors import BudgetInfeasible
+from chunkft_fx.plan.chunk import Chunk
 from chunkft_fx.plan.pieces import DEPTH, MOST_BUFFERS, Pieces, cut_pieces
 from chunkft_fx.plan.plan import Plan
-from chunkft_fx.plan.policy import HIDDEN_SHARE, Policy, StepTimes
+from chunkft_fx.plan.policy import HIDDEN_SHARE, LinkUse, Policy, StepTimes
 from chunkft_fx.plan.state_spec import ASSUMED
+from chunkft_fx.planning import planner
 from chunkft_fx.planning.planner import Options, parameter_specs, plan_again, plan_for_batch
 from chunkft_fx.predict.fixed_memory import RING_OF_STATES
 from chunkft_fx.predict.step_time import Work, covering_step_us
@@ -43,6 +45,29 @@ def test_the_rest_of_the_budget_goes_to_the_ring(more: int) -> None:
     assert plan.predicted_peak_bytes == sum(terms.values()) <= plan.budget_bytes
     buffer = terms[RING_OF_STATES] // depth
     assert depth == MOST_BUFFERS or sum(terms.values()) + buffer > plan.budget_bytes
+
+
+@pytest.mark.parametrize("gain", [1.0, -1.0])
+def test_the_clock_decides_whether_a_deeper_ring_is_worth_what_it_takes(
+    monkeypatch: pytest.MonkeyPatch, gain: float
+) -> None:
+    """Where each buffer more makes a step shorter, weights give way to buffers; else they do not."""
+
+    def clocked(_: Predicted, chunk: Chunk, policy: Policy) -> LinkUse:
+        return LinkUse(1000.0 - gain * policy.pieces.depth, 0.0, 0.0, 0.0, 0, 0, 0.0)
+
+    monkeypatch.setattr(Predicted, "clocked", clocked)
+    budget = least_nbytes() + 100_000
+    monkeypatch.setattr(planner, "DEPTHS", (DEPTH,))
+    shallow = planned(budget).policy
+    monkeypatch.undo()
+    monkeypatch.setattr(Predicted, "clocked", clocked)
+    taken = planned(budget).policy
+    if gain < 0:
+        assert taken == shallow
+    else:
+        assert taken.pieces.depth > shallow.pieces.depth
+        assert len(taken.streamed) > len(shallow.streamed)
 
 
 def test_a_ring_stays_small_where_no_times_are_known() -> None:

@@ -18,7 +18,7 @@ from chunkft_fx.errors import BudgetInfeasible
 from chunkft_fx.plan.chunk import Chunk
 from chunkft_fx.plan.cuts import ParameterSpec, Stream, cut
 from chunkft_fx.plan.plan import Plan
-from chunkft_fx.plan.policy import Policy, StepTimes
+from chunkft_fx.plan.policy import LinkUse, Policy, StepTimes
 from chunkft_fx.planning import search as plan_search
 from chunkft_fx.planning.choice import Choice, Fit
 from chunkft_fx.planning.chunk_path import cheapest_chunks
@@ -97,8 +97,9 @@ class Predicted:
         share = chunk.numel / sum(self.sizes.values())
         return Work(self.lowest(chunk), share * sum(times.gradients_us), states_nbytes * times.state_us_per_byte)
 
-    def clocked(self, chunk: Chunk, policy: Policy) -> None:
-        return None
+    def clocked(self, chunk: Chunk, policy: Policy) -> LinkUse | None:
+        """The same for all: choices are told apart by sums of times."""
+        return LinkUse(1.0, 1.0, 0.0, 0.0, 0, 0, 0.0) if self.has_times else None
 
 
 cases = st.tuples(
