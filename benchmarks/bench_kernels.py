@@ -23,7 +23,7 @@ import torch
 import typer
 from torch import Tensor
 
-from chunkft_fx.kernels.adamw import SliceUpdate, launch_adamw
+from chunkft_fx.kernels.adamw.fused import SliceUpdate, launch_adamw
 from chunkft_fx.kernels.launch import LaunchOptions
 
 GIB = 2**30

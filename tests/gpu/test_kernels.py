@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from chunkft_fx.errors import OptionError
-from chunkft_fx.kernels.adamw import adamw, launch_adamw
-from chunkft_fx.kernels.adamw_reference import SliceUpdate, adamw_reference
+from chunkft_fx.kernels.adamw.fused import adamw, launch_adamw
+from chunkft_fx.kernels.adamw.reference import SliceUpdate, adamw_reference
 from chunkft_fx.kernels.launch import LaunchOptions
 from tests.kernels.operands import (
     Spec,

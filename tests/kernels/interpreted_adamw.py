@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chunkft_fx.errors import OptionError
-from chunkft_fx.kernels.adamw import launch_adamw
-from chunkft_fx.kernels.adamw_reference import SliceUpdate, adamw_reference
+from chunkft_fx.kernels.adamw.fused import launch_adamw
+from chunkft_fx.kernels.adamw.reference import SliceUpdate, adamw_reference
 from chunkft_fx.kernels.launch import LaunchOptions
 from chunkft_fx.kernels.masters import join_master, split_master
 from tests.kernels.operands import Spec, assert_same_memory, build, specs, spelled_out, ulps, wide_weight

@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from chunkft_fx.kernels.adamw_reference import SliceUpdate, random_words, round_stochastically
+from chunkft_fx.kernels.adamw.reference import SliceUpdate, random_words, round_stochastically
 from chunkft_fx.kernels.masters import join_master, split_master
 
 # Elements before and after each operand that no update may touch.

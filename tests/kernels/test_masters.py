@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from chunkft_fx.errors import OptionError
-from chunkft_fx.kernels.adamw import adamw
-from chunkft_fx.kernels.adamw_reference import SliceUpdate
+from chunkft_fx.kernels.adamw.fused import adamw
+from chunkft_fx.kernels.adamw.reference import SliceUpdate
 from chunkft_fx.kernels.masters import join_master, split_master, ties
 from tests.kernels.operands import Spec, build
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from chunkft_fx.graph.layout import front
-from chunkft_fx.kernels.adamw import SliceUpdate, adamw
-from chunkft_fx.kernels.adamw_reference import adamw_reference
+from chunkft_fx.kernels.adamw.fused import SliceUpdate, adamw
+from chunkft_fx.kernels.adamw.reference import adamw_reference
 from chunkft_fx.kernels.launch import join_dims
 from chunkft_fx.optim.states.step_counts import within
 from chunkft_fx.optim.update import StagedSlice

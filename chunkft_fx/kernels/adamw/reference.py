@@ -101,7 +101,7 @@ def adamw_reference(
     scale: Tensor | None = None,
     seed: int = 0,
 ) -> None:
-    """As `chunkft_fx.kernels.adamw.adamw`, for slices whose operands are all on one device."""
+    """As `chunkft_fx.kernels.adamw.fused.adamw`, for slices whose operands are all on one device."""
     for index, u in enumerate(updates):
         shape = u.weight.shape
         master = _master(u)
