@@ -9,6 +9,13 @@ from torch import Tensor
 
 # Staged tensors start at multiples of this many bytes, as the CUDA allocator's own do.
 STAGE_ALIGNMENT = 256
+# So many neighbours in an 8-bit state share a scale, at most (`kernels.blocks`).
+BLOCK_NUMEL = 256
+
+
+def blocks_of(numel: int) -> int:
+    """The blocks of an 8-bit state that hold ``numel`` elements, the elements of one index of the cut dimension."""
+    return -(-numel // BLOCK_NUMEL)
 
 
 def stage_nbytes(nbytes: int) -> int:

@@ -1,0 +1,63 @@
+"""The 8-bit format written out once more, slowly and without the library's code, as an oracle for it."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Floats = npt.NDArray[np.float32]
+
+
+def written_out_map(signed: bool) -> Floats:
+    """The 256 numbers: each decade below 1 in equal parts, of which the middles count; 0 and 1 beside."""
+    found = [0.0, 1.0]
+    for exponent in range(-6, 1):
+        parts = 2 ** (6 + exponent) * (1 if signed else 2)
+        borders = torch.linspace(0.1, 1, parts + 1).tolist()
+        for a, b in itertools.pairwise(borders):
+            middle = np.float32(a + b) / np.float32(2)
+            number = float(np.float32(10.0**exponent) * middle)
+            found += [number, -number] if signed else [number]
+    return np.array(sorted(found), dtype=np.float32)
+
+
+def code_of(value: np.float32, numbers: Floats) -> int:
+    """The code of one value of a block that was divided by its largest magnitude."""
+    low = max(int(np.count_nonzero(numbers <= value)) - 1, 0)
+    if low == 255:
+        return 255
+    distance = numbers[low + 1] - numbers[low]
+    return low + int(value - numbers[low] >= distance * np.float32(0.5))
+
+
+def blocks_of_row(row: int) -> list[slice]:
+    return [slice(start, min(start + 256, row)) for start in range(0, row, 256)]
+
+
+def quantised_slowly(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """Codes in the shape of float32[indices, ...], and scales float32[indices, blocks]."""
+    numbers = written_out_map(signed)
+    rows = values.reshape(len(values), -1).numpy()
+    codes, scales = np.zeros(rows.shape, np.uint8), []
+    for row, into in zip(rows, codes, strict=True):
+        for block in blocks_of_row(len(row)):
+            scale = np.maximum(np.abs(row[block]).max(), np.float32(1e-12))
+            scales.append(scale)
+            with np.errstate(invalid="ignore"):
+                shares = row[block] / scale
+            # what is no number lies above all codes
+            into[block] = [255 if np.isnan(share) else code_of(share, numbers) for share in shares]
+    return torch.from_numpy(codes).view(values.shape), torch.tensor(np.array(scales)).view(len(values), -1)
+
+
+def dequantised_slowly(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
+    numbers = written_out_map(signed)
+    rows = numbers[codes.reshape(len(codes), -1).numpy()]
+    for row, factors in zip(rows, scales.numpy(), strict=True):
+        for block, factor in zip(blocks_of_row(len(row)), factors, strict=True):
+            row[block] *= factor
+    return torch.from_numpy(rows).view(codes.shape)
