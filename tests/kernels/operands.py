@@ -13,6 +13,7 @@ from torch import Tensor
 
 from chunkft_fx.kernels.adamw.reference import SliceUpdate, random_words, round_stochastically
 from chunkft_fx.kernels.masters import join_master, split_master
+from tests.kernels.block_format import dequantised_slowly, quantised_slowly
 
 # Elements before and after each operand that no update may touch.
 MARGIN = 16
@@ -84,7 +85,7 @@ def specs(draw: st.DrawFn, largest: int = 20_000) -> Spec:
         start=draw(st.integers(0, shape[dim] - length)),
         length=length,
         weight_dtype=weight_dtype,
-        state_dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])),
+        state_dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.uint8])),
         gradient_order=draw(st.sampled_from(["front", "same", "plain"])),
         offset=draw(st.sampled_from([0, 0, 1])),
         step=draw(st.sampled_from([1, 2, 10, 1000, 100_000])),
@@ -132,9 +133,17 @@ def build(spec: Spec, place: Placement = in_place) -> Case:
         known = cut(values.to(spec.weight_dtype).float() * (1 + 1e-4 * torch.rand(spec.shape, generator=generator)))
         stale = torch.rand(shape, generator=generator) < 0.5
         master = operand("master", torch.where(stale, normal(shape), known), plain, torch.float32)
-    exp_avg = operand("exp_avg", 0.1 * normal(shape), plain, spec.state_dtype) if spec.has_exp_avg else None
-    exp_avg_sq = operand("exp_avg_sq", normal(shape).square(), plain, spec.state_dtype)
-    return Case(SliceUpdate(weight, gradient, master, exp_avg, exp_avg_sq, spec.step), buffers)
+
+    def moment(name: str, values: Tensor) -> tuple[Tensor, Tensor | None]:
+        if spec.state_dtype != torch.uint8:
+            return operand(name, values, plain, spec.state_dtype), None
+        codes, scales = quantised_slowly(values, signed=name == "exp_avg")
+        return operand(name, codes, plain, torch.uint8), operand(f"{name}_scales", scales, (0, 1), torch.float32)
+
+    average, average_scales = moment("exp_avg", 0.1 * normal(shape)) if spec.has_exp_avg else (None, None)
+    square, square_scales = moment("exp_avg_sq", normal(shape).square())
+    u = SliceUpdate(weight, gradient, master, average, square, spec.step, average_scales, square_scales)
+    return Case(u, buffers)
 
 
 def spelled_out(
@@ -166,12 +175,12 @@ def spelled_out(
         known = torch.where(master.to(u.weight.dtype) == u.weight, master, param)
         param = join_master(u.weight, master) if is_remainder else known
     grad = u.gradient.float() if scale is None else u.gradient.float() * scale
-    square = u.exp_avg_sq.view(param.shape).float()
+    square = _moment(u.exp_avg_sq, u.exp_avg_sq_scales, signed=False).view(param.shape)
     rest1, rest2 = float32(1 - beta1), float32(1 - beta2)
     param = param * float32(1 - lr * weight_decay)
     average = grad
     if u.exp_avg is not None:
-        average = u.exp_avg.view(param.shape).float()
+        average = _moment(u.exp_avg, u.exp_avg_scales, signed=True).view(param.shape)
         change = grad - average
         average = average + rest1 * change if rest1 < 0.5 else grad - change * (1 - rest1)
     square = square * float32(beta2) + rest2 * grad * grad
@@ -181,10 +190,20 @@ def spelled_out(
     if u.exp_avg_sq.dtype == torch.bfloat16:
         noise = random_words(seed, index, param.numel(), param.device).view(param.shape)
         average, square = round_stochastically(average, noise & 0xFFFF), round_stochastically(square, noise >> 16)
+    if u.exp_avg is not None and u.exp_avg_scales is not None:
+        average, scales = quantised_slowly(average, signed=True)
+        u.exp_avg_scales.copy_(scales)
+    if u.exp_avg_sq_scales is not None:
+        square, scales = quantised_slowly(square, signed=False)
+        u.exp_avg_sq_scales.copy_(scales)
     weight, kept = split_master(param) if is_remainder else (param, param)
     for target, value in ((u.weight, weight), (u.master, kept), (u.exp_avg, average), (u.exp_avg_sq, square)):
         if target is not None:
             target.copy_(value)
+
+
+def _moment(kept: Tensor, scales: Tensor | None, signed: bool) -> Tensor:
+    return kept.float() if scales is None else dequantised_slowly(kept, scales, signed)
 
 
 def wide_weight(u: SliceUpdate) -> Tensor:

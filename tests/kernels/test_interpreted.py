@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 
 
 def test_kernels_in_the_interpreter() -> None:
-    kernels = ("adamw", "weight_gradient")
+    kernels = ("adamw", "adamw_blocks", "weight_gradient")
     files = [str(HERE / f"interpreted_{kernel}.py") for kernel in kernels]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files]
     # no GPU: the interpreter takes the operands where they are

@@ -19,22 +19,25 @@ DIVISOR = tl.constexpr(16)
 
 # The table: by row the number of tiles up to its end, then the rows.
 # Their fields, in the order in which `chunkft_fx.kernels.adamw.table` writes them.
-# Sizes and strides are those of (rows, middle, columns).
+# Sizes and strides are those of (rows, middle, columns); ``ROW`` is the elements of one index of the cut dimension.
 SIZES = tl.constexpr(0)
 WEIGHT = tl.constexpr(3)
 GRADIENT = tl.constexpr(4)
 MASTER = tl.constexpr(5)
 EXP_AVG = tl.constexpr(6)
 EXP_AVG_SQ = tl.constexpr(7)
-WEIGHT_STRIDES = tl.constexpr(8)
-GRADIENT_STRIDES = tl.constexpr(11)
-LR = tl.constexpr(14)
-WEIGHT_DECAY = tl.constexpr(15)
-FIRST_CORRECTION = tl.constexpr(16)
-SECOND_CORRECTION = tl.constexpr(17)
-SLICE_INDEX = tl.constexpr(18)
-SEED = tl.constexpr(19)
-FIELDS = tl.constexpr(20)
+EXP_AVG_SCALES = tl.constexpr(8)
+EXP_AVG_SQ_SCALES = tl.constexpr(9)
+ROW = tl.constexpr(10)
+WEIGHT_STRIDES = tl.constexpr(11)
+GRADIENT_STRIDES = tl.constexpr(14)
+LR = tl.constexpr(17)
+WEIGHT_DECAY = tl.constexpr(18)
+FIRST_CORRECTION = tl.constexpr(19)
+SECOND_CORRECTION = tl.constexpr(20)
+SLICE_INDEX = tl.constexpr(21)
+SEED = tl.constexpr(22)
+FIELDS = tl.constexpr(23)
 
 # The dimension along which an operand is one run of memory.
 NO_DIM = tl.constexpr(0)

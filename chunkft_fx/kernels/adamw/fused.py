@@ -16,7 +16,8 @@ from torch import Tensor
 
 from chunkft_fx.errors import OptionError
 from chunkft_fx.kernels.adamw.reference import SliceUpdate, adamw_reference, check_operands, require_one_device
-from chunkft_fx.kernels.adamw.table import Variant, groups_of, numbers_of
+from chunkft_fx.kernels.adamw.table import Variant, blocks_in_tile, groups_of, numbers_of
+from chunkft_fx.kernels.blocks import code_table
 from chunkft_fx.kernels.launch import LaunchOptions, current_device, device_table, require_reachable
 
 __all__ = ["SliceUpdate", "adamw", "launch_adamw"]
@@ -37,9 +38,9 @@ def adamw(
 
     A master whose rounded value is not the weight takes the weight's value first: it is new, or the weight was
     changed from outside; a remainder is that of whatever weight there is. ``lr`` and ``scale`` (0-d; gradients are
-    multiplied by it) may be device tensors, which are read on the device. bfloat16 moments are rounded stochastically;
-    ``seed`` must differ from step to step. The kernel runs on the current stream: pinned tensors must live, and stay
-    unread, until it has finished.
+    multiplied by it) may be device tensors, which are read on the device. bfloat16 moments are rounded stochastically,
+    for which ``seed`` must differ from step to step, those in 8 bits to the nearest code. The kernel runs on the
+    current stream: pinned tensors must live, and stay unread, until it has finished.
     With float32 moments its weights are those of torch's functional AdamW to 1 ulp, where the step is small beside
     the weight (a larger one shows the last bits of the moments, which torch rounds as the processor has it).
 
@@ -92,7 +93,7 @@ def launch_adamw(
     steps = np.array([u.step for u in updates])
     for group in groups_of(updates, launch):
         numbers = numbers_of(group, steps[group.indices], host_lr, beta1, beta2, weight_decay, seed)
-        kernel, constants = _kernel(group.variant, launch)
+        kernel, constants = _kernel(group.variant, launch, device)
         with current_device(device):
             kernel[(launch.programs(int(group.ends[-1]), device, group.on_host),)](
                 device_table(np.concatenate([group.ends, numbers.reshape(-1)]), device),
@@ -109,11 +110,11 @@ def launch_adamw(
             )
 
 
-def _kernel(variant: Variant, launch: LaunchOptions) -> tuple[Any, dict[str, Any]]:
-    """The kernel of a variant and its compile-time constants."""
+def _kernel(variant: Variant, launch: LaunchOptions, device: torch.device) -> tuple[Any, dict[str, Any]]:
+    """The kernel of a variant, and the arguments that it alone has: compile-time constants, and the map of codes."""
     import triton.language as tl
 
-    from chunkft_fx.kernels.adamw import walks_triton
+    from chunkft_fx.kernels.adamw import blocks_triton, walks_triton
 
     pointees = {
         torch.float32: tl.float32,
@@ -126,9 +127,12 @@ def _kernel(variant: Variant, launch: LaunchOptions) -> tuple[Any, dict[str, Any
         "WEIGHT_DTYPE": pointees[variant.weight_dtype],
         "GRADIENT_DTYPE": pointees[variant.gradient_dtype],
         "MASTER_DTYPE": pointees[variant.master_dtype],
-        "STATE_DTYPE": pointees[variant.state_dtype],
         "HAS_EXP_AVG": variant.has_exp_avg,
     }
+    if variant.in_blocks:
+        own = {"code_table": code_table(device), "EVEN": variant.even, "IS_RUN": variant.is_run}
+        return blocks_triton.adamw_blocks, constants | own | {"BLOCKS": blocks_in_tile(launch)}
+    constants["STATE_DTYPE"] = pointees[variant.state_dtype]
     if variant.is_run:
         return walks_triton.adamw_runs, constants | {"ALIGNED": variant.even, "TILE": launch.tile}
     names = ("WEIGHT_DIM", "GRADIENT_DIM")

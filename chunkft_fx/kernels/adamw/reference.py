@@ -2,7 +2,8 @@
 
 With float32 or float64 moments it is torch's own functional AdamW, to the bit. bfloat16 moments are widened to
 float32 for the update and rounded stochastically after it: with ``beta2 = 0.999`` a second moment shrinks by less
-than half a bfloat16 step at a time, so that rounding to nearest would never let it decay.
+than half a bfloat16 step at a time, so that rounding to nearest would never let it decay. 8-bit moments are rounded to
+the nearest code: a block decays by its scale, which is float32.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
 from chunkft_fx.errors import OptionError
+from chunkft_fx.graph.layout import blocks_of
+from chunkft_fx.kernels.blocks import dequantised, quantised
 from chunkft_fx.kernels.masters import join_master, reconcile, split_master
 
-STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.uint8)
 MASK32 = 0xFFFFFFFF
 # Philox4x32 (Salmon et al., SC 2011): multipliers, key increments, rounds.
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -32,8 +35,9 @@ class SliceUpdate:
     ``weight`` is bf16, f16, f32 or f64[length, ...], possibly strided; ``gradient`` has its shape, in its dtype or
     float32, with any strides. All others are contiguous and have the weight's number of elements. ``master`` is
     float32, or int16 beside a bf16 weight: its remainder (`chunkft_fx.kernels.masters`); it is `None` for a weight
-    that is its own master. ``exp_avg`` and ``exp_avg_sq`` are float32 (float64 for float64 weights) or bf16; the first
-    is `None` where ``beta1`` is 0, which needs none. ``step`` counts updates of this slice, this one included.
+    that is its own master. ``exp_avg`` and ``exp_avg_sq`` are float32 (float64 for float64 weights), bf16 or u8; the
+    first is `None` where ``beta1`` is 0, which needs none. Those of u8 are codes of `chunkft_fx.kernels.blocks`, whose
+    scales are f32[length, blocks]. ``step`` counts updates of this slice, this one included.
     """
 
     weight: Tensor
@@ -42,6 +46,8 @@ class SliceUpdate:
     exp_avg: Tensor | None
     exp_avg_sq: Tensor
     step: int
+    exp_avg_scales: Tensor | None = None
+    exp_avg_sq_scales: Tensor | None = None
 
 
 def operands(u: SliceUpdate) -> dict[str, Tensor]:
@@ -52,6 +58,8 @@ def operands(u: SliceUpdate) -> dict[str, Tensor]:
         "master": u.master,
         "exp_avg": u.exp_avg,
         "exp_avg_sq": u.exp_avg_sq,
+        "exp_avg_scales": u.exp_avg_scales,
+        "exp_avg_sq_scales": u.exp_avg_sq_scales,
     }
     return {name: t for name, t in named.items() if t is not None}
 
@@ -81,12 +89,30 @@ def check_operands(u: SliceUpdate) -> None:
         raise OptionError(f"the master is {u.master.dtype}; it must be {' or '.join(map(str, masters))}")
     moments = [t for t in (u.exp_avg, u.exp_avg_sq) if t is not None]
     if len({t.dtype for t in moments}) > 1 or u.exp_avg_sq.dtype not in STATE_DTYPES:
-        raise OptionError(f"the moments are {' and '.join(str(t.dtype) for t in moments)}; use float32 or bfloat16")
+        raise OptionError(
+            f"the moments are {' and '.join(str(t.dtype) for t in moments)}; use float32, bfloat16 or uint8"
+        )
     if (u.exp_avg_sq.dtype == torch.float64) != (wide == torch.float64):
         raise OptionError(f"the moments of a {u.weight.dtype} weight cannot be {u.exp_avg_sq.dtype}")
     for name, state in (("master", u.master), ("exp_avg", u.exp_avg), ("exp_avg_sq", u.exp_avg_sq)):
         if state is not None and not (state.is_contiguous() and state.numel() == u.weight.numel()):
             raise OptionError(f"{name} is {tuple(state.shape)}; it must be {tuple(u.weight.shape)} and contiguous")
+    _check_scales(u)
+
+
+def _check_scales(u: SliceUpdate) -> None:
+    """Refuse codes without their scales, scales of another number of blocks, and scales of anything but codes."""
+    expected = (len(u.weight), blocks_of(u.weight.numel() // max(len(u.weight), 1)))
+    for name, state, scales in (
+        ("exp_avg", u.exp_avg, u.exp_avg_scales),
+        ("exp_avg_sq", u.exp_avg_sq, u.exp_avg_sq_scales),
+    ):
+        if state is None or state.dtype != torch.uint8:
+            if scales is not None:
+                raise OptionError(f"{name} has scales, which only moments in uint8 have")
+        elif scales is None or scales.shape != expected or scales.dtype != torch.float32 or not scales.is_contiguous():
+            found = "missing" if scales is None else f"{tuple(scales.shape)}, {scales.dtype}"
+            raise OptionError(f"the scales of {name} are {found}; they must be {expected}, float32 and contiguous")
 
 
 @torch.no_grad()
@@ -105,8 +131,11 @@ def adamw_reference(
     for index, u in enumerate(updates):
         shape = u.weight.shape
         master = _master(u)
-        square = u.exp_avg_sq.view(shape).to(master.dtype)
-        average = torch.zeros_like(square) if u.exp_avg is None else u.exp_avg.view(shape).to(master.dtype)
+        square = _widened(u.exp_avg_sq.view(shape), u.exp_avg_sq_scales, master.dtype, signed=False)
+        if u.exp_avg is None:
+            average = torch.zeros_like(square)
+        else:
+            average = _widened(u.exp_avg.view(shape), u.exp_avg_scales, master.dtype, signed=True)
         # one layout for all operands: vectorised loops then round the same way
         gradient = u.gradient.to(master.dtype).contiguous()
         torch_adamw(
@@ -130,10 +159,23 @@ def adamw_reference(
             u.exp_avg_sq.view(shape).copy_(round_stochastically(square, noise >> 16))
             if u.exp_avg is not None:
                 u.exp_avg.view(shape).copy_(round_stochastically(average, noise & 0xFFFF))
+        for moment, kept, scales in (
+            (average, u.exp_avg, u.exp_avg_scales),
+            (square, u.exp_avg_sq, u.exp_avg_sq_scales),
+        ):
+            if kept is not None and scales is not None:
+                codes, found = quantised(moment, signed=kept is u.exp_avg)
+                kept.view(shape).copy_(codes)
+                scales.copy_(found)
         if u.master is not None and u.master.dtype == torch.int16:
             master, remainder = split_master(master)
             u.master.view(shape).copy_(remainder)
         u.weight.copy_(master, non_blocking=True)
+
+
+def _widened(moment: Tensor, scales: Tensor | None, dtype: torch.dtype, signed: bool) -> Tensor:
+    """A moment as it is updated: itself if it is wide already."""
+    return moment.to(dtype) if scales is None else dequantised(moment, scales, signed)
 
 
 def _master(u: SliceUpdate) -> Tensor:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from chunkft_fx.errors import OptionError
+from chunkft_fx.graph.layout import BLOCK_NUMEL, blocks_of
 from chunkft_fx.kernels.adamw.reference import SliceUpdate, check_operands, operands
 from chunkft_fx.kernels.launch import LaunchOptions, is_aligned, join_dims, require_reachable, signed64
 
@@ -36,8 +37,8 @@ class Layout:
 class Variant:
     """What the kernel is compiled for; slices of one variant share a launch.
 
-    ``dims`` says of weight and gradient where their stride is one. ``even`` means that every access
-    may be as wide as `chunkft_fx.kernels.launch.ACCESS_NBYTES`.
+    ``dims`` says of weight and gradient where their stride is one, for walks over tiles. ``even`` means that every
+    access may be as wide as `chunkft_fx.kernels.launch.ACCESS_NBYTES`, except to scales.
     """
 
     weight_dtype: torch.dtype
@@ -48,6 +49,11 @@ class Variant:
     is_run: bool
     even: bool
     dims: tuple[int, ...]
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether moments are codes, so that the kernel walks over blocks."""
+        return self.state_dtype == torch.uint8
 
 
 @dataclass(frozen=True)
@@ -87,10 +93,15 @@ def groups_of(updates: Sequence[SliceUpdate], launch: LaunchOptions) -> tuple[Gr
     return found
 
 
+def blocks_in_tile(launch: LaunchOptions) -> int:
+    """The blocks of 8-bit moments that a program updates at once."""
+    return max(1, launch.tile // BLOCK_NUMEL)
+
+
 def _place(u: SliceUpdate) -> tuple[Any, ...]:
     """All that the checks and the rows of an update depend on; the address also says which memory it is."""
     walked = (u.weight, u.gradient)
-    states = (u.master, u.exp_avg, u.exp_avg_sq)
+    states = (u.master, u.exp_avg, u.exp_avg_sq, u.exp_avg_scales, u.exp_avg_sq_scales)
     return (
         *[t if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride()) for t in walked],
         *[t if t is None else (t.data_ptr(), t.dtype, t.numel(), t.is_contiguous()) for t in states],
@@ -100,13 +111,18 @@ def _place(u: SliceUpdate) -> tuple[Any, ...]:
 def _group(variant: Variant, entries: Sequence[tuple[int, SliceUpdate, Layout]], launch: LaunchOptions) -> Group:
     from chunkft_fx.kernels.adamw import common_triton, walks_triton
 
+    blocks = blocks_in_tile(launch)
     height, width = (launch.tile, 1) if variant.is_run else (walks_triton.TILE_ROWS, walks_triton.TILE_COLUMNS)
     tiles, rows = [], []
     for _, u, layout in entries:
         down, deep, across = layout.sizes
-        tiles.append(-(-down // int(height)) * deep * -(-across // int(width)))
+        row = u.weight.numel() // len(u.weight)
+        if variant.in_blocks:
+            tiles.append(-(-len(u.weight) * blocks_of(row) // blocks))
+        else:
+            tiles.append(-(-down // int(height)) * deep * -(-across // int(width)))
         numbers = [0] * (common_triton.FIELDS.value - common_triton.LR.value)
-        rows.append([*layout.sizes, *_addresses(u), *layout.strides, *numbers])
+        rows.append([*layout.sizes, *_addresses(u), row, *layout.strides, *numbers])
     on_host = any(t.device.type == "cpu" for _, u, _ in entries for t in operands(u).values())
     indices = np.array([index for index, _, _ in entries])
     return Group(variant, indices, np.cumsum(tiles), np.array(rows), on_host)
@@ -133,7 +149,7 @@ def numbers_of(
 
 def _addresses(u: SliceUpdate) -> list[int]:
     """The operands' addresses in the order of the table; 0 for one that is absent."""
-    named = (u.weight, u.gradient, u.master, u.exp_avg, u.exp_avg_sq)
+    named = (u.weight, u.gradient, u.master, u.exp_avg, u.exp_avg_sq, u.exp_avg_scales, u.exp_avg_sq_scales)
     return [0 if t is None else t.data_ptr() for t in named]
 
 
@@ -159,9 +175,13 @@ def _layout(u: SliceUpdate) -> Layout:
 
 
 def _variant(u: SliceUpdate, layout: Layout) -> Variant:
-    even = is_aligned(list(operands(u).values()))
+    even = is_aligned([t for name, t in operands(u).items() if not name.endswith("scales")])
     dims: tuple[int, ...] = ()
-    if not layout.is_run:
+    if u.exp_avg_sq.dtype == torch.uint8:
+        from chunkft_fx.kernels.adamw.common_triton import DIVISOR
+
+        even = even and u.weight[0].numel() % DIVISOR.value == 0
+    elif not layout.is_run:
         from chunkft_fx.kernels.adamw.common_triton import COLUMNS, DIVISOR, NO_DIM, ROWS
 
         triples = [layout.strides[i : i + 3] for i in (0, 3)]
