@@ -43,7 +43,7 @@ from benchmarks.exact_peers import PEERS
 from benchmarks.exact_trainers import TRAINERS as OWN
 from benchmarks.exact_trainers import BatchTooLarge, Setting
 from benchmarks.shapes import SHAPES, batches
-from chunkft_fx.plan.state_spec import MASTERS
+from chunkft_fx.plan.state_spec import MASTERS, STATE_DTYPES
 
 TRAINERS = OWN | PEERS
 ROW, FAILED, TOO_LARGE = "ROW ", "FAILED ", "the device has too little memory for the batch"
@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--trainers", default=",".join(TRAINERS), help="comma-separated")
     parser.add_argument("--micro", action="append", default=[], metavar="TRAINER=N", help="sequences in one go")
     parser.add_argument("--master", choices=MASTERS, default="float32", help="how the library keeps its masters")
-    parser.add_argument("--state-dtype", choices=("float32", "bfloat16"), default="float32", help="of its moments")
+    parser.add_argument("--state-dtype", choices=tuple(STATE_DTYPES), default="float32", help="of its moments")
     parser.add_argument("--unlimited", action="store_true", help="plan for the budget, but let more be reserved")
     parser.add_argument("--warm", type=int, default=2, help="steps before those that are measured")
     parser.add_argument("--steps", type=int, default=5, help="measured steps")

@@ -62,7 +62,7 @@ def command(
     master: Annotated[
         str, typer.Option(help='float32 masters of bfloat16 weights: "float32" or "remainder".')
     ] = "float32",
-    state_dtype: Annotated[str, typer.Option(help="AdamW's moments: float32 or bfloat16.")] = "float32",
+    state_dtype: Annotated[str, typer.Option(help="AdamW's moments: float32, bfloat16 or 8bit.")] = "float32",
     rates: Annotated[
         str,
         typer.Option(help='Plan for another machine: "matmul=165T,memory=1T,link=25G", operations and bytes a second.'),

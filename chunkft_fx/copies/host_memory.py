@@ -99,7 +99,7 @@ def require_room(gradients: int, others: int = 0) -> None:
             f"gradients that wait in host memory for the optimizer's step take {format_bytes(gradients)} more of it"
             f"{beside}, available physical memory is {format_bytes(limit)}; use a budget with which they wait on the "
             'device, update="backward", which keeps none, states that take less (master="remainder", '
-            'state_dtype="bfloat16"), one backward for a step, or a machine with more memory',
+            'state_dtype="8bit"), one backward for a step, or a machine with more memory',
             gradients + others,
             limit,
         )

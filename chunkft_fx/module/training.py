@@ -35,9 +35,9 @@ from chunkft_fx.machine.rates import Rates
 from chunkft_fx.module.micro_batches import MicroBatches, micro_batches
 from chunkft_fx.module.sessions import new_session
 from chunkft_fx.plan import schedule as schedules
-from chunkft_fx.plan.cuts import require_whole
 from chunkft_fx.plan.plan import Plan
 from chunkft_fx.plan.schedule import ChunkSchedule
+from chunkft_fx.plan.state_spec import require_whole
 from chunkft_fx.planning.example_batch import arguments_of, plan_for_example
 from chunkft_fx.planning.planner import Options, first_plan
 from chunkft_fx.program.instructions import Executable

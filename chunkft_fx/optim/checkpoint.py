@@ -4,8 +4,10 @@ The layout is that of torch's optimizer of the same name, for AdamW ``{"state": 
 "exp_avg_sq"}}, "param_groups": [...]}``. This library adds ``master`` (float32 weights of low-precision parameters,
 in whatever format the optimizer keeps them) and ``slice_steps`` (``[start, length, step]`` along the cut dimension) per
 parameter, and a top-level entry ``chunkft`` with names, shapes and cut dimensions of the parameters, the schedule's
-position and the number of updates made, which seeds stochastic rounding. States are in the dtype in which the optimizer
-keeps them; one that no update reads (``exp_avg`` where ``betas[0]`` is 0) may be missing.
+position and the number of updates made, which seeds stochastic rounding. States are in the format in which the
+optimizer keeps them, those in 8 bits as ``exp_avg_codes`` (uint8, in the parameter's shape) and ``exp_avg_scales``
+(float32, a row for each index of the cut dimension): names that torch's optimizer does not take for numbers. One that
+no update reads (``exp_avg`` where ``betas[0]`` is 0) may be missing.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from torch import Tensor
 
 from chunkft_fx.errors import CheckpointMismatch, OptionError
 from chunkft_fx.graph.layout import front, size_along
-from chunkft_fx.kernels.masters import join_master, reconcile, split_master
+from chunkft_fx.kernels.masters import join_master, reconcile
+from chunkft_fx.optim.saved_states import SavedState, checked
 from chunkft_fx.optim.states.step_counts import Counts, Run, is_partition, uniform
 from chunkft_fx.plan.cuts import cut_dim
 from chunkft_fx.plan.state_spec import MASTER, REMAINDER, StateSpec, master_dtype
@@ -34,14 +37,6 @@ _IGNORED_OPTIONS = {"params", "param_names", "foreach", "capturable", "different
     "amsgrad",
     "maximize",
 }
-
-
-@dataclass(frozen=True)
-class SavedState:
-    """One parameter's state as it was saved: tensors of the parameter's shape, and its step counts."""
-
-    tensors: dict[str, Tensor]
-    counts: Counts
 
 
 @dataclass(frozen=True)
@@ -90,16 +85,6 @@ def exported(
             counted = {"step": torch.tensor(float(step))} if spec.saves_steps else {}
             found[index] = {**counted, **_with_master(state, parameters[index]), "slice_steps": runs}
     return found
-
-
-def take(saved: SavedState, state: dict[str, Any]) -> None:
-    """Copy a saved state into a parameter's, whose master may be a remainder."""
-    for key, value in saved.tensors.items():
-        if key == MASTER and REMAINDER in state:
-            state[REMAINDER].copy_(split_master(value.float())[1])
-        else:
-            state[key].copy_(value)
-    state["slice_steps"] = saved.counts
 
 
 def _with_master(state: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
@@ -218,30 +203,8 @@ def _check_entry(entry: Any, named: Sequence[tuple[str, Tensor]]) -> list[int]:
 def _state(
     name: str, parameter: Tensor, dim: int, saved: Mapping[str, Any], spec: StateSpec, unread: frozenset[str]
 ) -> SavedState:
-    layouts = spec.layouts(parameter)
-    tensors = {key: value for key, value in saved.items() if key not in ("step", "slice_steps")}
-    expected = layouts.keys() - {MASTER}
-    if not expected - unread <= tensors.keys() <= expected | unread | {MASTER}:
-        raise CheckpointMismatch(f"the state of {name!r} holds {sorted(tensors)}, not {sorted(expected)}")
-    tensors = {key: value for key, value in tensors.items() if key in layouts or key not in unread}
-    if not tensors.keys() <= layouts.keys():
-        raise CheckpointMismatch(
-            f"the state of {name!r} has a master weight, but the parameter is {master_dtype(parameter)} "
-            "and its own master; load into a model of the dtype that was trained"
-        )
-    for key, value in tensors.items():
-        shape, dtype, _ = layouts[key]
-        if not isinstance(value, Tensor) or tuple(value.shape) != shape:
-            raise CheckpointMismatch(
-                f"{key} of {name!r} has shape {tuple(getattr(value, 'shape', ()))}, for the parameter of shape "
-                f"{tuple(parameter.shape)} it must be {shape}"
-            )
-        if torch.promote_types(value.dtype, dtype) != dtype:
-            raise CheckpointMismatch(
-                f"{key} of {name!r} is {value.dtype}, which {dtype} would round; load into a model of the "
-                "dtype, and an optimizer of the state_dtype, that was trained"
-            )
-    return SavedState(tensors, _counts(name, parameter, dim, saved, spec))
+    counts = _counts(name, parameter, dim, saved, spec)
+    return SavedState(checked(name, parameter, dim, saved, spec, unread), counts, dim)
 
 
 def _require_masters(states: Sequence[tuple[str, Tensor, SavedState]]) -> None:

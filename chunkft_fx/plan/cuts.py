@@ -16,14 +16,13 @@ enough, after the boundary before it, is taken (distances in shares of a mean ch
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 
-from chunkft_fx.errors import ChunkCountError, OptimizerMismatch
+from chunkft_fx.errors import ChunkCountError
 from chunkft_fx.plan.chunk import Chunk, Slice
-from chunkft_fx.plan.state_spec import StateSpec
 
 # A first dimension below this many indices makes thin slices; another, larger dimension is cut instead.
 MIN_CUT_SIZE = 64
@@ -43,8 +42,8 @@ class ParameterSpec:
     """One trainable parameter as the stream sees it.
 
     ``nbytes_per_element`` counts the weight and its optimizer state (bf16: 2 + 12; float32, its own
-    master: 4 + 8); ``region`` labels the part of the model that it belongs to. A parameter that ``is_whole`` is never
-    cut.
+    master: 4 + 8), ``nbytes_per_index`` what an index of the cut dimension takes beside (scales of 8-bit moments);
+    ``region`` labels the part of the model that it belongs to. A parameter that ``is_whole`` is never cut.
     """
 
     name: str
@@ -52,6 +51,7 @@ class ParameterSpec:
     nbytes_per_element: int
     region: int
     is_whole: bool = False
+    nbytes_per_index: int = 0
 
 
 def cut_dim(shape: Sequence[int]) -> int:
@@ -74,17 +74,6 @@ def alignment(shape: Sequence[int], dim: int) -> int:
 def max_chunks(parameters: Sequence[ParameterSpec]) -> int:
     """The number of indices that can be told apart: the most chunks these parameters can be cut into."""
     return sum(t.size for t in _tensors(parameters))
-
-
-def require_whole(slices: Iterable[Slice], spec: StateSpec) -> None:
-    """Raise `OptimizerMismatch` for a slice that is cut, if the optimizer updates parameters as a whole."""
-    part = next((s for s in slices if not s.is_whole), None) if spec.is_whole else None
-    if part is not None:
-        raise OptimizerMismatch(
-            f"{spec.optimizer} updates a parameter by numbers of its whole, but a chunk holds {part.length} of the "
-            f"{part.size} indices of {part.name!r}; make the optimizer before the first training step, so that chunks "
-            "are cut between parameters"
-        )
 
 
 def cut(parameters: Sequence[ParameterSpec], chunks: int) -> tuple[Chunk, ...]:
@@ -114,7 +103,7 @@ def cut(parameters: Sequence[ParameterSpec], chunks: int) -> tuple[Chunk, ...]:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A parameter in the stream: ``size`` pieces of ``piece_nbytes`` each along its cut dimension.
+    """A parameter in the stream: ``size`` pieces of ``piece_numel`` and ``piece_nbytes`` along its cut dimension.
 
     A *piece* is so many indices of one tensor as stay together: one, or all. ``first_piece`` and ``first_byte`` say
     where the tensor begins.
@@ -124,6 +113,7 @@ class _Tensor:
     dim: int
     size: int
     indices: int
+    piece_numel: int
     piece_nbytes: int
     first_piece: int
     first_byte: int
@@ -139,8 +129,8 @@ def _tensors(parameters: Sequence[ParameterSpec]) -> list[_Tensor]:
         dim = cut_dim(spec.shape)
         length = spec.shape[dim] if spec.shape else 1
         size, indices = (1, length) if spec.is_whole else (length, 1)
-        piece_nbytes = numel // size * spec.nbytes_per_element
-        tensors.append(_Tensor(spec, dim, size, indices, piece_nbytes, piece, byte))
+        piece_nbytes = numel // size * spec.nbytes_per_element + indices * spec.nbytes_per_index
+        tensors.append(_Tensor(spec, dim, size, indices, numel // size, piece_nbytes, piece, byte))
         piece, byte = piece + size, byte + size * piece_nbytes
     return tensors
 
@@ -205,7 +195,7 @@ class Stream:
             start = max(first - t.first_piece, 0)
             length = min(end - t.first_piece, t.size) - start
             slices.append(self._whole[i] if length == t.size else _slice(t, start, length))
-            numel += length * (t.piece_nbytes // t.spec.nbytes_per_element)
+            numel += length * t.piece_numel
             nbytes += length * t.piece_nbytes
         return Chunk(tuple(slices), numel, nbytes)
 

@@ -7,7 +7,7 @@ in plans, and says nothing of how an update is computed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple, Protocol
@@ -15,12 +15,18 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from chunkft_fx.errors import OptionError
-from chunkft_fx.graph.layout import stage_nbytes, wide_dtype
+from chunkft_fx.errors import OptimizerMismatch, OptionError
+from chunkft_fx.graph.layout import blocks_of, front, stage_nbytes, wide_dtype
 from chunkft_fx.plan.chunk import Chunk, Slice
+from chunkft_fx.plan.cuts import cut_dim
 
-# What the user calls the dtypes in which states can be kept.
-STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# What the user calls the formats in which states can be kept: numbers of these dtypes, or codes with scales.
+STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": torch.uint8}
+# States are kept in 8 bits where an index of the cut dimension has so many elements, for it has scales of its own.
+# Those of vectors and thin matrices stay float32: their scales would take what their codes save.
+LEAST_ROW = 64
+# What the names of an 8-bit state's two tensors end in.
+CODES, SCALES = "_codes", "_scales"
 STATES = ("keep", "reset")
 # When weights change: in the optimizer's step, or in the backward.
 UPDATES = ("step", "backward")
@@ -32,48 +38,71 @@ MASTER, REMAINDER = "master", "remainder"
 class StateLayout(NamedTuple):
     """One state tensor of one parameter.
 
-    A tensor that ``is_sliced`` has the parameter's shape, and lies with the parameter's cut dimension outermost in
-    memory: every slice of it, seen through ``front``, is one contiguous run. Any other belongs to the whole parameter.
+    A tensor that ``is_sliced`` lies with the parameter's cut dimension outermost in memory: every slice of it, seen
+    through ``front``, is one contiguous run. It has the parameter's shape, or is a matrix with a row for each index of
+    the cut dimension (``by_index``). Any other belongs to the whole parameter.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     is_sliced: bool
+    by_index: bool = False
 
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
+
+    def front(self, state: Tensor, dim: int) -> Tensor:
+        """A view of this tensor with the parameter's cut dimension ``dim`` in front, if it is sliced."""
+        return state if self.by_index or not self.is_sliced else front(state, dim)
 
 
 @dataclass(frozen=True)
 class StateTensor:
     """One kind of state: ``name`` as in checkpoints of torch's optimizer.
 
-    ``dtype`` is "float32" or "bfloat16"; for float64 parameters it is float64 whatever is said here. ``of`` is "all"
+    ``dtype`` is a word of `STATE_DTYPES`; for float64 parameters it is float64 whatever is said here. ``of`` is "all"
     parameters, the "matrices" among them (two dimensions or more) or the "vectors" (all others). A state has its
-    parameter's shape, but size 1 in dimension ``mean_over`` (-1 or -2) where that is given.
+    parameter's shape, but size 1 in dimension ``mean_over`` (-1 or -2) where that is given. One that ``is_signed`` can
+    have values below zero.
+
+    In "8bit" a state is two tensors (`kernels.blocks`): codes in the parameter's shape, and float32 scales, a row for
+    each index of the cut dimension, so that any slice of a parameter has whole blocks. Where such an index has fewer
+    than `LEAST_ROW` elements the state is float32.
     """
 
     name: str
     dtype: str = "float32"
     of: str = "all"
     mean_over: int | None = None
+    is_signed: bool = True
 
     def __post_init__(self) -> None:
         if self.dtype not in STATE_DTYPES:
             raise OptionError(f"state_dtype={self.dtype!r} is not known; choose one of {', '.join(STATE_DTYPES)}")
+        if self.dtype == "8bit" and self.mean_over is not None:
+            raise OptionError(f"{self.name} belongs to whole parameters, and 8-bit blocks to slices; use float32")
 
     def belongs_to(self, dimensions: int) -> bool:
         """Whether parameters of so many dimensions have this state."""
         return self.of == "all" or (self.of == "matrices") == (dimensions > 1)
 
-    def layout(self, shape: Sequence[int], dtype: torch.dtype) -> StateLayout:
-        """The state of a parameter of this shape and dtype."""
+    def layouts(self, shape: Sequence[int], dtype: torch.dtype) -> dict[str, StateLayout]:
+        """The state of a parameter of this shape and dtype: its tensors by name."""
         own = torch.float64 if dtype == torch.float64 else STATE_DTYPES[self.dtype]
         sizes = list(shape)
         if self.mean_over is not None:
             sizes[self.mean_over] = 1
-        return StateLayout(tuple(sizes), own, self.mean_over is None)
+        if own != torch.uint8:
+            return {self.name: StateLayout(tuple(sizes), own, self.mean_over is None)}
+        size = size_of_cut(shape)
+        row = prod(shape) // max(size, 1)
+        if row < LEAST_ROW:
+            return {self.name: StateLayout(tuple(sizes), torch.float32, True)}
+        return {
+            self.name + CODES: StateLayout(tuple(sizes), own, True),
+            self.name + SCALES: StateLayout((size, blocks_of(row)), torch.float32, True, by_index=True),
+        }
 
 
 @dataclass(frozen=True)
@@ -124,11 +153,21 @@ class StateSpec:
         """A parameter's state tensors by name; a float32 or float64 parameter is its own master."""
         return _layouts(self.tensors, self.master, parameter.shape, parameter.dtype)
 
-    def element_nbytes(self, dtype: torch.dtype, dimensions: int) -> int:
-        """Optimizer-state bytes per element of a parameter, without states of the whole parameter."""
-        sliced = [t for t in self.tensors if t.belongs_to(dimensions) and t.mean_over is None]
-        master = _master_layout(self.master, (1,), dtype)
-        return sum(t.layout((1,), dtype).nbytes for t in sliced) + sum(layout.nbytes for layout in master.values())
+    def element_nbytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+        """Optimizer-state bytes per element of a parameter, without those of `index_nbytes` and of the whole."""
+        layouts = _layouts(self.tensors, self.master, tuple(shape), dtype).values()
+        return sum(n.dtype.itemsize for n in layouts if n.is_sliced and not n.by_index)
+
+    def index_nbytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+        """Optimizer-state bytes that each index of a parameter's cut dimension takes beside those of its elements."""
+        layouts = _layouts(self.tensors, self.master, tuple(shape), dtype).values()
+        return sum(n.shape[1] * n.dtype.itemsize for n in layouts if n.by_index)
+
+    def slice_nbytes(self, parameter: Tensor, length: int) -> int:
+        """Optimizer-state bytes of ``length`` indices of a parameter's cut dimension, without those of the whole."""
+        size = size_of_cut(parameter.shape)
+        layouts = self.layouts(parameter).values()
+        return sum(n.nbytes // size * length for n in layouts if n.is_sliced)
 
     def covers(self, other: StateSpec) -> bool:
         """Whether memory planned for this is enough for the other, whatever the parameters are."""
@@ -136,16 +175,42 @@ class StateSpec:
             return False
         if any(t.mean_over is not None for t in other.tensors):
             return self == other
-        kinds = [(d, n) for d in (torch.bfloat16, torch.float16, torch.float32, torch.float64) for n in (1, 2)]
-        has_room = all(self.element_nbytes(*kind) >= other.element_nbytes(*kind) for kind in kinds)
-        return has_room and len(self.tensors) >= len(other.tensors)
+        dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+        return all(self._has_room(other, shape, dtype) for dtype in dtypes for shape in _KINDS)
+
+    def _has_room(self, other: StateSpec, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+        """Each tensor of a slice is aligned on the stage, so that more tensors of as many bytes can take more."""
+        ours, theirs = (_layouts(spec.tensors, spec.master, shape, dtype).values() for spec in (self, other))
+        nbytes = [sum(n.nbytes for n in layouts if n.is_sliced) for layouts in (ours, theirs)]
+        return nbytes[0] >= nbytes[1] and len(ours) >= len(theirs)
+
+
+# Shapes of all the kinds of parameters that have other states: vectors, thin matrices, and those with 8-bit states.
+_KINDS = ((1,), (1, 1), (LEAST_ROW, LEAST_ROW))
+
+
+def size_of_cut(shape: Sequence[int]) -> int:
+    """The number of indices along the cut dimension of a parameter of this shape."""
+    return shape[cut_dim(shape)] if shape else 1
+
+
+def require_whole(slices: Iterable[Slice], spec: StateSpec) -> None:
+    """Raise `OptimizerMismatch` for a slice that is cut, if the optimizer updates parameters as a whole."""
+    part = next((s for s in slices if not s.is_whole), None) if spec.is_whole else None
+    if part is not None:
+        raise OptimizerMismatch(
+            f"{spec.optimizer} updates a parameter by numbers of its whole, but a chunk holds {part.length} of the "
+            f"{part.size} indices of {part.name!r}; make the optimizer before the first training step, so that chunks "
+            "are cut between parameters"
+        )
 
 
 @functools.lru_cache(maxsize=4096)  # asked in every step for every slice
 def _layouts(
     tensors: tuple[StateTensor, ...], master: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Mapping[str, StateLayout]:
-    found = {t.name: t.layout(shape, dtype) for t in tensors if t.belongs_to(len(shape))}
+    own = [t.layouts(shape, dtype) for t in tensors if t.belongs_to(len(shape))]
+    found = {name: layout for layouts in own for name, layout in layouts.items()}
     return found | _master_layout(master, shape, dtype)
 
 
@@ -166,8 +231,8 @@ class HasSpec(Protocol):
     def spec(self) -> StateSpec: ...
 
 
-# What is planned for as long as no optimizer exists: none of this library needs more.
-ASSUMED = StateSpec("AdamW", (StateTensor("exp_avg"), StateTensor("exp_avg_sq")))
+# What is planned for as long as no optimizer exists: none of this library needs more, alignment of 8-bit scales aside.
+ASSUMED = StateSpec("AdamW", (StateTensor("exp_avg"), StateTensor("exp_avg_sq", is_signed=False)))
 
 
 def spec_of(optimizer: HasSpec | None) -> StateSpec:

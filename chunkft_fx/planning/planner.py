@@ -92,7 +92,12 @@ def parameter_specs(model: nn.Module, spec: StateSpec = ASSUMED) -> tuple[Parame
     regions = region_of_parameters([n for n, _ in trainable], block_paths(model.named_modules()))
     return tuple(
         ParameterSpec(
-            name, tuple(p.shape), p.dtype.itemsize + spec.element_nbytes(p.dtype, p.ndim), region, spec.is_whole
+            name,
+            tuple(p.shape),
+            p.dtype.itemsize + spec.element_nbytes(p.shape, p.dtype),
+            region,
+            spec.is_whole,
+            spec.index_nbytes(p.shape, p.dtype),
         )
         for (name, p), region in zip(trainable, regions, strict=True)
     )

@@ -107,8 +107,7 @@ class Programs:
     def _state_nbytes(self, slices: Sequence[Slice], policy: Policy) -> int:
         if not policy.states.is_kept:
             return 0
-        named = [(self.parameters[s.name], s) for s in slices]
-        return sum(p.numel() // s.size * s.length * policy.states.element_nbytes(p.dtype, p.ndim) for p, s in named)
+        return sum(policy.states.slice_nbytes(self.parameters[s.name], s.length) for s in slices)
 
     def _spec(self, slices: tuple[Slice, ...], absent: frozenset[str], policy: Policy) -> ProgramSpec:
         inputs = frozenset(self.capture.primals[i] for i in self.inputs) if slices else frozenset()

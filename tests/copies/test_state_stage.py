@@ -17,6 +17,7 @@ from chunkft_fx.copies.states.batches import Batch, last_conflict
 from chunkft_fx.copies.states.stage import CopiedStage, Stage
 from chunkft_fx.copies.tier import HostTier
 from chunkft_fx.optim.rules.adamw import AdamW
+from tests.support.block_net import block_compiled, block_net, feed_sweep
 from tests.support.small_net import compiled, feed, net, train_step
 from tests.support.stream_machine import CPU, Machine, copied_stage, machine
 
@@ -232,6 +233,21 @@ def test_training_through_the_stage_equals_training_in_place(
     same_state(a.state_dict(), b.state_dict())
     for p, q in zip(inplace.parameters(), staged.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_training_in_8_bits_through_the_stage_equals_training_in_place(machine: Machine) -> None:
+    machine.chance = random.Random(0)
+    inplace, staged = (block_compiled(block_net(torch.bfloat16), chunks=5, order="random") for _ in range(2))
+    a, b = (AdamW(m, state_dtype="8bit", master="remainder") for m in (inplace, staged))
+    b._states.stage = copied_stage(b._states.capacity())
+    for step in range(12):
+        for module, optimizer in ((inplace, a), (staged, b)):
+            feed_sweep(module, step)
+            optimizer.step()
+        if step == 6:
+            same_state(a.state_dict(), b.state_dict())
+    same_state(a.state_dict(), b.state_dict())
+    assert any(not s.is_whole for chunk in staged.plan.chunks for s in chunk.slices)
 
 
 def same_state(a: dict[str, Any], b: dict[str, Any]) -> None:

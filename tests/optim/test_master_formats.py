@@ -125,7 +125,7 @@ def test_host_memory_takes_the_bytes_of_the_format(options: dict[str, Any], nbyt
     for dtype, each in nbytes.items():
         model = compiled(net(dtype))
         optimizer = AdamW(model, **options, host_budget=elements * each)
-        assert optimizer.spec.element_nbytes(dtype, 2) == each
+        assert optimizer.spec.element_nbytes((8, 12), dtype) == each
         with pytest.raises(HostMemoryExceeded) as caught:
             AdamW(compiled(net(dtype)), **options, host_budget=elements * each - 1)
         assert ('master="remainder"' in str(caught.value)) == ("master" not in options)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from chunkft_fx.errors import ChunkCountError, OptimizerMismatch
 from chunkft_fx.plan.chunk import Chunk, Slice
-from chunkft_fx.plan.cuts import ParameterSpec, alignment, cut, cut_dim, max_chunks, require_whole
-from chunkft_fx.plan.state_spec import ASSUMED, StateSpec
+from chunkft_fx.plan.cuts import ParameterSpec, alignment, cut, cut_dim, max_chunks
+from chunkft_fx.plan.state_spec import ASSUMED, StateSpec, require_whole
 
 sizes = st.one_of(st.integers(1, 9), st.sampled_from([16, 63, 64, 100, 255, 256, 300, 512, 1000, 1024, 4096]))
 shapes = st.lists(sizes, max_size=4).map(tuple).filter(lambda shape: prod(shape) <= 10**7)

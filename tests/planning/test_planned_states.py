@@ -49,9 +49,9 @@ DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 def test_bytes_of_a_spec() -> None:
     assert spec_of(None) == ASSUMED
-    assert [ASSUMED.element_nbytes(d, 2) for d in DTYPES] == [12, 8, 16]
+    assert [ASSUMED.element_nbytes((1, 1), d) for d in DTYPES] == [12, 8, 16]
     narrow = StateSpec("AdamW", (StateTensor("exp_avg", "bfloat16"), StateTensor("exp_avg_sq", "bfloat16")), "reset")
-    assert [narrow.element_nbytes(d, 2) for d in DTYPES] == [8, 4, 16]
+    assert [narrow.element_nbytes((1, 1), d) for d in DTYPES] == [8, 4, 16]
     assert ASSUMED.covers(narrow)
     assert not narrow.covers(ASSUMED)
     assert not narrow.is_kept
@@ -69,7 +69,7 @@ def test_states_of_the_whole_belong_to_some_parameters_and_not_to_elements() -> 
     }
     vector = spec.layouts(torch.empty(5, dtype=torch.float64, device="meta"))
     assert {k: (n.shape, n.dtype, n.is_sliced) for k, n in vector.items()} == {"each": ((5,), torch.float64, True)}
-    assert [spec.element_nbytes(d, n) for n in (1, 2) for d in DTYPES] == [8, 4, 8, 4, 0, 0]
+    assert [spec.element_nbytes(shape, d) for shape in ((1,), (1, 1)) for d in DTYPES] == [8, 4, 8, 4, 0, 0]
     assert not ASSUMED.covers(spec)  # it needs other chunks
     assert spec.covers(spec)
 

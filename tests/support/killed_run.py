@@ -31,6 +31,7 @@ MODES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "step": ({"coverage": "all"}, {}),
     "backward": ({"coverage": "all"}, {"update": "backward", "max_grad_norm": None, "accumulate": 2}),
     "remainder": ({"coverage": "all"}, {"update": "backward", "max_grad_norm": None, "master": "remainder"}),
+    "8 bits": ({"coverage": "all"}, {"master": "remainder", "state_dtype": "8bit"}),
     "remainder at the step": ({"coverage": "all"}, {"master": "remainder"}),
 }
 TEXT = "the quick brown fox jumps over the lazy dog. " * 4

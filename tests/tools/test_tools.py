@@ -184,6 +184,7 @@ def test_full_coverage_trains_as_torch_does(update: str) -> None:
         (["--coverage", "all", "--update", "backward"], "--max-grad-norm 0"),
         (["--update", "now"], "update is now"),
         (["--master", "half"], "master is half"),
+        (["--state-dtype", "4bit"], "state-dtype is 4bit"),
     ],
 )
 def test_coverages_that_cannot_be_are_refused_before_the_model_is_read(
@@ -201,6 +202,7 @@ def test_the_command_line_trains_with_full_coverage(tmp_path: Path) -> None:
     chunkft(
         "train", str(model), str(text), "--out", str(out), *EAGER, "--coverage", "all", "--update", "backward",
         "--master", "remainder", "--max-grad-norm", "0", "--steps", "2", "--seq-len", "16", "--dtype", "bfloat16",
+        "--state-dtype", "8bit",
     )  # fmt: skip
     assert (out / "model.safetensors").exists()
 

@@ -77,6 +77,7 @@ def train(
         max_grad_norm=options.max_grad_norm,
         update=options.update,
         master=options.master,
+        state_dtype=options.state_dtype,
     )
     scheduler = make_scheduler(optimizer, options)
     run = Run(model, optimizer, scheduler, Batches(sequences, options.batch_size, options.seed), options)

@@ -11,7 +11,7 @@ from typing import Any
 from chunkft_fx.bytes import parse_bytes
 from chunkft_fx.errors import OptionError
 from chunkft_fx.plan.schedule import ChunkSchedule, check_coverage
-from chunkft_fx.plan.state_spec import MASTERS, UPDATES
+from chunkft_fx.plan.state_spec import MASTERS, STATE_DTYPES, UPDATES
 from chunkft_fx.planning.planner import BACKENDS
 
 # The data order multiplies the seed, and torch's generators take 64 bits.
@@ -23,9 +23,9 @@ class TrainOptions:
     """What a run does; ``steps`` counts optimizer steps, each over ``accumulate`` batches of ``batch_size``.
 
     ``schedule`` is a name that ``transformers.get_scheduler`` knows, ``schedule_options`` its own arguments.
-    ``save_every`` is in optimizer steps; 0 writes no checkpoints. ``update`` and ``master`` are those of
-    `chunkft_fx.AdamW`: when weights change, and how float32 masters of bfloat16 weights are kept. Raises `OptionError`
-    for a value out of range.
+    ``save_every`` is in optimizer steps; 0 writes no checkpoints. ``update``, ``master`` and ``state_dtype`` are
+    those of `chunkft_fx.AdamW`: when weights change, how float32 masters of bfloat16 weights are kept, and moments.
+    Raises `OptionError` for a value out of range.
     """
 
     steps: int
@@ -41,6 +41,7 @@ class TrainOptions:
     save_every: int = 0
     update: str = "step"
     master: str = "float32"
+    state_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         for name, least in {"steps": 1, "batch_size": 1, "accumulate": 1, "warmup": 0, "save_every": 0}.items():
@@ -53,9 +54,10 @@ class TrainOptions:
             raise OptionError(f"max-grad-norm is {self.max_grad_norm}; it must be above 0, or 0 to not clip")
         if self.warmup > self.steps:
             raise OptionError(f"warmup is {self.warmup}, more than all {self.steps} steps: lr would never be reached")
-        for name, known in {"update": UPDATES, "master": MASTERS}.items():
+        for name, known in {"update": UPDATES, "master": MASTERS, "state_dtype": STATE_DTYPES}.items():
             if getattr(self, name) not in known:
-                raise OptionError(f"{name} is {getattr(self, name)}; it must be one of {', '.join(known)}")
+                shown = name.replace("_", "-")
+                raise OptionError(f"{shown} is {getattr(self, name)}; it must be one of {', '.join(known)}")
         if self.update == "backward" and self.max_grad_norm is not None:
             raise OptionError(
                 f"max-grad-norm is {self.max_grad_norm}, but with update=backward no step has all gradients to clip; "

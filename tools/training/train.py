@@ -37,6 +37,7 @@ def command(
     master: Annotated[
         str, typer.Option(help="Masters of bfloat16 weights: float32, or the remainder that the weights lack.")
     ] = "float32",
+    state_dtype: Annotated[str, typer.Option(help="AdamW's moments: float32, bfloat16 or 8bit.")] = "float32",
     order: Annotated[str, typer.Option(help="ascending, descending or random.")] = "ascending",
     interval: Annotated[int, typer.Option(help="Optimizer steps spent on each chunk.")] = 1,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
@@ -64,7 +65,7 @@ def command(
     where = pick_device(device)
     options = TrainOptions(
         steps, batch_size, accumulate, lr, schedule, json_object(schedule_options), warmup, weight_decay,
-        max_grad_norm or None, seed, save_every, update, master,
+        max_grad_norm or None, seed, save_every, update, master, state_dtype,
     )  # fmt: skip
     kind, count = pick_dtype(dtype, where), chunk_count(chunks)
     check_compile_options(budget, order, interval, backend, coverage, count)

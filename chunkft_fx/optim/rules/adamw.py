@@ -17,7 +17,7 @@ from chunkft_fx.optim.groups import is_at_least_0, require_at_least_0
 from chunkft_fx.optim.optimizer import ChunkedOptimizer
 from chunkft_fx.optim.rules.fused_adamw import AdamWUpdate
 from chunkft_fx.optim.update import StagedSlice, Update
-from chunkft_fx.plan.state_spec import StateSpec, StateTensor
+from chunkft_fx.plan.state_spec import LEAST_ROW, StateSpec, StateTensor
 
 
 class AdamW(ChunkedOptimizer):
@@ -56,12 +56,13 @@ class AdamW(ChunkedOptimizer):
     ) -> None:
         _check_betas(betas)
         self._has_first_moment = bool(betas[0] != 0)
-        names = ("exp_avg", "exp_avg_sq") if self._has_first_moment else ("exp_avg_sq",)
-        moments = tuple(StateTensor(name, state_dtype) for name in names)
+        average, square = StateTensor("exp_avg", state_dtype), StateTensor("exp_avg_sq", state_dtype, is_signed=False)
+        moments = (average, square) if self._has_first_moment else (square,)
         # Of a low-precision element: the gradient is read, weight and states are read and written. The 32 bytes of
-        # float32 states are measured by `benchmarks.bench_kernels`.
-        kept = StateSpec("AdamW", moments, master=master).element_nbytes(torch.bfloat16, 1)
+        # float32 states are measured by `benchmarks.bench_kernels`; 8-bit scales are too few to count.
+        kept = StateSpec("AdamW", moments, master=master).element_nbytes((LEAST_ROW, LEAST_ROW), torch.bfloat16)
         smaller = {
+            'state_dtype="8bit"': state_dtype != "8bit",
             'state_dtype="bfloat16"': state_dtype == "float32",
             'master="remainder" (for bfloat16 weights)': master == "float32",
         }

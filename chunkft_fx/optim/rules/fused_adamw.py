@@ -20,7 +20,7 @@ from chunkft_fx.kernels.adamw.reference import adamw_reference
 from chunkft_fx.kernels.launch import join_dims
 from chunkft_fx.optim.states.step_counts import within
 from chunkft_fx.optim.update import StagedSlice
-from chunkft_fx.plan.state_spec import MASTER, REMAINDER
+from chunkft_fx.plan.state_spec import CODES, MASTER, REMAINDER, SCALES
 
 # Dimensions in which the kernel walks weight and gradient together.
 KERNEL_DIMS = 3
@@ -52,7 +52,7 @@ class AdamWUpdate:
             gradient = gradient.contiguous()
             weight = home.to(gradient.device).contiguous()
             self._copied.append((home, weight))
-        states = {key: t.view(weight.shape) for key, t in entry.states.items()}
+        states = {key: t if key.endswith(SCALES) else t.view(weight.shape) for key, t in entry.states.items()}
         for run in within(entry.counts, s.start, s.length):
             part = slice(run.start - s.start, run.start - s.start + run.length)
             staged = {key: t[part] for key, t in states.items()}
@@ -61,9 +61,11 @@ class AdamWUpdate:
                     weight[part],
                     gradient[part],
                     staged.get(MASTER, staged.get(REMAINDER)),
-                    staged.get("exp_avg"),
-                    staged["exp_avg_sq"],
+                    staged.get("exp_avg", staged.get("exp_avg" + CODES)),
+                    staged["exp_avg_sq"] if "exp_avg_sq" in staged else staged["exp_avg_sq" + CODES],
                     run.step + 1,
+                    staged.get("exp_avg" + SCALES),
+                    staged.get("exp_avg_sq" + SCALES),
                 )
             )
 

@@ -66,12 +66,13 @@ class HostStates:
     def _tensor(self, at: int, layout: StateLayout, parameter: Tensor, device: torch.device) -> Tensor:
         dim = cut_dim(parameter.shape)
         self._asked.add(at)
-        shape = front(parameter, dim).shape if layout.is_sliced else layout.shape
+        has_its_shape = layout.is_sliced and not layout.by_index
+        shape = front(parameter, dim).shape if has_its_shape else layout.shape
         if device.type == "cuda":
             host = self._pinned(at, device).view(layout.dtype).view(shape)
         else:
             host = torch.zeros(shape, dtype=layout.dtype)
-        if not layout.is_sliced:
+        if not has_its_shape:
             return host
         return host.movedim(0, dim) if parameter.ndim else host.view(())
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from chunkft_fx.copies.states.ring import PieceRing, make_ring
 from chunkft_fx.copies.states.stage import FreshStage, Stage, make_stage
 from chunkft_fx.gradients.slices import ActiveSlice
-from chunkft_fx.graph.layout import front, size_along
+from chunkft_fx.graph.layout import size_along
 from chunkft_fx.kernels.masters import Ties, ties
 from chunkft_fx.module.training import Training
-from chunkft_fx.optim.checkpoint import SavedState, fill_masters, take
+from chunkft_fx.optim.checkpoint import fill_masters
+from chunkft_fx.optim.saved_states import SavedState, take
 from chunkft_fx.optim.states.host_states import HostStates, require_room
 from chunkft_fx.optim.states.step_counts import Counts, counted, uniform
 from chunkft_fx.plan.chunk import Slice
@@ -171,7 +172,7 @@ class StagedStates:
         self._staged, self._modified = [], False
         self.begin_anew(parameters)
         for parameter, states in saved.items() if self._spec.is_kept else ():
-            take(states, self._state_of(parameter))
+            take(states, self._state_of(parameter), cut_dim(parameter.shape), self._spec)
             if MASTER in states.tensors and parameter.dtype == torch.bfloat16:
                 self._ties[parameter] = ties(states.tensors[MASTER].float())
 
@@ -227,10 +228,11 @@ class StagedStates:
         """A slice's states in host memory; for states that are not kept, tensors without memory."""
         state, layouts = self._state_of(s.parameter), self._spec.layouts(s.parameter)
         if not self._spec.is_kept:
-            shape = front(s.weight(), s.dim).shape
-            shapes = [(shape if layout.is_sliced else layout.shape, layout.dtype) for layout in layouts.values()]
-            return [torch.empty(size, dtype=dtype, device="meta") for size, dtype in shapes]
-        return [
-            front(state[key], s.dim).narrow(0, s.start, s.length) if layout.is_sliced else state[key]
-            for key, layout in layouts.items()
-        ]
+            whole = {key: torch.empty(n.shape, dtype=n.dtype, device="meta") for key, n in layouts.items()}
+            return [_slice_of(t, layouts[key], s) for key, t in whole.items()]
+        return [_slice_of(state[key], layout, s) for key, layout in layouts.items()]
+
+
+def _slice_of(state: Tensor, layout: StateLayout, s: ActiveSlice) -> Tensor:
+    """A slice's part of a parameter's state, the cut dimension in front; all of one that belongs to the whole."""
+    return layout.front(state, s.dim).narrow(0, s.start, s.length) if layout.is_sliced else state
