@@ -34,7 +34,7 @@ OPTIONS: dict[str, Any] = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8
 # few programs for many tiles, so that every program walks over several tiles and slices
 SMALL = LaunchOptions(tile=256, num_warps=2, per_multiprocessor=1, on_host=3)
 PLAIN = Spec((9, 40), (0, 1), 0, 2, 5, torch.bfloat16, torch.float32, "front", 0, 3, 0)
-STATES = ("master", "exp_avg", "exp_avg_sq")
+STATES = ("master", "exp_avg", "exp_avg_sq", "exp_avg_scales", "exp_avg_sq_scales")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ def test_adamw_equals_the_spelled_out_update(
 @pytest.mark.parametrize(
     "place", [ON_DEVICE, STATES_ON_HOST, Place(frozenset({"weight", *STATES}))], ids=("device", "host", "weight too")
 )
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.uint8])
 def test_a_thousand_slices_take_several_steps_without_a_wait(place: Place, state_dtype: torch.dtype) -> None:
     # rows and columns of bf16 weights, and norms
     kinds = [((70, 33), 0, torch.bfloat16), ((32, 128), 1, torch.bfloat16), ((128,), 0, torch.float32)]
@@ -156,7 +156,7 @@ def test_masters_equal_those_of_torch_to_one_ulp(place: Place, weight_decay: flo
 
 
 @pytest.mark.parametrize("place", [ON_DEVICE, STATES_ON_HOST, Place(frozenset({"weight", *STATES}))])
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.uint8])
 @pytest.mark.parametrize("beta1", [0.0, 0.9])
 def test_a_thousand_updates_of_remainders_equal_those_of_float32_masters(
     place: Place, state_dtype: torch.dtype, beta1: float

@@ -25,13 +25,12 @@ def written_out_map(signed: bool) -> Floats:
     return np.array(sorted(found), dtype=np.float32)
 
 
-def code_of(value: np.float32, numbers: Floats) -> int:
-    """The code of one value of a block that was divided by its largest magnitude."""
-    low = max(int(np.count_nonzero(numbers <= value)) - 1, 0)
-    if low == 255:
-        return 255
-    distance = numbers[low + 1] - numbers[low]
-    return low + int(value - numbers[low] >= distance * np.float32(0.5))
+def codes_of(shares: Floats, numbers: Floats) -> npt.NDArray[np.uint8]:
+    """The codes of values of a block that were divided by its largest magnitude; what is no number lies above all."""
+    low = np.searchsorted(numbers, shares, side="right").clip(1) - 1
+    up = (low + 1).clip(max=255)
+    goes_up = shares - numbers[low] >= (numbers[up] - numbers[low]) * np.float32(0.5)
+    return np.where(np.isnan(shares), 255, np.where(goes_up, up, low)).astype(np.uint8)
 
 
 def blocks_of_row(row: int) -> list[slice]:
@@ -48,9 +47,7 @@ def quantised_slowly(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
             scale = np.maximum(np.abs(row[block]).max(), np.float32(1e-12))
             scales.append(scale)
             with np.errstate(invalid="ignore"):
-                shares = row[block] / scale
-            # what is no number lies above all codes
-            into[block] = [255 if np.isnan(share) else code_of(share, numbers) for share in shares]
+                into[block] = codes_of(row[block] / scale, numbers)
     return torch.from_numpy(codes).view(values.shape), torch.tensor(np.array(scales)).view(len(values), -1)
 
 

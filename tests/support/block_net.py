@@ -56,13 +56,14 @@ def feed_sweep(module: CompiledModule, sweep: int) -> None:
     """Gradients for the active slices that are the same for an element, whichever chunk it is in."""
     with module.residency.presented():
         for s in module.active_slices():
-            s.grad = _cut(_dense(s.parameter, s.name, sweep), s.slice)
+            dense = _dense(s.parameter, s.name, sweep)
+            s.grad = _cut(dense, s.slice).to(module._training.compute_device)
 
 
 def _dense(parameter: Tensor, name: str, sweep: int) -> Tensor:
     generator = torch.Generator().manual_seed(1000 * sweep + sum(name.encode()))
     drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    return (drawn * 10.0 ** -(4 * torch.rand(parameter.shape, generator=generator))).to(master_dtype(parameter))
+    return (drawn * 10.0 ** -torch.rand(parameter.shape, generator=generator)).to(master_dtype(parameter))
 
 
 def _cut(gradient: Tensor, s: Slice) -> Tensor:
