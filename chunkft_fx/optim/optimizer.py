@@ -347,11 +347,13 @@ class ChunkedOptimizer(Optimizer, ABC):
         the same, and begins a new sweep with a `ChunkFTWarning` if it is not. Gradients that are there stay, unless
         another chunk becomes active. Without saved master weights the parameters themselves are the masters. Where
         saved masters lie halfway between two bfloat16, parameters take at the next step or save the rounding of this
-        optimizer's format of masters. States that no update reads under the saved options (``exp_avg`` with
+        optimizer's format of masters. States in another format than this optimizer's become those of its own, narrower
+        ones by rounding to the nearest. States that no update reads under the saved options (``exp_avg`` with
         ``betas[0] == 0``) may be missing, and begin as zeros. With ``states="reset"`` nothing but the schedule is
         saved, and only it and the options are loaded: the active chunk starts anew. Raises `CheckpointMismatch`, before
-        anything changes, for a checkpoint of another model or optimizer, with states that this optimizer would round or
-        cannot keep, or with a position that means something else under this order, seed, interval or way of cutting.
+        anything changes, for a checkpoint of another model or optimizer, with float64 states for parameters that are
+        not float64, with states that this optimizer cannot keep, or with a position that means something else under
+        this order, seed, interval or way of cutting.
         """
         state_dict = state_dict.copy()
         for before in self._optimizer_load_state_dict_pre_hooks.values():

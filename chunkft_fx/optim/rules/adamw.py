@@ -27,13 +27,21 @@ class AdamW(ChunkedOptimizer):
     states of a parameter are ``exp_avg`` and ``exp_avg_sq`` in ``state_dtype``, and the master weight of a
     low-precision one. ``state_dtype="bfloat16"`` takes 8 instead of 12 bytes of state for a low-precision element and
     rounds stochastically, so that the second moment still decays; float64 parameters keep float64 moments.
+
+    ``state_dtype="8bit"`` takes 6.03 bytes: a moment is then ``exp_avg_codes``, uint8 in the parameter's shape, and
+    ``exp_avg_scales``, float32[indices, blocks], likewise of ``exp_avg_sq``. Codes are those of torchao's
+    ``AdamW8bit``, rounded to the nearest. A block has 256 elements of one index of the dimension along which the
+    parameter is cut, or what is left of it, so that chunks change nothing. Parameters with fewer than 64 elements for an
+    index, vectors among them, keep float32 moments.
+
     With ``states="reset"`` chunks begin with zero moments whenever they become active, as in BAdam (arXiv 2404.02827).
 
     ``master="remainder"`` keeps of the float32 master of a bfloat16 parameter the 16 bits that the parameter lacks, so
-    that states take 10 bytes an element, 6 with moments in bfloat16; float16 parameters keep a float32 master. Masters
-    are the same to the bit as with ``master="float32"``; parameters are their masters rounded half up in magnitude,
-    which at exact ties alone is another value. The master of a parameter that was changed from outside is the new value
-    with the old remainder, so that it differs from that value by half a unit of bfloat16 at most.
+    that states take 10 bytes an element, 6 with moments in bfloat16, 4.03 with those in 8 bits; float16 parameters keep
+    a float32 master. Masters are the same to the bit as with ``master="float32"``; parameters are their masters rounded
+    half up in magnitude, which at exact ties alone is another value. The master of a parameter that was changed from
+    outside is the new value with the old remainder, so that it differs from that value by half a unit of bfloat16 at
+    most.
 
     An optimizer that is made with ``betas[0] == 0`` keeps no ``exp_avg``; its ``betas[0]`` cannot change afterwards.
     """
