@@ -87,9 +87,8 @@ def code_table(device: torch.device) -> Tensor:
 
 def dequantised(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
     """The float32 values, in the shape of ``codes``: uint8[indices, ...]; ``scales`` are float32[indices, blocks]."""
-    values = code_table(codes.device)[0 if signed else 2][codes.int()].view(len(codes), -1)
-    row = values.shape[1]
-    factors = scales.repeat_interleave(BLOCK_NUMEL, dim=1)[:, :row]
+    values = code_table(codes.device)[0 if signed else 2][codes.reshape(len(codes), -1).int()]
+    factors = scales.repeat_interleave(BLOCK_NUMEL, dim=1)[:, : values.shape[1]]
     return values.mul_(factors).view(codes.shape)
 
 

@@ -31,8 +31,8 @@ class AdamW(ChunkedOptimizer):
     ``state_dtype="8bit"`` takes 6.03 bytes: a moment is then ``exp_avg_codes``, uint8 in the parameter's shape, and
     ``exp_avg_scales``, float32[indices, blocks], likewise of ``exp_avg_sq``. Codes are those of torchao's
     ``AdamW8bit``, rounded to the nearest. A block has 256 elements of one index of the dimension along which the
-    parameter is cut, or what is left of it, so that chunks change nothing. Parameters with fewer than 64 elements for an
-    index, vectors among them, keep float32 moments.
+    parameter is cut, or what is left of it, so that chunks change nothing. Parameters with fewer than 64 elements for
+    an index, vectors among them, keep float32 moments.
 
     With ``states="reset"`` chunks begin with zero moments whenever they become active, as in BAdam (arXiv 2404.02827).
 
