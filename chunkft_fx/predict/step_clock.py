@@ -145,6 +145,8 @@ class _Clock:
             again = times.recompute_us[i] if i < self.policy.save_from else 0.0
             us = times.backward_us[i] + times.gradients_us[i] + again
             self.busy_backward += us
+        elif i == len(times.forward_us) - 1:  # the head's, split into blocks
+            us += dict(times.split_us)[self.policy.head_split]
         self.is_backward = call.is_backward
         us += self._slowed_us(us)
         self.compute = self._span(COMPUTE, moment_label(call.region, call.is_backward), self.compute, us)

@@ -153,6 +153,12 @@ def test_copies_slow_the_calls_beside_them_and_no_others(
     assert slower.still_us == quicker.still_us
 
 
+def test_a_split_head_takes_what_it_is_predicted_to_take_more(steps: Steps) -> None:
+    times = replace(times_of(steps.regions, ((3.0, 5.0), (7.0,), (2.0,), (1.0,)), 0.0), split_us=((1, 0.0), (4, 11.0)))
+    whole, split = (steps.clocked(steps.policy(head_split=n), times) for n in (1, 4))
+    assert split.step_us == pytest.approx(whole.step_us + 11.0)
+
+
 def test_a_piece_comes_is_updated_and_leaves(steps: Steps) -> None:
     """Each once, in that order, its bytes those of its states."""
     times = times_of(steps.regions, ((3.0, 5.0), (7.0,), (2.0,), (1.0, 4.0)), 1e-3)
