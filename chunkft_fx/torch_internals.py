@@ -99,6 +99,16 @@ def is_operator(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload)
 
 
+def is_torchs_own(target: Any) -> bool:
+    """True for an overload of an operator that torch itself defines, with its derivative."""
+    return isinstance(target, torch._ops.OpOverload) and target.namespace in ("aten", "prims")
+
+
+def holds_graphs(target: Any) -> bool:
+    """True for the target of a node that is an operator on graphs, such as the call of an autograd function."""
+    return isinstance(target, torch._ops.HigherOrderOperator)
+
+
 def writes_memory(target: Any) -> bool:
     """True for an operator that changes an input in place."""
     return isinstance(target, torch._ops.OpOverload) and bool(target._schema.is_mutable)
@@ -114,6 +124,15 @@ def written_arguments(target: Any) -> frozenset[int]:
     """The positions, in its schema, of the arguments that an operator writes."""
     arguments = enumerate(target._schema.arguments)
     return frozenset(i for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
+
+
+def named_arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a call by their names, defaults too; by their positions if it is no registered operator's."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return {str(i): value for i, value in enumerate(node.args)} | dict(node.kwargs)
+    known = node.target._schema.arguments
+    found = {a.name: node.kwargs.get(a.name, a.default_value if a.has_default_value() else None) for a in known}
+    return found | {a.name: value for a, value in zip(known, node.args, strict=False)}
 
 
 def is_erased(node: fx.Node) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import free_symbols, statically_known_true
+from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols, statically_known_true
 from torch.utils._sympy.functions import FloorDiv, Max, Min
 
 # What a size counts as that depends on data and that torch knows no bound of.
@@ -51,6 +51,11 @@ def size_symbol(size: Any) -> str | None:
     """The name of the symbol that a size is; None for a number, and for anything computed from symbols."""
     expression = size.node.expr if isinstance(size, torch.SymInt) else None
     return expression.name if isinstance(expression, sympy.Symbol) else None
+
+
+def depends_on_data(size: int | torch.SymInt) -> bool:
+    """Whether a size follows from values of tensors, so that no call's shapes tell it."""
+    return isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))
 
 
 def substituted(size: torch.SymInt, values: tuple[tuple[str, int], ...]) -> int | None:

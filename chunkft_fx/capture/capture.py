@@ -51,6 +51,8 @@ class Capture:
     primal with the node that holds its new value (running statistics of batch norm). ``gradients``
     maps a primal to the node of its gradient, ``tangents`` a tangent to the index of its output.
     ``effects`` names values that nobody reads and that must be computed all the same (see `effects`).
+    ``path`` tells the calls that the forward made (see `user_code.path_of`), ``own_derivative`` what has another
+    derivative than torch's, and where; nothing if all are torch's.
     """
 
     graph: fx.Graph
@@ -64,6 +66,8 @@ class Capture:
     tangents: dict[str, int]
     is_random: bool = field(default=False)
     effects: tuple[str, ...] = ()
+    path: tuple[str, ...] = ()
+    own_derivative: str = ""
 
 
 class OutputName(str):

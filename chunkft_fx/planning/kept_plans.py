@@ -94,7 +94,7 @@ def _of_programs(programs: Programs) -> Iterator[Any]:
     capture = programs.capture
     yield programs.backend, programs.inputs, [(n, value_text(p)) for n, p in programs.parameters.items()]
     for f in fields(capture):
-        if f.name not in ("graph", "fake_mode", "constants"):
+        if f.name not in ("graph", "fake_mode", "constants", "path"):
             yield f.name, getattr(capture, f.name)
     yield [(name, value_text(value)) for name, value in capture.constants.items()]
     yield [(n.name, value_text(n.meta["val"])) for n in capture.graph.find_nodes(op="placeholder")]
