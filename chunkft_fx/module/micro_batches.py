@@ -60,11 +60,11 @@ class MicroBatches:
             raise _Gathered
         known = self._inputs[-len(self._outputs)]
         # a first call may leave Python state that later ones are traced anew for, such as a setting that it completes
-        is_same = session is self._sessions[0] or _computes_the_same(session.capture, self._sessions[0].capture)
+        is_same = session is self._sessions[0] or computes_the_same(session.capture, self._sessions[0].capture)
         # what the forward writes is no longer what it was when the arguments were gathered
         written = {primal for primal, _ in session.capture.mutations}
         read = [primal not in written for primal in session.capture.primals]
-        if not is_same or not all(map(_is_same_input, compress(inputs, read), compress(known, read))):
+        if not is_same or not all(map(is_same_input, compress(inputs, read), compress(known, read))):
             raise _differs()
         return self._outputs.pop(0)
 
@@ -104,17 +104,17 @@ def _look(leaf: Any) -> Any:
     return f"a tensor {list(leaf.shape)} of {leaf.dtype} on {leaf.device}, strides {leaf.stride()}"
 
 
-def _computes_the_same(one: Capture, other: Capture) -> bool:
+def computes_the_same(one: Capture, other: Capture) -> bool:
     """Whether two captures are the same graph, node by node, of the same inputs and outputs."""
     if one.constants.keys() != other.constants.keys() or str(one.graph) != str(other.graph):
         return False
-    if not all(map(_is_same_input, one.constants.values(), other.constants.values())):
+    if not all(map(is_same_input, one.constants.values(), other.constants.values())):
         return False
     names = "primals", "parameters", "outputs", "mutations", "gradients", "tangents", "effects"
     return all(getattr(one, name) == getattr(other, name) for name in names)
 
 
-def _is_same_input(one: Any, other: Any) -> bool:
+def is_same_input(one: Any, other: Any) -> bool:
     """Whether an input of a graph has stayed what it was; a number can come as a new tensor each time."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one is other or (one.numel() == 1 and one.device == other.device and torch.equal(one, other))

@@ -34,6 +34,7 @@ from chunkft_fx.gradients.waiting import WaitingGradient
 from chunkft_fx.machine.rates import Rates
 from chunkft_fx.module.micro_batches import MicroBatches, micro_batches
 from chunkft_fx.module.sessions import new_session
+from chunkft_fx.module.splits import BatchSplits, Part, new_part
 from chunkft_fx.plan import schedule as schedules
 from chunkft_fx.plan.plan import Plan
 from chunkft_fx.plan.schedule import ChunkSchedule
@@ -43,6 +44,7 @@ from chunkft_fx.planning.planner import Options, first_plan
 from chunkft_fx.program.instructions import Executable
 from chunkft_fx.program.programs import Programs
 from chunkft_fx.runtime.session import Session
+from chunkft_fx.splitting.arguments import Arguments
 from chunkft_fx.torch_internals import start_workers
 
 
@@ -52,6 +54,8 @@ class Training(Following):
     sessions: list[Session]
     _schedule: ChunkSchedule | None
     _calls: dict[bool, Callable[..., Any]]
+    _part_calls: dict[tuple[int, int], Callable[..., Any]]
+    _splits: BatchSplits
     _unseen: contextlib.ExitStack
     _micro_batches: MicroBatches | None
     _coverage: str | None
@@ -82,6 +86,7 @@ class Training(Following):
         # Two backends, so that neither ever runs what was captured for the other; the plain model keeps them alive.
         ours = weakref.ref(self)
         self._calls = {f: trace(model, functools.partial(_backend, ours, f)) for f in (True, False)}
+        self._part_calls, self._splits = {}, BatchSplits()
         self._look()
         self._gate.guard(self._watch.parameters)
 
@@ -91,18 +96,38 @@ class Training(Following):
             self.check()
             if not self.sessions and self.backend == "inductor" and self.compute_device.type == "cuda":
                 start_workers()
-            is_training = self.model.training and torch.is_grad_enabled()
-            with self.residency.presented(), self._gradients_unseen():
-                if is_training:
-                    self._plan_ahead(self._calls[True], args, kwargs)
-                return self._calls[is_training](*args, **kwargs)
+            if not (self.model.training and torch.is_grad_enabled()):
+                return self._through(self._calls[False], (args, kwargs))
+            self._plan_ahead(args, kwargs)
+            if self._micro_batches is not None:
+                return self.call_whole((args, kwargs))
+            return self._called(*args, **kwargs)
+
+    def call_whole(self, arguments: Arguments) -> Any:
+        """Call the model as it is traced for training."""
+        return self._through(self._calls[True], arguments)
+
+    def call_part(self, shape: tuple[int, int], arguments: Arguments) -> Any:
+        """Call the model as it is traced for a part of a batch: of how many, and how large.
+
+        Each such shape is traced by itself: Dynamo would take sizes that change for ones that vary.
+        """
+        if shape not in self._part_calls:
+            ours = weakref.ref(self)
+            self._part_calls[shape] = trace(self.model, functools.partial(_part_backend, ours))
+        return self._through(self._part_calls[shape], arguments)
+
+    def _through(self, call: Callable[..., Any], arguments: Arguments) -> Any:
+        args, kwargs = arguments
+        with self.residency.presented(), self._gradients_unseen():
+            return call(*args, **kwargs)
 
     def plan_elsewhere(self, batch: Any, rates: Rates) -> None:
         """Have the plan made for a batch as on a machine of these rates. Nothing runs, and no weight is read."""
         self.options = replace(self.options, batch=batch, rates=rates)
         args, kwargs = arguments_of(batch)
-        with self.lock, self.residency.presented(), self._gradients_unseen():
-            self._plan_ahead(self._calls[True], args, kwargs)
+        with self.lock:
+            self._plan_ahead(args, kwargs)
 
     @contextlib.contextmanager
     def _gradients_unseen(self) -> Iterator[None]:
@@ -132,18 +157,27 @@ class Training(Following):
 
     def run_session(self, session: Session, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         self._unseen.close()
-        gathering = self._micro_batches
-        return session(*arguments) if gathering is None or self._is_planning else gathering.met(session, arguments)
+        if self._micro_batches is not None and not self._is_planning:
+            return self._micro_batches.met(session, arguments)
+        return self._splits.met(self, session, arguments) if self._splits.is_running else session(*arguments)
 
-    def _plan_ahead(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def run_part(self, part: Part, arguments: tuple[Any, ...]) -> None:
+        self._unseen.close()
+        self._splits.met_part(part, arguments)
+
+    def _plan_ahead(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the first training call, have the plan made for the largest batch that was given to compile."""
         if self.options.batch is None or (self._plan is not None and self._plan.batch):
             return
         self._is_planning = True
         try:
-            plan_for_example(call, self.options.batch, args, kwargs, self.residency.device)
+            plan_for_example(self._called, self.options.batch, args, kwargs, self.residency.device)
         finally:
             self._is_planning = False
+
+    def _called(self, *args: Any, **kwargs: Any) -> Any:
+        with self.residency.presented():
+            return self._splits.run(self, (args, kwargs))
 
     @property
     def plan(self) -> Plan:
@@ -411,5 +445,19 @@ def _backend(
         called = training()
         assert called is not None
         return called.run_session(session, arguments)
+
+    return run
+
+
+def _part_backend(training: weakref.ref[Training], gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Dynamo's backend for parts of a batch, whose graphs run in sessions that `BatchSplits` makes."""
+    owner = training()
+    assert owner is not None
+    part = new_part(owner, gm, inputs)
+
+    def run(*arguments: Any) -> None:
+        called = training()
+        assert called is not None
+        called.run_part(part, arguments)
 
     return run

@@ -104,7 +104,9 @@ class BatchPlans:
 
     ``owner`` gives the compiled module, ``batch`` are the positions of the arguments that are neither weights nor
     buffers, ``constants_nbytes`` the bytes of tensors that the capture itself holds. ``beside`` gives what goes on
-    while a plan is settled.
+    while a plan is settled. ``joined`` are the outputs, as fake tensors, that are joined to those of a whole batch
+    where the micro-batches are parts of one: one after the other, so that the largest of them is there twice; None for
+    micro-batches that are not.
     """
 
     def __init__(
@@ -114,9 +116,10 @@ class BatchPlans:
         batch: Sequence[int],
         constants_nbytes: int,
         beside: Callable[[Plan, frozenset[str]], AbstractContextManager[None]],
+        joined: tuple[Tensor, ...] | None = None,
     ) -> None:
         self._owner, self._programs, self._batch = owner, programs, tuple(batch)
-        self._beside = beside
+        self._beside, self._joined = beside, joined
         self._constants_nbytes = constants_nbytes
         capture = programs.capture
         self._reader = size_reader(capture.graph, capture.primals)
@@ -181,9 +184,18 @@ class BatchPlans:
             f"most of it in {plan.peak_at}"
         )
 
+    def sizes(self, arguments: Sequence[Any]) -> Sizes:
+        """The values of the graph's symbolic sizes in a call."""
+        return self._reader.read(arguments)
+
     def _need(self, batches: Sequence[Sequence[Any]], expected: frozenset[str]) -> Need:
+        sizes = self.sizes(batches[0])
         nbytes = storages_nbytes(arguments[i] for arguments in batches for i in self._batch)
-        return Need(self._reader.read(batches[0]), nbytes, expected, len(batches))
+        return Need(sizes, nbytes + len(batches) * self._joined_nbytes(sizes), expected, len(batches))
+
+    def _joined_nbytes(self, sizes: Sizes) -> int:
+        """The bytes of a micro-batch in the largest of the outputs that are joined."""
+        return max((sizes.nbytes(v) for v in self._joined or ()), default=0)
 
     def _covers(self, larger: Need, need: Need) -> bool:
         are_as_many = larger.micro_batches == need.micro_batches
@@ -220,8 +232,10 @@ class BatchPlans:
 
     def _chosen(self, need: Need) -> Made:
         """The plan for a need, which changes nothing yet."""
-        plan = _choose(self._owner(), lambda: self._predictor(need), self._described(need), need)
-        return Made(need, replace(plan, batch_nbytes=need.nbytes))
+        batch = self._described(need)
+        plan = _choose(self._owner(), lambda: self._predictor(need), batch, need)
+        # a plan that was kept can be one for the same micro-batches, which were no parts of a batch
+        return Made(need, replace(plan, batch_nbytes=need.nbytes, batch=batch))
 
     def _predictor(self, need: Need) -> Predictor:
         owner = self._owner()
@@ -250,11 +264,14 @@ class BatchPlans:
     def _rounded(self, need: Need) -> Need:
         sizes = self._reader.rounded(need.sizes)
         more = sum(sizes.nbytes(v) - need.sizes.nbytes(v) for v in self._values)
+        more += self._joined_nbytes(sizes) - self._joined_nbytes(need.sizes)
         return replace(need, sizes=sizes, nbytes=need.nbytes + more * need.micro_batches)
 
     def _described(self, need: Need) -> str:
-        shapes = [need.sizes.shape(v) for v in self._values if isinstance(v, Tensor)]
+        shapes = [need.sizes.shape(v) for v in self._values if isinstance(v, Tensor) and v.ndim]
         batches = "a batch" if need.micro_batches == 1 else f"{need.micro_batches} micro-batches, each"
+        if self._joined is not None:
+            batches = f"a batch that is split into {batches}"
         return f"{batches} with inputs of shapes {shapes[:4]}"
 
     def _evaluation_nbytes(self, owner: PlanOwner, plan: Plan, need: Need) -> int:

@@ -65,9 +65,17 @@ class Session:
 
     ``batch`` are the positions of the arguments that are neither weights nor buffers. A session that does not
     ``train`` by itself saves nothing for backward: should one come, it runs the forward again, and trains from then on.
+    The session of a part of a batch that is split says what is ``joined`` afterwards (see `BatchPlans`).
     """
 
-    def __init__(self, owner: Owner, programs: Programs, batch: Sequence[int] = (), trains: bool = True) -> None:
+    def __init__(
+        self,
+        owner: Owner,
+        programs: Programs,
+        batch: Sequence[int] = (),
+        trains: bool = True,
+        joined: tuple[Tensor, ...] | None = None,
+    ) -> None:
         self._owner = weakref.ref(owner)
         self.programs, self.capture = programs, programs.capture
         self.trains = trains
@@ -78,7 +86,8 @@ class Session:
         self._constants = list(self.capture.constants.values())
         self._expected = _first_guess(self.capture)
         self._pending: list[weakref.ref[Step]] = []
-        self.plans = BatchPlans(lambda: self.owner, programs, batch, storages_nbytes(self._constants), self._lowering)
+        held = storages_nbytes(self._constants)
+        self.plans = BatchPlans(lambda: self.owner, programs, batch, held, self._lowering, joined)
 
     @property
     def owner(self) -> Owner:
@@ -137,10 +146,10 @@ class Session:
             trained = [s.parameter for s in asked]
             outputs = list(_StepFunction.apply(self, batches, asked, self._anchor, *differentiable, *trained))
         each = len(self.capture.outputs)
-        return [self._returned(arguments, outputs[n * each : (n + 1) * each]) for n, arguments in enumerate(batches)]
+        return [self.returned(arguments, outputs[n * each : (n + 1) * each]) for n, arguments in enumerate(batches)]
 
-    def _returned(self, arguments: tuple[Any, ...], outputs: list[Any]) -> tuple[Any, ...]:
-        """What a call with these arguments returns."""
+    def returned(self, arguments: tuple[Any, ...], outputs: list[Any]) -> tuple[Any, ...]:
+        """What a call with these arguments returns, where the graph gave these outputs."""
         for i, o in enumerate(self.capture.outputs):
             # an output that is an input is the caller's own object, as in the plain model
             if isinstance(o, OutputName) and str(o) in self.capture.primals:

@@ -13,6 +13,7 @@ import chunkft_fx
 from chunkft_fx.errors import BudgetInfeasible
 from chunkft_fx.machine.memory_limit import LIMITS
 from chunkft_fx.machine.overhead import PAGE_NBYTES, PAGES_NBYTES
+from tests.support.forced_splits import unsplit
 
 pytestmark = pytest.mark.gpu
 
@@ -31,7 +32,7 @@ def _train() -> tuple[int, int, int]:
     )  # fmt: skip
     model = LlamaForCausalLM(config).bfloat16().train()
     ids = torch.randint(0, 64000, (2, 512), device="cuda")
-    with pytest.raises(BudgetInfeasible) as caught:
+    with unsplit(), pytest.raises(BudgetInfeasible) as caught:
         chunkft_fx.compile(model, 1, chunks=48, device="cuda")(input_ids=ids, labels=ids)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()  # what a calibration took
@@ -69,7 +70,7 @@ def _accumulate() -> tuple[int, int]:
             optimizer.zero_grad()
         assert compiled.plan.policy.micro_batches == 4
 
-    with pytest.raises(BudgetInfeasible) as caught:
+    with unsplit(), pytest.raises(BudgetInfeasible) as caught:
         trained(1)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()  # what a calibration took

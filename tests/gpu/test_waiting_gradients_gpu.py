@@ -19,6 +19,7 @@ from chunkft_fx.gradients.waiting import WaitingGradient
 from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.plan import pieces
 from tests.runtime.test_full_coverage import Tied, batch
+from tests.support.forced_splits import unsplit
 from tests.support.forced_streaming import resident_or_streamed
 from tests.support.waiting import waiting_in_host
 
@@ -194,7 +195,7 @@ def _train() -> tuple[int, int, int, bool]:
     )  # fmt: skip
     model = LlamaForCausalLM(config).bfloat16().train()
     ids = torch.randint(0, 32000, (2, 512), device="cuda")
-    with pytest.raises(BudgetInfeasible) as caught:
+    with unsplit(), pytest.raises(BudgetInfeasible) as caught:
         chunkft_fx.compile(model, 1, coverage="all", device="cuda")(input_ids=ids, labels=ids)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()  # what a calibration took

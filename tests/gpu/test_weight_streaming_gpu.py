@@ -15,6 +15,7 @@ from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.tools.zoo import tiny
 from tests.gpu.test_step_gpu import on_cuda
 from tests.support.equivalence import assert_same_gradients, loss_of
+from tests.support.forced_splits import unsplit
 
 pytestmark = pytest.mark.gpu
 
@@ -27,7 +28,7 @@ def tight(model: nn.Module, batch: dict[str, Any], backend: str) -> CompiledModu
         made(**batch)
         return made
 
-    with pytest.raises(BudgetInfeasible) as caught:
+    with unsplit(), pytest.raises(BudgetInfeasible) as caught:
         compiled(1)
     return compiled(caught.value.smallest_budget_bytes)
 

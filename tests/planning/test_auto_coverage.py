@@ -28,6 +28,7 @@ from chunkft_fx.planning.planner import Options
 from chunkft_fx.predict.predictor import Predictor
 from tests.planning.test_kept_plans import RATES
 from tests.support.changing_batches import Text, compiled, smallest, text
+from tests.support.forced_splits import unsplit
 from tests.support.tiny_text import tiny_folder
 from tests.tools.test_rates import CARD
 from tests.tools.test_tools import EAGER, TEXT, chunkft
@@ -114,7 +115,7 @@ def test_a_budget_that_all_parameters_do_not_fit_leaves_a_chunk_a_step() -> None
     enough(**BATCH)
     assert enough.plan.coverage == "all"
     hopeless = compiled(model, one - 1, coverage="auto")
-    with pytest.raises(BudgetInfeasible) as refused:
+    with unsplit(), pytest.raises(BudgetInfeasible) as refused:
         hopeless(**BATCH)
     assert refused.value.smallest_budget_bytes == one
 

@@ -24,6 +24,7 @@ from chunkft_fx.predict.fixed_memory import RING_OF_GRADIENTS
 from chunkft_fx.predict.step_memory import Moment
 from chunkft_fx.predict.step_time import Work, covering_step_us
 from tests.planning.test_search import Blocks, Predicted
+from tests.support.forced_splits import unsplit
 
 MODEL = Blocks(4, 64)
 SIZE = sum(p.numel() for p in MODEL.parameters()) * 4
@@ -155,7 +156,7 @@ def trained(budget: int) -> tuple[CompiledModule, Sequence[torch.Tensor]]:
 
 
 def test_a_real_model_trains_the_same_under_the_smallest_budget() -> None:
-    with pytest.raises(BudgetInfeasible) as refused:
+    with unsplit(), pytest.raises(BudgetInfeasible) as refused:
         trained(1)
     small, ours = trained(refused.value.smallest_budget_bytes)
     large, theirs = trained(10**9)

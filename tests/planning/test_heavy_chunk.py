@@ -13,6 +13,7 @@ from chunkft_fx.planning.planner import Options, plan_for_batch
 from chunkft_fx.predict.fixed_memory import chunk_terms, resident_nbytes, weight_terms
 from chunkft_fx.predict.predictor import Predictor
 from tests.support.changing_batches import attempt, compiled
+from tests.support.forced_splits import unsplit
 
 
 class Scaled(nn.Module):
@@ -39,7 +40,7 @@ BATCH = {"x": torch.randn(64, 16)}
 def test_every_chunk_of_a_sweep_stays_within_the_budget(heavy: int) -> None:
     """Of 21 chunks each is run."""
     model = Scaled(heavy)
-    with pytest.raises(BudgetInfeasible) as caught:
+    with unsplit(), pytest.raises(BudgetInfeasible) as caught:
         compiled(model, 1, chunks=21)(**BATCH)
     module = compiled(model, caught.value.smallest_budget_bytes, chunks=21)
     for k in range(21):

@@ -16,6 +16,7 @@ from chunkft_fx.predict.region.memory import allocated_peak
 from chunkft_fx.tools.zoo import tiny
 from tests.runtime.test_full_coverage import Tied
 from tests.support.equivalence import smallest_budget
+from tests.support.forced_splits import unsplit
 
 
 def planned(
@@ -101,17 +102,17 @@ def test_liveness_does_not_count_views_of_inputs() -> None:
 
 @pytest.mark.parametrize("coverage", ["one", "all"])
 def test_a_batch_that_does_not_fit_does_so_in_the_micro_batches_that_are_told(coverage: Any) -> None:
-    """More chunks are told only where steps have chunks."""
+    """More chunks are told only where steps have chunks. The batch is one that the library does not split by itself."""
     model, ids = Tied(), torch.zeros(256, 5, dtype=torch.int64)
 
     def compiled(budget: int | str) -> Any:
         return chunkft_fx.compile(model, budget, chunks=1, coverage=coverage, backend="eager")
 
-    with pytest.raises(BudgetInfeasible) as refused:
+    with unsplit(), pytest.raises(BudgetInfeasible) as refused:
         compiled("1kB")(ids)
     assert "model.accumulate" in str(refused.value)
     assert ("use more chunks" in str(refused.value)) == (coverage == "one")
     ours = compiled(refused.value.smallest_budget_bytes - 1)
-    with pytest.raises(BudgetInfeasible):
+    with unsplit(), pytest.raises(BudgetInfeasible):
         ours(ids)
     torch.stack(ours.accumulate([(part,) for part in ids.chunk(4)])).sum().backward()

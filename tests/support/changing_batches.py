@@ -17,6 +17,7 @@ from chunkft_fx.copies.residency import Residency
 from chunkft_fx.errors import BudgetInfeasible
 from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.runtime.session import Session
+from tests.support.forced_splits import unsplit
 from tests.support.live_storages import LiveStorages
 
 VOCABULARY = 60
@@ -57,8 +58,8 @@ def compiled(model: nn.Module, budget: int | str, **options: Any) -> CompiledMod
 
 
 def smallest(model: nn.Module, batch: dict[str, Tensor], **options: Any) -> int:
-    """The smallest budget for a batch."""
-    with pytest.raises(BudgetInfeasible) as caught:
+    """The smallest budget for a batch that is not split."""
+    with unsplit(), pytest.raises(BudgetInfeasible) as caught:
         compiled(model, 1, **options)(**batch)
     return caught.value.smallest_budget_bytes
 

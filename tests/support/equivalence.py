@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import chunkft_fx
 from chunkft_fx.module.module import CompiledModule
+from tests.support.forced_splits import unsplit
 
 
 def loss_of(result: Any) -> Tensor:
@@ -91,8 +92,8 @@ def assert_same_gradients(compiled: CompiledModule, model: nn.Module, batch: dic
 
 
 def smallest_budget(model: nn.Module, batch: dict[str, Any], chunks: int | str = "auto") -> int:
-    """The bytes that the error for a hopeless budget names as enough for a step on this batch."""
+    """The bytes that the error for a hopeless budget names as enough for a step on this batch, if it is not split."""
     hopeless = chunkft_fx.compile(copy.deepcopy(model), 1, chunks=chunks, backend="eager")
-    with pytest.raises(chunkft_fx.errors.BudgetInfeasible) as caught:
+    with unsplit(), pytest.raises(chunkft_fx.errors.BudgetInfeasible) as caught:
         hopeless(**batch)
     return caught.value.smallest_budget_bytes

@@ -17,6 +17,7 @@ from chunkft_fx.plan.pieces import moving_nbytes
 from chunkft_fx.predict.step_clock import COMPUTE, INCOMING, LANES, OUTGOING, UPDATES, Span
 from chunkft_fx.tools.show import clock, pieces
 from chunkft_fx.tools.zoo import tiny
+from tests.support.forced_splits import unsplit
 from tests.tools.test_rates import CARD
 from tests.tools.test_tools import chunkft
 
@@ -61,7 +62,7 @@ def test_pieces_that_the_optimizers_step_updates_have_no_place_in_the_program() 
 
 
 def test_a_piece_moves_its_streamed_weights_too() -> None:
-    with pytest.raises(BudgetInfeasible) as smallest:
+    with unsplit(), pytest.raises(BudgetInfeasible) as smallest:
         compiled("backward", 1000)
     module = compiled("backward", smallest.value.smallest_budget_bytes)
     held = dict(module.named_parameters())
