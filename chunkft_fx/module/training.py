@@ -283,6 +283,8 @@ class Training(Following):
             schedules.require_same_meaning(position, known)
         else:
             self.schedule.load_state_dict(position)
+            if self.options.coverage == "auto":
+                schedules.warn_of_other_coverage(position, self._plan.coverage)
         self._position = dict(position)
         if before is None or self.chunk != before:
             self._leave_chunk()

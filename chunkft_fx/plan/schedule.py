@@ -94,6 +94,19 @@ def require_same_meaning(state: Mapping[str, Any], current: Mapping[str, Any]) -
         )
 
 
+def warn_of_other_coverage(state: Mapping[str, Any], coverage: str) -> None:
+    """Say that a position is one of steps on a chunk each, where ``coverage`` was chosen to be "all"."""
+    if coverage == "one" or state["chunks"] == 1:
+        return
+    warnings.warn(
+        f"the checkpoint is of a training with {state['chunks']} chunks, a chunk a step, and steps train all "
+        'parameters here, as coverage="auto" chose at the first call: load it before the first call, or give '
+        'coverage="one", to go on as it was',
+        ChunkFTWarning,
+        stacklevel=3,
+    )
+
+
 def warn_of_other_count(state: Mapping[str, Any], chunks: int) -> None:
     """Say that a position with another number of chunks is left unused."""
     warnings.warn(

@@ -33,7 +33,8 @@ COMPUTE, UPDATES, INCOMING, OUTGOING = LANES = ("compute", "updates", "to the de
 class Span:
     """One thing that is done on one of the `LANES`, in microseconds from the beginning of the step.
 
-    ``nbytes`` are those that a copy moves. A copy may begin in a step and end behind it.
+    ``nbytes`` are those that a copy moves. A copy may end behind its step, or begin before it, while the step before
+    ends: its first microseconds are negative then.
     """
 
     lane: str

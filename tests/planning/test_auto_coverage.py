@@ -331,6 +331,18 @@ def test_a_run_goes_on_with_the_coverage_that_it_began_with(chunks: int, coverag
     assert second.plan.coverage == coverage and second.plan.coverage_reason == BEGUN
 
 
+def test_a_sweep_that_is_loaded_behind_the_choice_is_told_that_all_parameters_are_trained() -> None:
+    first, second = compiled(Text(), "1GB", chunks=3), compiled(Text(), "1GB", coverage="auto")
+    trained(first)
+    second(**BATCH)
+    position = first._training.schedule_position()
+    assert position is not None
+    about_chunks = pytest.warns(ChunkFTWarning, match="saved with 3 chunks")
+    with about_chunks, pytest.warns(ChunkFTWarning, match='a chunk a step, and steps train.*coverage="one"'):
+        second._training.resume(position)
+    assert second.plan.coverage == "all"
+
+
 def test_the_command_line_plans_and_says_why(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["tiny:llama", "--budget", "1GB", "--seq-len", "16", "--backend", "eager", "--coverage", "auto"]
     chunkft("plan", *options)

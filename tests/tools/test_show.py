@@ -104,6 +104,14 @@ def test_bytes_are_shared_out_among_the_calls_that_they_move_beside() -> None:
     assert [row.what for row in clock.rows(SPANS[:3])] == ["a forward", "a backward"]
 
 
+def test_what_comes_before_the_first_call_has_a_row_so_that_no_bytes_are_lost() -> None:
+    early = (Span(INCOMING, "states of piece 1", -10.0, 5.0, 60), *SPANS)
+    found = clock.rows(early)
+    assert found[0] == clock.Row(clock.BEFORE, -10.0, 0.0, 0.0, 0.0, 40, 0)
+    assert [sum(row.incoming for row in found), sum(row.outgoing for row in found)] == [160, 100]
+    assert [row.what for row in found[1:]] == [row.what for row in clock.rows(SPANS)]
+
+
 def test_a_trace_has_every_span_on_the_thread_of_its_lane() -> None:
     events = json.loads(clock.chrome_trace(SPANS))["traceEvents"]
     threads = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M"}

@@ -10,14 +10,15 @@ from chunkft_fx.bytes import format_bytes
 from chunkft_fx.plan.table import plain_table, text
 from chunkft_fx.predict.step_clock import COMPUTE, INCOMING, LANES, OUTGOING, UPDATES, Span
 
-BEHIND = "behind the last call"
+BEFORE, BEHIND = "before the first call", "behind the last call"
 
 
 @dataclass(frozen=True)
 class Row:
     """One call of a region: how long compute waits before it, and what the other lanes do in the time of both.
 
-    In microseconds and bytes. The last row of a step has what goes on when its calls are over, and waits for updates.
+    In microseconds and bytes. What comes and goes before the first call, while the step before ends, has a first row of
+    its own; a last one has what goes on when all calls are over, and waits for updates.
     """
 
     what: str
@@ -32,6 +33,9 @@ class Row:
 def rows(spans: Sequence[Span]) -> list[Row]:
     """The calls of a step in order. A copy's bytes are shared out among calls by the time that it takes beside each."""
     found, before = [], 0.0
+    earliest = min((s.begin_us for s in spans), default=0.0)
+    if earliest < 0:
+        found.append(Row(BEFORE, earliest, 0.0, 0.0, *_beside(spans, earliest, 0.0)))
     for call in (s for s in spans if s.lane == COMPUTE):
         beside = _beside(spans, before, call.end_us)
         found.append(Row(call.what, call.begin_us, call.begin_us - before, call.end_us - call.begin_us, *beside))
