@@ -148,10 +148,11 @@ class Search:
     def _by_memory(self) -> Iterator[tuple[Chunk, ...]]:
         """With as little streaming as the finest cut needs, the fewest chunks that fit; then the finest."""
         one, last = cut(self.parameters, 1), self.regions
-        if self._can(one, 0, Policy()) or self._can(one, 0, Policy(last)):
+        recomputing = replace(self.base, save_from=last)
+        if self._can(one, 0, self.base) or self._can(one, 0, recomputing):
             yield one
             return
-        for policy in (Policy(last), Policy(last, last)):
+        for policy in (recomputing, replace(recomputing, offload_below=last)):
             streamed = next((m for m in range(last + 1) if self._can(self.finest, m, policy)), None)
             if streamed is None:
                 continue

@@ -15,6 +15,7 @@ from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.predict.region.memory import allocated_peak
 from chunkft_fx.tools.zoo import tiny
 from tests.runtime.test_full_coverage import Tied
+from tests.support.changing_batches import Text, text
 from tests.support.equivalence import smallest_budget
 from tests.support.forced_splits import unsplit
 
@@ -116,3 +117,21 @@ def test_a_batch_that_does_not_fit_does_so_in_the_micro_batches_that_are_told(co
     with unsplit(), pytest.raises(BudgetInfeasible):
         ours(ids)
     torch.stack(ours.accumulate([(part,) for part in ids.chunk(4)])).sum().backward()
+
+
+@pytest.mark.parametrize("coverage", ["one", "all"])
+def test_micro_batches_fit_the_budget_that_they_are_told(coverage: Any) -> None:
+    """What is fewest chunks is counted with what all micro-batches keep."""
+    batches = [text(2, 16, seed=s) for s in range(3)]
+
+    def step(budget: int) -> int | None:
+        module: Any = chunkft_fx.compile(Text(), budget, coverage=coverage, backend="eager")
+        sum(out.loss if hasattr(out, "loss") else out for out in module.accumulate(batches)).backward()
+        return module.plan.predicted_peak_bytes
+
+    with pytest.raises(BudgetInfeasible) as refused:
+        step(1000)
+    enough = refused.value.smallest_budget_bytes
+    assert step(enough) == enough
+    with pytest.raises(BudgetInfeasible):
+        step(enough - 1)

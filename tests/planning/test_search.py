@@ -70,8 +70,9 @@ class Predicted:
 
     def peak(self, chunk: Chunk, saving: Policy) -> Moment:
         above = range(self.lowest(chunk), len(self.names))
-        saved = sum(self.saved for i in above if i >= saving.save_from)
-        kept = sum(self.kept for i in above if saving.offload_below <= i < saving.save_from)
+        each = saving.micro_batches
+        saved = each * sum(self.saved for i in above if i >= saving.save_from)
+        kept = each * sum(self.kept for i in above if saving.offload_below <= i < saving.save_from)
         terms = {"saved activations": saved + kept, "gradients": self.made * chunk.numel}
         top = Moment("top", terms | {"workspace": self.inside})
         head = Moment("head", terms | {"workspace": self.logits // saving.head_split})
@@ -196,12 +197,13 @@ def test_a_larger_budget_never_costs_more(case: Case, shares: list[float]) -> No
 
 
 @settings(max_examples=40, deadline=None)
-@given(cases, st.booleans())
-def test_the_budget_that_an_infeasible_one_is_told_is_feasible(case: Case, has_times: bool) -> None:
+@given(cases, st.booleans(), st.integers(1, 4))
+def test_the_budget_that_an_infeasible_one_is_told_is_feasible(case: Case, has_times: bool, count: int) -> None:
     model, predicted = modelled(case, has_times)
 
     def plan(budget: int) -> Plan:
-        return plan_for_batch(model, Options(budget, "auto", "ascending", 1, 0), None, predicted, "a batch")
+        options = Options(budget, "auto", "ascending", 1, 0)
+        return plan_for_batch(model, options, None, predicted, "a batch", micro_batches=count)
 
     with pytest.raises(BudgetInfeasible) as caught:
         plan(1)
