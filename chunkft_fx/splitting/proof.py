@@ -31,7 +31,7 @@ from chunkft_fx.graph.sizes import Sizes
 from chunkft_fx.head import operators as head
 from chunkft_fx.splitting.nodes import another, first, is_equal, is_moved, is_tensor, named, of_inputs, origin
 from chunkft_fx.splitting.pair import Operand, Pair, Refused, Shape
-from chunkft_fx.splitting.relations import SAME, Relation, Same, Several, Split, Unknown
+from chunkft_fx.splitting.relations import SAME, Relation, Same, Several, Split, Summed, Unknown
 from chunkft_fx.splitting.rules import rule_for
 from chunkft_fx.splitting.rules.layout import EXPANDS, expanded, reshaped
 from chunkft_fx.torch_internals import is_random, is_torchs_own, named_arguments, tree_flatten
@@ -191,7 +191,7 @@ class _Walk:
         if unknown is not None:
             return unknown
         try:
-            return self._checked(nodes, self._applied(nodes, needed, relations))
+            return self._checked(nodes, needed, self._applied(nodes, needed, relations))
         except Refused as refused:
             return Unknown(refused.reason, nodes[0])
 
@@ -280,7 +280,7 @@ class _Walk:
         )
         return whole, part
 
-    def _checked(self, nodes: Nodes, found: Relation) -> Relation:
+    def _checked(self, nodes: Nodes, needed: list[Nodes], found: Relation) -> Relation:
         """A relation whose shapes and dtypes are those of the values."""
         if isinstance(found, (Several, Unknown)) or not isinstance(nodes[0].meta["val"], Tensor):
             return found
@@ -292,6 +292,8 @@ class _Walk:
             expected[found.dim] *= self._parts
         if expected != list(whole):
             raise Refused(f"has a result of shape {list(whole)} for the batch and {list(part)} for a part")
+        if isinstance(found, Summed):
+            _require_sum(nodes[0], [w for w, m in needed if isinstance(self._found[w, m], Summed)])
         return found
 
     def _or_told(self, nodes: Nodes, found: Relation) -> Relation:
@@ -309,3 +311,14 @@ class _Walk:
             return found
         self.told.append(nodes)
         return SAME
+
+
+def _require_sum(node: fx.Node, sums: Sequence[fx.Node]) -> None:
+    """`Refused` for sums in a dtype in which parts do not add up: integers that wrap, or the integers of fractions."""
+    dtype = node.meta["val"].dtype
+    if dtype.is_floating_point or dtype.is_complex:
+        return
+    if dtype != torch.int64:
+        raise Refused(f"sums over the batch's samples in {dtype}, which does not hold every sum")
+    if any(n.meta["val"].dtype != torch.int64 for n in sums):
+        raise Refused("rounds a sum over the batch's samples")

@@ -155,6 +155,10 @@ REFUSED: dict[str, tuple[Function, str]] = {
     "own_operator": (lambda w, x: doubled(x @ w), "not torch's own"),
     "own_operator_on_weights": (lambda w, x: x @ doubled(w), "not torch's own"),
     "linear_algebra": (lambda w, x: torch.linalg.det(x @ w), "no rule"),
+    "any_sample": (lambda w, x: (x @ w > 0).sum(dtype=torch.bool) * w.sum(), "samples in torch.bool"),
+    "wrapped": (lambda w, x: (x @ w < 99).sum(dtype=torch.uint8).double() * w.sum(), "samples in torch.uint8"),
+    "narrowed": (lambda w, x: [(x @ w).sum(), (x @ w > 0).sum().int()], "samples in torch.int32"),
+    "rounded": (lambda w, x: [(x @ w).sum(), (x @ w).sum().long()], "rounds a sum"),
     "numbers": (lambda w, x: [(x @ w).sum(), torch.arange(x.shape[0])], "returns the numbers"),
 }
 
