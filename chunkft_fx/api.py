@@ -41,9 +41,9 @@ def compile(
     ``budget`` is the device memory to stay within (``"24GB"``, ``"24GiB"`` or bytes). ``coverage`` is what a
     step trains: ``"one"`` chunk of the parameters, or ``"all"`` of them; optimizer states then pass through the device
     in pieces. ``"auto"`` chooses for the first training batch, before there is any state: all parameters, unless that
-    does not fit the budget or host memory, or is predicted to take longer than a sweep over all chunks, which teaches
-    about as much; the plan says which, and why. ``chunks`` is a
-    number or ``"auto"``: on a GPU as many as make the predicted step fast, in a sweep that is not too long,
+    does not fit the budget or host memory, or is predicted to take longer than a sweep over all chunks, which is taken
+    to teach as much; the plan says which, and why. ``chunks`` is a number or
+    ``"auto"``: on a GPU as many as make the predicted step fast, in a sweep that is not too long,
     on the CPU the fewest that fit the budget. ``order`` is how a sweep visits them (``"ascending"``, ``"descending"``,
     ``"random"`` with ``seed``), ``interval`` the optimizer steps spent on each. ``backend="eager"`` runs
     the rewritten FX graphs as they are, ``"inductor"`` compiles them. ``device`` is where the model runs,

@@ -28,12 +28,12 @@ _BUFFER_NBYTES = {"cuda": 256 * 2**20, "cpu": 64 * 2**20}
 # Seconds spent on each measurement.
 _SECONDS = {"cuda": 0.15, "cpu": 0.05}
 # Seconds of products before those that are measured. A GPU that begins to work is faster than one that has worked for a
-# while: it lowers its clocks to stay within its power. One H200 went from 779 TFLOP/s to 651 within two seconds.
+# while: it lowers its clocks to stay within its power.
 _LOAD_SECONDS = {"cuda": 1.0, "cpu": 0.0}
 # Products in a row that are measured as one, so that the GPU never waits for the next.
 _IN_A_ROW = {"cuda": 8, "cpu": 1}
 # Copies of 64 MiB each way that are under way while products are measured beside them, and how often that is done. The
-# copies take longer than the products: 45 ms and 13 ms on one H200.
+# copies take longer than the products, by far on a GPU with a fast link.
 _COPIES, _REPEATS = 32, 5
 _LAUNCHES = 200
 # On a device that is nearly full, by how much smaller each try is. At a sixteenth a product still fills a large GPU.

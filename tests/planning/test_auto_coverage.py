@@ -152,12 +152,12 @@ def test_all_parameters_are_trained_unless_a_sweep_takes_less(covering: float, e
     plan = decided({"all": timed(1, covering), "one": timed(count, each)})
     assert plan.coverage == ("all" if covering <= count * each else "one")
     assert f"a sweep of {count} chunk(s)" in plan.coverage_reason
-    assert "teach about as much" in plan.coverage_reason
+    assert "are taken to teach as much" in plan.coverage_reason
 
 
 def test_where_a_sweep_takes_less_the_plan_says_so() -> None:
     plan = decided({"all": timed(1, 9000.0), "one": timed(2, 4000.0)})
-    reason = "a step on all parameters takes 9 ms, a sweep of 2 chunk(s) 8 ms, and they teach about as much"
+    reason = "a step on all parameters takes 9 ms, a sweep of 2 chunk(s) 8 ms, and they are taken to teach as much"
     assert (plan.coverage, plan.coverage_reason) == ("one", reason)
 
 

@@ -1,9 +1,9 @@
 """Decides what a step trains where the user leaves it open (``coverage="auto"``): one chunk, or all parameters.
 
-By measurement a sweep of n steps that train a chunk each teaches about as much as one step that trains all parameters,
-at most. So both are planned, and all parameters are trained unless that is predicted to take longer than the sweep, or
-does not fit the budget or host memory. Where no times are known, as on the CPU, only what fits counts. The decision
-stays once training has begun.
+A sweep of n steps that train a chunk each is taken to teach as much as one step that trains all parameters. So both are
+planned, and all parameters are trained unless that is predicted to take longer than the sweep, or does not fit the
+budget or host memory. Where no times are known, as on the CPU, only what fits counts. The decision stays once training
+has begun.
 """
 
 from __future__ import annotations
@@ -97,10 +97,10 @@ def _better(every: Plan | BudgetInfeasible, one: Plan | BudgetInfeasible, shorta
         return one, shortage
     sweep = f"a sweep of {len(one.chunks)} chunk(s)"
     if every.predicted_step_us is None or one.predicted_step_us is None:
-        return every, f"times are not known here, and such a step teaches about as much as {sweep}"
+        return every, f"times are not known here, and such a step is taken to teach as much as {sweep}"
     covering_us, sweep_us = every.predicted_step_us, len(one.chunks) * one.predicted_step_us
     takes = f"a step on all parameters takes {_ms(covering_us)}, {sweep} {_ms(sweep_us)}"
-    return (every if covering_us <= sweep_us else one), f"{takes}, and they teach about as much"
+    return (every if covering_us <= sweep_us else one), f"{takes}, and they are taken to teach as much"
 
 
 def _ms(us: float) -> str:

@@ -7,6 +7,7 @@ Every operator that torch tags as pointwise is elementwise in its tensor operand
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -136,19 +137,19 @@ def quotient(pair: Pair) -> Relation:
     return _scaled(pair, lambda whole, part: Fraction(part) / Fraction(whole))
 
 
-def _scaled(pair: Pair, ratio: Any) -> Relation:
+def _scaled(pair: Pair, ratio: Callable[[Any, Any], Fraction]) -> Relation:
     operands = pair.operands()
     numbers = pair.numbers("other")
     has_number = not isinstance(numbers[0], Operand)
-    sums = [o for o in operands if isinstance(o.relation, Summed)]
+    sums = [r for o in operands if isinstance(r := o.relation, Summed)]
     if has_number and numbers[0] != numbers[1]:
         if not sums or any(not isinstance(n, (int, float)) or n == 0 or not math.isfinite(n) for n in numbers):
             raise Refused("scales each sample by a number that depends on the size of the batch")
-        return Summed(operands[0].relation.factor * ratio(*numbers))  # type: ignore[union-attr]
+        return Summed(sums[0].factor * ratio(*numbers))
     if sums:
-        if len(sums) > 1 or any(o.relation != SAME for o in operands if o is not sums[0]):
+        if len(sums) > 1 or any(o.relation not in (SAME, sums[0]) for o in operands):
             raise Refused("multiplies a sum over the batch's samples by what depends on them")
-        return sums[0].relation
+        return sums[0]
     return elementwise(pair)
 
 
