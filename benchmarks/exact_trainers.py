@@ -2,10 +2,11 @@
 
 A trainer is made of a setting and gives one function: a whole optimizer step over ``ids`` (``i64[batch, sequence]``),
 which returns the loss before it. All have bf16 weights, AdamW without weight decay at one learning rate, torch's
-attention (SDPA), and gradient checkpointing where they decide about it. None clips gradients but ``ours-step``, which
-has to show that it can.
+attention (SDPA), and gradient checkpointing where they decide about it. None clips gradients but ``ours-step`` and
+``ours-late``, which have to show that they can.
 
-- ``ours-backward``, ``ours-step``: float32 masters and moments; ``ours-without``: the same program without updates;
+- ``ours-backward``, ``ours-step``, ``ours-late``: float32 masters and moments; ``ours-without``: the same program
+  without updates;
   ``ours-vertical``: ``ours-backward`` with the parts of a batch (``--micro ours-vertical=8``) in one step.
 - ``dense``, ``dense-compiled``: float32 masters and moments, torch's fused AdamW for a parameter at a time.
 """
@@ -109,7 +110,7 @@ def ours(update: str | None, is_vertical: bool = False) -> Maker:
             leave_updates_out()
         options: dict[str, Any] = {"update": update or "backward", "master": setting.master}
         options["state_dtype"] = setting.state_dtype
-        options["max_grad_norm"] = 1.0 if update == "step" else None
+        options["max_grad_norm"] = 1.0 if update in ("step", "late") else None
         optimizer = chunkft_fx.AdamW(compiled, lr=LEARNING_RATE, weight_decay=0.0, **options)
 
         def step(ids: Tensor) -> Tensor:
@@ -235,9 +236,11 @@ def dense_compiled(setting: Setting) -> Made:
 TRAINERS: dict[str, Maker] = {
     "ours-backward": ours("backward"),
     "ours-step": ours("step"),
+    "ours-late": ours("late"),
     "ours-without": ours(None),
     "ours-vertical": ours("backward", is_vertical=True),
     "ours-vertical-step": ours("step", is_vertical=True),
+    "ours-vertical-late": ours("late", is_vertical=True),
     "ours-vertical-without": ours(None, is_vertical=True),
     "dense": dense,
     "dense-compiled": dense_compiled,

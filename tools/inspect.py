@@ -38,7 +38,7 @@ def command(
     chunks: Annotated[str, typer.Option(help='A number of chunks, or "auto"; 8 if a step trains one.')] = "",
     full: Annotated[bool, typer.Option(help="A step that covers all parameters, and its pieces.")] = False,
     update: Annotated[
-        str, typer.Option(help='When AdamW changes weights (with --full): at the "step", or in the "backward".')
+        str, typer.Option(help='When AdamW changes weights (with --full): "step", "late", or "backward".')
     ] = "step",
     chunk: Annotated[int, typer.Option(help="The chunk whose program is shown.")] = 0,
     seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 32,

@@ -57,7 +57,7 @@ def command(
     backend: Annotated[str, typer.Option(help="inductor or eager.")] = "inductor",
     coverage: Annotated[str, typer.Option(help='"one" chunk a step, "all" parameters, or "auto".')] = "one",
     update: Annotated[
-        str, typer.Option(help='When AdamW changes weights: at the "step", or in the "backward".')
+        str, typer.Option(help='When AdamW changes weights: at the "step", from it on ("late"), or in the "backward".')
     ] = "step",
     master: Annotated[
         str, typer.Option(help='float32 masters of bfloat16 weights: "float32" or "remainder".')

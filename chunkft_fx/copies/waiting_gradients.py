@@ -238,6 +238,7 @@ class WaitingGradients:
         """A slice's values, as the user changed them, in host memory: copies in that follow come behind it."""
         values = front(values, s.dim).contiguous()
         self._ring.settle()
+        self._ring.arrive()  # late updates may still have to read what waits
         host = self._room(s, values)
         host.copy_(values, non_blocking=True)
         self._ring.follow()

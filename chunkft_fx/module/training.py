@@ -43,6 +43,7 @@ from chunkft_fx.planning.example_batch import arguments_of, plan_for_example
 from chunkft_fx.planning.planner import Options, first_plan
 from chunkft_fx.program.instructions import Executable
 from chunkft_fx.program.programs import Programs
+from chunkft_fx.runtime.late_updates import LateUpdates
 from chunkft_fx.runtime.session import Session
 from chunkft_fx.splitting.arguments import Arguments
 from chunkft_fx.torch_internals import start_workers
@@ -64,7 +65,7 @@ class Training(Following):
         self, model: nn.Module, options: Options, backend: str, plan: Plan | None, device: torch.device
     ) -> None:
         self.model, self.options, self.backend = model, options, backend
-        self.lock, self.arrivals = threading.RLock(), Arrivals()
+        self.lock, self.arrivals, self.late = threading.RLock(), Arrivals(), LateUpdates()
         self._plan, self._slices, self._optimizer, self._position = None, None, None, None
         self._advanced = self._is_due = self._is_planning = self._gave_up = self._is_accumulating = False
         self._sweep, self._micro_batches, self._coverage = 0, None, None
@@ -92,11 +93,12 @@ class Training(Following):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model compiled, with the arguments of its forward."""
-        with self.lock:
+        with self.lock, self.late.during_call():
             self.check()
             if not self.sessions and self.backend == "inductor" and self.compute_device.type == "cuda":
                 start_workers()
             if not (self.model.training and torch.is_grad_enabled()):
+                self.late.finish()
                 return self._through(self._calls[False], (args, kwargs))
             self._plan_ahead(args, kwargs)
             if self._micro_batches is not None:
@@ -146,7 +148,7 @@ class Training(Following):
     def accumulate(self, batches: Sequence[Any]) -> list[Any]:
         """Run micro-batches as one step, each region over all of them before the next; returns the outputs of each."""
         calls = micro_batches(batches)
-        with self.lock, self.residency.presented():
+        with self.lock, self.late.during_call(), self.residency.presented():
             if len(calls) == 1 or not torch.is_grad_enabled():
                 return [self.run(*args, **kwargs) for args, kwargs in calls]
             self._micro_batches = MicroBatches()
@@ -349,6 +351,10 @@ class Training(Following):
         others = 0 if optimizer is None else optimizer.untaken_nbytes
         ring = None if updates is None else updates.ring
         return self.engines.waiting(known.policy.pieces, self._watch.parameters, others, ring)
+
+    def finish_updates(self) -> None:
+        """Put work that follows on the current stream behind the updates of the step before, which may still run."""
+        self.late.finish()
 
     def hooked(self) -> str | None:
         """A parameter on whose gradient the user has a hook; None if there is none."""

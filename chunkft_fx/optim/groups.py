@@ -48,17 +48,17 @@ def check_clipping(max_grad_norm: float | None) -> None:
 def require_coverage(model: Training, spec: StateSpec, max_grad_norm: float | None) -> None:
     """Raise `OptionError` for an optimizer that does not go with what a step of the model trains."""
     covers, why = _covered(model)
-    if spec.in_backward and covers == "one":
+    if spec.needs_all and covers == "one":
         raise OptionError(
-            f'update="backward" updates every parameter in every backward, but {why}; compile it with coverage="all", '
-            'or leave update at "step"'
+            f'update="{spec.updates}" updates every parameter in every step, but {why}; compile it with '
+            'coverage="all", or leave update at "step"'
         )
     if spec.in_backward and max_grad_norm is not None:
         raise OptionError(
             f'max_grad_norm={max_grad_norm!r} needs all gradients before the first update, which update="backward" '
             'does not keep; use update="step" to clip'
         )
-    if not spec.is_kept and (covers == "all" or spec.in_backward):
+    if not spec.is_kept and (covers == "all" or spec.needs_all):
         raise OptionError(
             'states="reset" begins a chunk anew, but with coverage="all" there is one chunk that is always active; '
             'use states="keep", or compile with coverage="one"'

@@ -64,8 +64,12 @@ class ChunkedOptimizer(Optimizer, ABC):
     masters whenever it becomes active, or when the model moves to another device.
 
     ``update`` says when a model that was compiled with ``coverage="all"`` changes: at the ``"step"``, as with torch's
-    optimizers, or in the ``"backward"``, where each part is updated as soon as its gradients are complete. No
+    optimizers, ``"late"``, where the same updates run on into the next forward, in which each region waits for its own,
+    or in the ``"backward"``, where each part is updated as soon as its gradients are complete. No
     gradients are then left, so they cannot be read, clipped or scaled (`UsedGradientError`); ``step()`` only counts.
+    Late updates are seen by nobody: who reads a parameter between ``step()`` and the next call waits for them. That
+    holds for torch's functions that are given the parameter. Before anything else reads its memory (an alias that was
+    taken before, ``torch.func``, a collective, another thread while the model runs), call `finish_updates`.
     Backward passes inside ``model.no_sync()`` add to gradients which the next one outside uses. Gradients that wait for
     the step do so where the plan has room for them, on the device or in host memory (`WaitingGradient`), where
     ``host_budget`` does not count them.
@@ -212,7 +216,8 @@ class ChunkedOptimizer(Optimizer, ABC):
         if graded:
             pieces.at_step()
             self._updates += 1
-        pieces.settle()
+        if not self._model.late.is_under_way:
+            pieces.settle()
         written = after_host_weights(active, self._model.compute_device)
         self._model.advance()
         if written is not None:
@@ -261,6 +266,10 @@ class ChunkedOptimizer(Optimizer, ABC):
         """Go on from a step that failed after it had updated some of the parameters, which `PartialStep` told of."""
         if self._pieces is not None:
             self._pieces.accept()
+
+    def finish_updates(self) -> None:
+        """Return when the updates of ``update="late"`` are done, for what reads weights past torch's functions."""
+        self._model.late.synchronize()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

@@ -127,8 +127,8 @@ class Policy:
     ``states`` describes the optimizer that is planned for. ``pieces`` are the parts in which a step that covers all
     parameters updates them, empty where a step trains one chunk; with ``in_backward`` each is updated by the program,
     as soon as its gradients are complete; with ``host_gradients`` the program sends each to host memory then, where it
-    waits for the optimizer's step. A step runs ``micro_batches`` batches of the same sizes, each region over all of
-    them before the next.
+    waits for the optimizer's step, whose updates run on into the next forward if they are ``late``. A step runs
+    ``micro_batches`` batches of the same sizes, each region over all of them before the next.
     """
 
     save_from: int = 0
@@ -141,7 +141,16 @@ class Policy:
     pieces: Pieces = NO_PIECES
     in_backward: bool = False
     host_gradients: bool = False
+    late: bool = False
     micro_batches: int = 1
+
+    @property
+    def updates_late(self) -> bool:
+        """Whether a forward waits region by region for the updates of the step before it.
+
+        Weights that stay in host memory would be fetched behind the states of all pieces, so there the step waits.
+        """
+        return self.late and not self.streamed
 
     @property
     def takes_gradients(self) -> bool:
@@ -177,7 +186,8 @@ class Policy:
 
     def sentences(self) -> list[str]:
         """The decisions in words, those that change nothing left out."""
-        when = "each behind the backward call that completes its gradients" if self.in_backward else "at the step"
+        at_step = "from the step on, as far as the next forward" if self.updates_late else "at the step"
+        when = "each behind the backward call that completes its gradients" if self.in_backward else at_step
         away = f"{len(self.streamed)} weights stay in host memory and pass through {self.depth} buffers"
         pieces = f"{len(self.pieces)} pieces through {self.pieces.depth} buffers"
         told = {

@@ -50,8 +50,8 @@ def only_coverage(chunks: int | str, order: str, interval: int, spec: StateSpec)
         return "one", f"interval={interval!r} was given, which is spent on each chunk of a sweep"
     if not spec.is_kept:
         return "one", 'states="reset" begins each chunk anew'
-    if spec.in_backward:
-        return "all", 'update="backward" updates every parameter in every backward'
+    if spec.needs_all:
+        return "all", f'update="{spec.updates}" updates every parameter in every step'
     return None
 
 

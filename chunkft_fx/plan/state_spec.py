@@ -29,7 +29,7 @@ LEAST_ROW = 64
 CODES, SCALES = "_codes", "_scales"
 STATES = ("keep", "reset")
 # When weights change: in the optimizer's step, or in the backward.
-UPDATES = ("step", "backward")
+UPDATES = ("step", "late", "backward")
 # Formats of a bfloat16 weight's master, a float32 or the 16 bits that the weight lacks; the states of these names.
 MASTERS = ("float32", "remainder")
 MASTER, REMAINDER = "master", "remainder"
@@ -115,7 +115,8 @@ class StateSpec:
     updates a parameter by numbers of its whole: no chunk may then hold a part of one. ``saves_steps`` says whether
     torch's optimizer of this name has a step count in its checkpoints. ``master`` is the format of a bfloat16
     parameter's master weight (`chunkft_fx.kernels.masters`); that of a float16 one is float32 in either. ``updates``
-    says when weights change: at the optimizer's "step" or in the "backward".
+    says when weights change: at the optimizer's "step", "late" (from the step on, as far as the forward after it) or in
+    the "backward".
 
     Raises `OptionError` for a word that is not known.
     """
@@ -143,6 +144,16 @@ class StateSpec:
     def in_backward(self) -> bool:
         """Whether weights are updated within the backward that makes their gradients."""
         return self.updates == "backward"
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether a step has to cover all parameters."""
+        return self.updates != "step"
+
+    @property
+    def is_late(self) -> bool:
+        """Whether updates of a step may still run when the next forward begins."""
+        return self.updates == "late"
 
     @property
     def is_kept(self) -> bool:

@@ -146,7 +146,7 @@ def plan_for_batch(
     best = search.run()
     if base.pieces and not base.in_backward and (best is None or best.step_us is not None):
         # gradients of all parameters can wait beside the device, where a step without them there takes less
-        beside = search.like(replace(base, host_gradients=True))
+        beside = search.like(replace(base, host_gradients=True, late=spec.is_late))
         other = beside.run()
         if best is None or (other is not None and other.cost < best.cost):
             beside.considered += search.considered
@@ -181,6 +181,7 @@ def plan_again(
             pieces=pieces,
             in_backward=policy.in_backward,
             host_gradients=policy.host_gradients,
+            late=policy.late,
             micro_batches=micro_batches,
         )
         search = Search(model, parameter_specs(model, spec), predictor, budget, known.chunks, spec, base)

@@ -107,6 +107,7 @@ class _Clock:
     left: dict[int, float] = field(default_factory=dict)
     held: dict[int, int] = field(default_factory=dict)  # by piece, its buffer
     emptied: dict[int, float] = field(default_factory=dict)  # by buffer
+    late: list[int] = field(default_factory=list)  # pieces whose updates are left to the forward
 
     def __post_init__(self) -> None:
         self.free = list(range(self.policy.pieces.depth))
@@ -131,15 +132,17 @@ class _Clock:
         self.is_backward = False
         for node in self.program.graph.nodes:
             if node.op == "call_module":
-                self._call(self.program.module.get_submodule(str(node.target)))
+                self._call(node, self.program.module.get_submodule(str(node.target)))
             elif node.target in self.handlers:
                 self.handlers[node.target](node)
         self.compute, self.group = max(self.compute, self.updates), None
         if not self.policy.in_backward:
             self._step()
 
-    def _call(self, call: Any) -> None:
+    def _call(self, node: fx.Node, call: Any) -> None:
         assert isinstance(call, RegionCall)
+        if self.late:
+            self._meet_late(node, call)
         i, times = call.region.index, self.times
         us = times.forward_us[i]
         if call.is_backward:
@@ -223,20 +226,46 @@ class _Clock:
         self.free.append(buffer)
 
     def _step(self) -> None:
-        """All pieces one behind the other, with gradients that come back."""
-        waits = self.policy.host_gradients
+        """All pieces one behind the other, with gradients that come back; late ones are left to the next forward."""
+        policy = self.policy
         # nothing is fetched before the step is called, and gradients have left by then
-        self.incoming = max(self.incoming, self.compute, self.outgoing if waits else 0.0)
-        depth, count = self.policy.pieces.depth, len(self.policy.pieces)
-        back = [weights_nbytes(p, self.parameters) * waits for p in self.policy.pieces]
-        for piece in range(min(depth, count)):
-            self._fetch_states(piece, back[piece])
-        for piece in range(count):
-            self.compute = self._updated(piece, max(self.compute, self.came[piece]))
-            self._write_states(piece, self.compute)
-            if piece + depth < count:
-                self._fetch_states(piece + depth, back[piece + depth])
-        self.updates = self.compute
+        self.incoming = max(self.incoming, self.compute, self.outgoing if policy.host_gradients else 0.0)
+        self.updates, self.late = self.compute, list(range(len(policy.pieces)))
+        for piece in self.late[: policy.pieces.depth]:
+            self._fetch_states(piece, self._returning_nbytes(piece))
+        if not policy.updates_late:
+            self._await_late(len(self.late))
+
+    def _await_late(self, count: int) -> None:
+        """Compute goes on behind so many of the updates that are left."""
+        for _ in range(count):
+            self._update_next()
+        if count:
+            self.compute = max(self.compute, self.updates)
+
+    def _update_next(self) -> None:
+        piece, *self.late = self.late
+        self.updates = self._updated(piece, max(self.updates, self.came[piece]))
+        self._write_states(piece, self.updates)
+        behind = piece + self.policy.pieces.depth
+        if behind < len(self.policy.pieces):
+            self._fetch_states(behind, self._returning_nbytes(behind))
+
+    def _meet_late(self, node: fx.Node, call: RegionCall) -> None:
+        """Late updates as far as compute has come, and those of the weights that a call reads: it waits for them.
+
+        Copies of several links share the way out. Here they take it in the order in which they could begin.
+        """
+        while self.late and max(self.updates, self.came[self.late[0]]) < self.compute:
+            self._update_next()
+        read = {source.meta.get("parameter") for source in node.all_input_nodes}
+        pieces = self.policy.pieces
+        met = [i for i, piece in enumerate(self.late) if any(s.name in read for s in pieces[piece].slices)]
+        self._await_late(len(self.late) if call.is_backward else max(met, default=-1) + 1)
+
+    def _returning_nbytes(self, piece: int) -> int:
+        """Bytes of a piece's gradients that come back from host memory."""
+        return weights_nbytes(self.policy.pieces[piece], self.parameters) * self.policy.host_gradients
 
     def _moving_nbytes(self, node: fx.Node) -> int:
         values: Any = node.args[0]

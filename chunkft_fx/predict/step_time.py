@@ -85,13 +85,16 @@ def covering_step_us(times: StepTimes, policy: Policy, streamed: frozenset[int],
     ring has room for come in while the forward runs. Where weights or saved values come in between, compute waits for
     them behind states, and only a part of the link's time is hidden, as in `step_us`. At the step they move when the
     backward is over, under nothing but the update itself; gradients that wait in host memory leave under the backward,
-    the way that weights do not take, and come back with the states.
+    the way that weights do not take, and come back with the states; where updates may run late, beside the
+    next forward.
     """
     bare = bare_steps(times, policy, streamed, policy.depth)
     compute, link = float(bare.compute_us[0]) + work.gradients_us, float(bare.link_us[0])
     forward = sum(times.forward_us)
     if policy.host_gradients:
-        return max(compute, link, forward + times.leave_us) + work.states_us + times.return_us
+        states = work.states_us + times.return_us
+        behind = max(states - forward, 0.0) if policy.late and not streamed else states
+        return max(compute, link, forward + times.leave_us) + behind
     if not policy.in_backward:
         return max(compute, link) + work.states_us
     fetched = sum(times.fetch_us[i] for i in streamed)

@@ -33,6 +33,7 @@ from chunkft_fx.program.instructions import Executable
 from chunkft_fx.program.program import own_inputs
 from chunkft_fx.program.programs import Programs
 from chunkft_fx.runtime import random_state
+from chunkft_fx.runtime.late_updates import LateUpdates
 from chunkft_fx.runtime.lower_ahead import lowered_beside
 from chunkft_fx.runtime.step import Machine, Step, run_backward, run_forward
 from chunkft_fx.runtime.taking import TakingOwner, run_taking, takes_gradients
@@ -51,6 +52,9 @@ class Owner(TakingOwner, Protocol):
 
     @property
     def lock(self) -> AbstractContextManager[Any]: ...
+
+    @property
+    def late(self) -> LateUpdates: ...
 
     @property
     def is_planning(self) -> bool: ...
@@ -168,7 +172,12 @@ class Session:
         owner, optimizer = self.owner, self.owner.optimizer
         ring = owner.engines.ring(owner.residency, self.programs.uses)
         stage = None if optimizer is None else optimizer.stage
-        return Machine(self.programs.backend, self.capture.fake_mode, ring, owner.engines.saved, stage, updates)
+        late = self._await_updates if owner.late.is_under_way else None
+        saved = owner.engines.saved
+        return Machine(self.programs.backend, self.capture.fake_mode, ring, saved, stage, updates, late)
+
+    def _await_updates(self, region: int) -> None:
+        self.owner.late.wait(self.programs.uses[region])
 
     def _private(self, arguments: Sequence[Any]) -> list[Any]:
         """The arguments, with a copy of each buffer that forward writes: backward must see its old value.

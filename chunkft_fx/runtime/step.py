@@ -35,7 +35,8 @@ BY_UPDATE = (
 @dataclass(frozen=True)
 class Machine:
     """What instructions run on: how regions are lowered, what carries streamed weights, saved values and states, and
-    what updates weights, or keeps gradients, within the backward."""
+    what updates weights, or keeps gradients, within the backward. ``await_updates`` is called with the index of a
+    region before it reads its weights in a forward, while updates of the step before may still run."""
 
     backend: str
     fake_mode: Any
@@ -43,11 +44,14 @@ class Machine:
     saved: SavedValues | None = None
     stage: Stage | None = None
     updates: Updates | None = None
+    await_updates: Callable[[int], None] | None = None
 
     def run(self, instruction: Instruction, arguments: list[Any]) -> Sequence[Any]:
         """Run one instruction; a region call may empty its arguments."""
         call = instruction.call
         if isinstance(call, RegionCall):
+            if self.await_updates is not None and not call.is_backward:
+                self.await_updates(call.region.index)
             return lower(call.variant, self.backend, self.fake_mode, call.is_backward)(arguments)
         if call.is_saved:
             return self._carry(call, arguments)

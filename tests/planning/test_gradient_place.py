@@ -130,6 +130,27 @@ def test_gradients_leave_under_the_backward_and_come_back_with_the_states(
     assert found >= at_step + back - 1e-9
 
 
+@given(st.lists(st.floats(1.0, 100.0), min_size=2, max_size=5), st.floats(0, 1_000), st.floats(0, 1_000))
+def test_late_updates_take_what_the_next_forward_does_not_hide(us: list[float], leave: float, back: float) -> None:
+    zero = (0.0,) * len(us)
+    times = StepTimes(tuple(us), tuple(us), zero, zero, zero, zero, 0.0, 0.0, leave_us=leave, return_us=back)
+    late = replace(planned(least_nbytes()).policy, streamed=frozenset(), late=True)
+    at_step = covering_step_us(times, replace(late, late=False), frozenset(), Work(0, 0.0, 50.0))
+    found = covering_step_us(times, late, frozenset(), Work(0, 0.0, 50.0))
+    assert found == pytest.approx(at_step - min(sum(us), 50 + back))
+    assert covering_step_us(times, late, frozenset({0}), Work(0, 0.0, 50.0)) >= at_step  # behind fetched weights
+
+
+def test_updates_are_late_where_the_optimizer_asks_for_it_and_gradients_wait_in_host_memory() -> None:
+    spec = replace(ASSUMED, updates="late")
+    waits, stay = planned(least_nbytes(), spec=spec).policy, planned(least_nbytes() + 10 * SIZE, spec=spec).policy
+    assert waits.host_gradients and waits.late and not waits.in_backward
+    assert waits.updates_late == (not waits.streamed)
+    assert not stay.host_gradients and not stay.late
+    assert any("as far as the next forward" in s for s in replace(waits, streamed=frozenset()).sentences())
+    assert not planned(least_nbytes()).policy.late
+
+
 class Layers(nn.Module):
     """Layers whose gradients are most of what a step needs."""
 

@@ -209,6 +209,35 @@ def test_more_buffers_hide_more(steps: Steps) -> None:
     assert found[0] > found[2]
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
+@given(cases(), st.booleans())
+def test_late_updates_hide_beside_a_forward_and_nothing_else(
+    steps: Steps, case: tuple[dict[str, Any], tuple[tuple[float, ...], ...], float, int], is_streamed: bool
+) -> None:
+    changes, each, per_byte, depth = case
+    held = replace(steps.plan.policy.pieces, depth=depth)
+    names = frozenset(n for n in steps.session.programs.parameters if ".1." in n) if is_streamed else frozenset()
+    waits = steps.policy(pieces=held, streamed=names, in_backward=False, host_gradients=True, **changes)
+    times = times_of(steps.regions, each, per_byte)
+    at_step, late = (steps.clocked(replace(waits, late=is_late), times) for is_late in (False, True))
+    assert [late.incoming_nbytes, late.outgoing_nbytes] == [at_step.incoming_nbytes, at_step.outgoing_nbytes]
+    if is_streamed:
+        assert late.step_us == at_step.step_us
+        return
+    assert at_step.step_us - sum(times.forward_us) <= late.step_us * (1 + 1e-9)
+    assert late.step_us <= at_step.step_us * (1 + 1e-9)
+    assert late.step_us >= max(steps.compute(waits, times), late.incoming_us) * (1 - 1e-9)
+
+
+def test_late_updates_of_the_first_region_are_waited_for(steps: Steps) -> None:
+    """A long forward hides all but those."""
+    policy = steps.policy(in_backward=False, host_gradients=True, late=True)
+    slow = times_of(steps.regions, ((1e6,), (0.0,), (0.0,), (0.0,)), 1e-3)
+    at_step = replace(policy, late=False)
+    waited = steps.clocked(policy, slow).step_us - steps.regions * 1e6
+    assert 0 < waited < 0.5 * (steps.clocked(at_step, slow).step_us - steps.regions * 1e6)
+
+
 def test_a_plan_tells_what_the_clock_says(steps: Steps) -> None:
     predictor = Predictor(steps.session.programs, absent(steps.session), known=RATES)
     times = predictor.times(steps.plan.chunks[0])

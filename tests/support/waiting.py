@@ -28,8 +28,9 @@ def waiting_in_host(is_copied: bool = False) -> Iterator[None]:
     decided = planner._base
 
     def base(*args: Any) -> Policy:
-        policy = decided(*args)
-        return replace(policy, host_gradients=bool(policy.pieces) and not policy.in_backward)
+        policy, spec = decided(*args), args[-1]
+        waits = bool(policy.pieces) and not policy.in_backward
+        return replace(policy, host_gradients=waits, late=waits and spec.is_late)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(planner, "_base", base)

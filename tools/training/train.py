@@ -69,8 +69,8 @@ def command(
     )  # fmt: skip
     kind, count = pick_dtype(dtype, where), chunk_count(chunks)
     check_compile_options(budget, order, interval, backend, coverage, count)
-    if update == "backward" and coverage == "one":
-        raise OptionError("update=backward updates all parameters in every backward; give --coverage all with it")
+    if update != "step" and coverage == "one":
+        raise OptionError(f"update={update} updates all parameters in every step; give --coverage all with it")
     at_least("seq_len", seq_len, 2)  # a token is learnt from those before it
     check_schedule(options)
     if resume is not None:

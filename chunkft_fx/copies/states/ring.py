@@ -69,6 +69,9 @@ class PieceRing:
     def settle(self) -> None:
         """Put work that follows on the current stream behind all copies out."""
 
+    def arrive(self) -> None:
+        """Put work that follows on the current stream behind all copies in."""
+
     def synchronize(self) -> None:
         """Wait until host memory is up to date with every copy begun."""
 
@@ -166,6 +169,9 @@ class CopyingRing(PieceRing):
 
     def settle(self) -> None:
         self._outgoing.wait(self._outgoing.mark())
+
+    def arrive(self) -> None:
+        self._incoming.wait(self._incoming.mark())
 
     def synchronize(self) -> None:
         self._incoming.synchronize()

@@ -8,6 +8,7 @@ should it fail halfway, some parameters are a step ahead of the others, and noth
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from chunkft_fx.module.training import Training
 from chunkft_fx.optim.states.staging import StagedStates
 from chunkft_fx.optim.update import StagedSlice
 from chunkft_fx.plan.pieces import Pieces
+from chunkft_fx.runtime.guarded_parameter import is_guardable
 
 # Updates these slices of one piece; the number of the piece is for stochastic rounding.
 Apply = Callable[[Sequence[StagedSlice], int], None]
@@ -57,27 +59,57 @@ class PieceUpdates:
         return self._given is pieces and self._ring is ring
 
     def at_step(self) -> None:
-        """Update everything that has a gradient, one piece behind the other."""
-        depth = self._given.depth
+        """Update everything that has a gradient, one piece behind the other; what may be late, beside what follows."""
         order = [i for i, slices in enumerate(self._slices) if any(s.parameter.grad is not None for s in slices)]
         self.begin()
-        apart = self._with_own_ring()
+        apart, is_late = self._with_own_ring(), self._may_be_late()
         try:
-            for i in order[:depth]:
-                self._fetch(i, apart)
-            for at, i in enumerate(order):
-                self._update(i, self._graded(i))
-                self.write_states(i)
-                if apart is not None:
-                    apart.let_go(i)
-                if at + depth < len(order):
-                    self._fetch(order[at + depth], apart)
+            with self._ring.beside() if is_late else nullcontext():
+                self._update_all(order, apart, is_late)
         except BaseException:
+            self._model.late.finish()
             self.abandon()
             if apart is not None:
                 apart.abandon()
             raise
-        self._end()
+        if is_late:
+            self._model.late.guard(s.parameter for slices in self._slices for s in slices)
+            self._done, self._left, self._waiting = {}, {}, None
+        else:
+            self._end()
+
+    def _update_all(self, order: Sequence[int], apart: WaitingGradients | None, is_late: bool) -> None:
+        depth = self._given.depth
+        for i in order[:depth]:
+            self._fetch(i, apart)
+        for at, i in enumerate(order):
+            graded = self._graded(i)
+            self._update(i, graded)
+            if is_late:
+                self._model.late.put(s.name for s, _ in graded)
+            self._ring.write_back(i)
+            if apart is not None:
+                apart.let_go(i)
+            if at + depth < len(order):
+                self._fetch(order[at + depth], apart)
+
+    def _may_be_late(self) -> bool:
+        """Whether updates of this step can run on beside what follows, and no one sees an old weight.
+
+        Gradients on the device could be freed, and memory that a weight shares with another tensor be read through that
+        one: then the step waits.
+        """
+        policy = self._model.plan.policy
+        if not policy.updates_late or self._ring.device.type != "cuda" or self._states.travelling:
+            return False
+        model, parameters = self._model.plain, dict.fromkeys(s.parameter for s in self._all())
+        tensors = *model.parameters(), *model.buffers()
+        memory = {t.untyped_storage().data_ptr() for t in tensors if t.numel()}
+        return (
+            len(memory) == sum(t.numel() > 0 for t in tensors)
+            and all(map(is_guardable, parameters))
+            and all(p.grad is None or waiting(p.grad) for p in parameters)
+        )
 
     def _fetch(self, piece: int, apart: WaitingGradients | None) -> None:
         self.fetch_states(piece)
@@ -105,6 +137,7 @@ class PieceUpdates:
     def begin(self) -> None:
         """Begin a step; `PartialStep` if the step before was left halfway, `WaitingGradientError` for a spoiled sum."""
         self.refuse_broken()
+        self._model.late.finish()
         self._waiting = self._model.waiting if any(waiting(s.parameter.grad) for s in self._all()) else None
         if self._waiting is not None:
             self._waiting.check()
