@@ -19,7 +19,7 @@ from chunkft_fx.graph.region import Pass, ProgramPass
 from chunkft_fx.machine.rates import Rates
 from chunkft_fx.plan.chunk import Chunk
 from chunkft_fx.plan.cuts import ParameterSpec, cut
-from chunkft_fx.plan.pieces import DEPTH, DEPTHS, Pieces, cut_pieces
+from chunkft_fx.plan.pieces import DEPTH, Pieces, cut_pieces
 from chunkft_fx.plan.plan import Plan
 from chunkft_fx.plan.policy import Policy
 from chunkft_fx.plan.schedule import only_coverage
@@ -27,8 +27,9 @@ from chunkft_fx.plan.state_spec import ASSUMED, StateSpec
 from chunkft_fx.plan.table import Considered
 from chunkft_fx.planning.choice import Choice, Fit, Predicts
 from chunkft_fx.planning.costs import BASE, ChoiceCosts
+from chunkft_fx.planning.coverage.ring import best_ring
 from chunkft_fx.planning.search import Search
-from chunkft_fx.predict.fixed_memory import RING_OF_STATES, Terms
+from chunkft_fx.predict.fixed_memory import Terms
 
 # Of the choices that were not taken, a plan keeps so many, those that came closest.
 KEPT_CHOICES = 40
@@ -154,7 +155,9 @@ def plan_for_batch(
     if best is None:
         assert search.smallest is not None
         raise _infeasible(options.budget_bytes, search.smallest, batch)
-    search, best = _best_ring(search, best, spec)
+    if base.in_backward and best.step_us is not None:
+        predictor, whole = search.predictor, best.choice.chunks[0]
+        search, best = best_ring(search, best, lambda found, fit: predictor.clocked(whole, _policy(found, fit, spec)))
     plan = _bare_plan(options, best.choice.chunks)
     return _completed(plan, search, best, batch, _closest(search.considered, best), spec)
 
@@ -207,40 +210,6 @@ def _base(options: Options, parameters: Sequence[ParameterSpec], spec: StateSpec
     if options.coverage != "all":
         return BASE
     return replace(BASE, pieces=cut_pieces(parameters), in_backward=spec.in_backward)
-
-
-def _best_ring(search: Search, best: Fit, spec: StateSpec) -> tuple[Search, Fit]:
-    """The best choice of all rings of states that are tried, where steps are timed, and the search that found it.
-
-    A deeper ring lets more states come in while the forward runs, when the link would rest; for its room more may have
-    to be recomputed. What is gained and lost tells the clock, not the sums of times that each search goes by. At the
-    optimizer's step pieces move one behind the other with nothing between: more buffers would stay empty.
-    """
-    base = search.base
-    if best.step_us is None or not base.in_backward:
-        return search, best
-    found = [(search, _deepened(best, search))]
-    for depth in (d for d in DEPTHS if base.pieces.depth < d <= len(base.pieces)):
-        deeper = search.like(replace(base, pieces=replace(base.pieces, depth=depth)))
-        fit = deeper.run()
-        if fit is not None:
-            found.append((deeper, _deepened(fit, deeper)))
-
-    def clocked_us(one: tuple[Search, Fit]) -> float:
-        use = search.predictor.clocked(best.choice.chunks[0], _policy(*one, spec))
-        assert use is not None, "times are known"
-        return use.step_us
-
-    return min(found, key=clocked_us) if len(found) > 1 else found[0]
-
-
-def _deepened(best: Fit, search: Search) -> Fit:
-    """The same choice with a ring of states as deep as the rest of the budget lets it be."""
-    pieces, ring = best.choice.policy.pieces, best.terms.get(RING_OF_STATES, 0)
-    nbytes = ring // pieces.depth
-    deeper = pieces.deepened(search.budget - best.nbytes, nbytes)
-    choice = replace(best.choice, policy=replace(best.choice.policy, pieces=deeper))
-    return Fit(choice, best.terms | {RING_OF_STATES: deeper.depth * nbytes}, best.peak_at, *search.costs.cost(choice))
 
 
 def _completed(

@@ -31,6 +31,7 @@ from chunkft_fx.plan.pieces import DEPTH
 from chunkft_fx.plan.plan import VERSION, Plan
 from chunkft_fx.plan.state_spec import ASSUMED, StateSpec, StateTensor
 from chunkft_fx.planning import kept_plans
+from chunkft_fx.planning.coverage import ring
 from chunkft_fx.planning.kept_plans import FOLDER, digest
 from chunkft_fx.planning.planner import Options, parameter_specs, plan_for_batch
 from chunkft_fx.predict.predictor import Predictor
@@ -107,7 +108,8 @@ def test_plans_of_both_coverages_are_kept_and_the_choice_between_them_is_not(
     assert second.plan.coverage == "one"
 
 
-def test_a_plan_with_a_deep_ring_of_states_is_kept_whole(searches: list[Plan]) -> None:
+def test_a_plan_with_a_deep_ring_of_states_is_kept_whole(searches: list[Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ring, "NEARLY", -1.0)  # the deepest that there is room for
     spec = replace(ASSUMED, updates="backward")
     options = Options(1, "auto", "sequential", 1, 0, coverage="all")
 
@@ -276,6 +278,7 @@ def test_without_a_folder_that_can_be_written_plans_are_made_anew(searches: list
 PROCESS = """
 import sys, torch
 from chunkft_fx.planning import kept_plans
+from chunkft_fx.planning.coverage import ring
 from tests.support.changing_batches import Text, compiled, text
 torch.set_num_threads(1)
 torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The ring of states: as deep as the rest of the budget lets it be, and no deeper than another batch has room for."""
+"""The ring of states: as deep as it pays and the budget lets it be, and no deeper than another batch has room for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from chunkft_fx.plan.pieces import DEPTH, MOST_BUFFERS, Pieces, cut_pieces
 from chunkft_fx.plan.plan import Plan
 from chunkft_fx.plan.policy import HIDDEN_SHARE, LinkUse, Policy, StepTimes
 from chunkft_fx.plan.state_spec import ASSUMED
-from chunkft_fx.planning import planner
+from chunkft_fx.planning.coverage import ring
 from chunkft_fx.planning.planner import Options, parameter_specs, plan_again, plan_for_batch
 from chunkft_fx.predict.fixed_memory import RING_OF_STATES
 from chunkft_fx.predict.step_time import Work, covering_step_us
@@ -24,9 +24,20 @@ SPEC = replace(ASSUMED, updates="backward")
 MODEL = Blocks(4, 64)
 
 
-def planned(budget: int, inside: int = 1_000, has_times: bool = True) -> Plan:
+class Clocked(Predicted):
+    """The clock tells that each buffer more saves ``gain`` of a step that takes 1,000 without one."""
+
+    gain = 10.0
+
+    def clocked(self, chunk: Chunk, policy: Policy) -> LinkUse:
+        return LinkUse(1000.0 - self.gain * policy.pieces.depth, 0.0, 0.0, 0.0, 0, 0, 0.0)
+
+
+def planned(budget: int, has_times: bool = True, gain: float = Clocked.gain) -> Plan:
     options = Options(budget, "auto", "sequential", 1, 0, coverage="all")
-    return plan_for_batch(MODEL, options, None, Predicted(MODEL, 4_000, 0, inside, has_times), "a batch", SPEC)
+    predictor = Clocked(MODEL, 4_000, 0, 1_000, has_times)
+    predictor.gain = gain
+    return plan_for_batch(MODEL, options, None, predictor, "a batch", SPEC)
 
 
 def least_nbytes() -> int:
@@ -37,7 +48,7 @@ def least_nbytes() -> int:
 
 
 @given(st.integers(0, 2_000_000))
-def test_the_rest_of_the_budget_goes_to_the_ring(more: int) -> None:
+def test_the_rest_of_the_budget_goes_to_a_ring_that_saves_time(more: int) -> None:
     plan = planned(least_nbytes() + more)
     depth, terms = plan.policy.pieces.depth, dict(plan.terms)
     assert DEPTH <= depth <= MOST_BUFFERS
@@ -47,22 +58,29 @@ def test_the_rest_of_the_budget_goes_to_the_ring(more: int) -> None:
     assert depth == MOST_BUFFERS or sum(terms.values()) + buffer > plan.budget_bytes
 
 
-@pytest.mark.parametrize("gain", [1.0, -1.0])
+@given(st.integers(0, 2_000_000), st.floats(0.0, 10.0))
+def test_a_ring_is_no_deeper_than_it_has_to_be(more: int, gain: float) -> None:
+    """A shallower one would take longer by more than a small share of the step, unless there is none."""
+    budget = least_nbytes() + more
+    depth, deepest = (planned(budget, gain=g).policy.pieces.depth for g in (gain, Clocked.gain))
+    assert depth <= deepest
+    if gain == 0.0:
+        assert depth == DEPTH
+    least = (1000 - gain * deepest) * (1 + ring.NEARLY)
+    if depth > DEPTH:
+        assert 1000 - gain * (depth - 1) > least * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("gain", [10.0, -1.0])
 def test_the_clock_decides_whether_a_deeper_ring_is_worth_what_it_takes(
     monkeypatch: pytest.MonkeyPatch, gain: float
 ) -> None:
     """Where each buffer more makes a step shorter, weights give way to buffers; else they do not."""
-
-    def clocked(_: Predicted, chunk: Chunk, policy: Policy) -> LinkUse:
-        return LinkUse(1000.0 - gain * policy.pieces.depth, 0.0, 0.0, 0.0, 0, 0, 0.0)
-
-    monkeypatch.setattr(Predicted, "clocked", clocked)
     budget = least_nbytes() + 100_000
-    monkeypatch.setattr(planner, "DEPTHS", (DEPTH,))
-    shallow = planned(budget).policy
+    monkeypatch.setattr(ring, "DEPTHS", (DEPTH,))
+    shallow = planned(budget, gain=gain).policy
     monkeypatch.undo()
-    monkeypatch.setattr(Predicted, "clocked", clocked)
-    taken = planned(budget).policy
+    taken = planned(budget, gain=gain).policy
     if gain < 0:
         assert taken == shallow
     else:
