@@ -9,7 +9,7 @@ links, and belongs to the optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -53,12 +53,18 @@ class Engines:
         return self._ring
 
     def waiting(
-        self, pieces: Pieces, parameters: Mapping[str, nn.Parameter], others: int, ring: PieceRing | None
+        self,
+        pieces: Pieces,
+        parameters: Mapping[str, nn.Parameter],
+        others: int,
+        ring: PieceRing | None,
+        before_writing: Callable[[], None],
     ) -> WaitingGradients:
         """The gradients of these parameters that wait in host memory, in these pieces, moved by ``ring``.
 
-        Without one a ring of their own moves them. Raises `HostMemoryExceeded` if there is no room for them beside
-        ``others``, bytes that are still to be taken.
+        ``before_writing`` is called before the user's values take the place of what waits. Without a ring one of their
+        own moves them. Raises `HostMemoryExceeded` if there is no room for them beside ``others``, bytes that are still
+        to be taken.
         """
         known = self._waiting
         if known is None or not known.is_of(pieces):
@@ -69,5 +75,5 @@ class Engines:
         if ring is None:
             ring = self._gradients or make_ring(self.incoming, pieces.depth, waiting_nbytes(pieces, parameters))
             self._gradients = ring
-        known.bind(parameters, ring)
+        known.bind(parameters, ring, before_writing)
         return known

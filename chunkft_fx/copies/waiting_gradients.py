@@ -10,7 +10,8 @@ they are read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import inf
 
 import torch
@@ -38,6 +39,7 @@ class WaitingGradients:
     """The gradients of one model in host memory, in these pieces; `bind` says whose, and what moves them."""
 
     _ring: PieceRing
+    _before_writing: Callable[[], None]
 
     def __init__(self, tier: Tier, pieces: Pieces) -> None:
         self._tier, self._given = tier, pieces
@@ -52,12 +54,14 @@ class WaitingGradients:
         """Whether these are gradients in just these pieces, through whatever number of buffers."""
         return self._given.chunks == pieces.chunks
 
-    def bind(self, parameters: Mapping[str, nn.Parameter], ring: PieceRing) -> None:
+    def bind(self, parameters: Mapping[str, nn.Parameter], ring: PieceRing, before_writing: Callable[[], None]) -> None:
         """Be the gradients of these parameters, moved by ``ring``, none of whose copies are under way.
+
+        ``before_writing`` is called before the user's values take the place of what waits.
 
         A parameter that takes the place of one of the same name has none yet, others keep what waits.
         """
-        self._ring = ring
+        self._ring, self._before_writing = ring, before_writing
         known = {s.name: s.parameter for slices in self._slices for s in slices}
         if any(known.get(s.name) is not parameters[s.name] for piece in self._given for s in piece.slices):
             self._slices = [[ActiveSlice(s, parameters[s.name]) for s in piece.slices] for piece in self._given]
@@ -83,9 +87,14 @@ class WaitingGradients:
         if wider:
             require_room(wider)
 
-    def fetch_states(self, piece: int) -> None:
-        """Begin to bring back what waits of a piece."""
-        host = [p.host for p in self._waiting(piece).values() if p.host is not None]
+    def parts(self, piece: int) -> dict[str, WaitingPart]:
+        """What waits of a piece now, by the parameters' names, whatever becomes of their gradients."""
+        return {name: replace(part, factors=list(part.factors)) for name, part in self._waiting(piece).items()}
+
+    def fetch_states(self, piece: int, parts: Mapping[str, WaitingPart] | None = None) -> None:
+        """Begin to bring back what waits of a piece, or these `parts` of it."""
+        found = self._waiting(piece) if parts is None else parts
+        host = [p.host for p in found.values() if p.host is not None]
         if host:
             self._ring.fetch(piece, host)
 
@@ -130,12 +139,14 @@ class WaitingGradients:
                 self._latest[name].problem = FAILED
         self._new = {}
 
-    def gradients(self, piece: int) -> dict[str, Tensor]:
+    def gradients(self, piece: int, parts: Mapping[str, WaitingPart] | None = None) -> dict[str, Tensor]:
         """What waits of a fetched piece, by the parameters' names: each slice's on the device, in its shape.
+
+        ``parts`` are those that it was fetched by.
 
         Ready for work on the current stream; as it waits, or in the wide dtype where it is to be multiplied or is zero.
         """
-        found = self._waiting(piece)
+        found = self._waiting(piece) if parts is None else parts
         there = iter(self._ring.tensors(piece) if self._ring.is_fetched(piece) else ())
         made = {}
         for s in self._slices[piece]:
@@ -237,8 +248,8 @@ class WaitingGradients:
     def _send(self, s: Slice, values: Tensor) -> WaitingPart:
         """A slice's values, as the user changed them, in host memory: copies in that follow come behind it."""
         values = front(values, s.dim).contiguous()
+        self._before_writing()
         self._ring.settle()
-        self._ring.arrive()  # late updates may still have to read what waits
         host = self._room(s, values)
         host.copy_(values, non_blocking=True)
         self._ring.follow()

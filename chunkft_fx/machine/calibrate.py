@@ -27,9 +27,10 @@ _MATRIX_SIDE = {
 _BUFFER_NBYTES = {"cuda": 256 * 2**20, "cpu": 64 * 2**20}
 # Seconds spent on each measurement.
 _SECONDS = {"cuda": 0.15, "cpu": 0.05}
-# Seconds of products before those that are measured. A GPU that begins to work is faster than one that has worked for a
-# while: it lowers its clocks to stay within its power.
-_LOAD_SECONDS = {"cuda": 1.0, "cpu": 0.0}
+# Seconds of products before those that are measured, and of these. A GPU that begins to work, also behind a short
+# pause, is faster than one that has worked for a while: it lowers its clocks to stay within its power, up and down by
+# 2% twice a second (one H200: 711 TFLOP/s behind a pause, 650 to 675 under load).
+_LOAD_SECONDS = {"cuda": 1.0, "cpu": 0.05}
 # Products in a row that are measured as one, so that the GPU never waits for the next.
 _IN_A_ROW = {"cuda": 8, "cpu": 1}
 # Copies of 64 MiB each way that are under way while products are measured beside them, and how often that is done. The
@@ -41,7 +42,7 @@ _SMALLER = (1, 4, 16)
 
 
 def calibrate(device: torch.device | str) -> Rates:
-    """Measure a device; takes some four seconds on CUDA, about one on the CPU.
+    """Measure a device; takes some five seconds on CUDA, about one on the CPU.
 
     Needs up to 600 MiB of device memory while it runs (given back to the system at the end) and 512 MiB of pinned
     host memory; on a device that is nearly full it measures with less. Raises `ValueError` for a device that is neither
@@ -77,10 +78,12 @@ def calibrate(device: torch.device | str) -> Rates:
 def _measure(device: torch.device, smaller: int) -> Rates:
     """The rates by matrices and buffers of 1/``smaller`` of the full bytes."""
     links = _links(device, smaller)
-    dtypes = _MATRIX_SIDE[device.type]
-    slowed = _slowed(device, smaller)  # the first of the products, since it begins with a load
+    bfloat16, slowed = _loaded(device, smaller)
+    others = {d: _matmul(device, d, smaller) for d in _MATRIX_SIDE[device.type] if d != torch.bfloat16}
     return Rates(
-        matmul_flops_per_s={str(d).removeprefix("torch."): _matmul(device, d, smaller) for d in dtypes},
+        matmul_flops_per_s={
+            str(d).removeprefix("torch."): rate for d, rate in ({torch.bfloat16: bfloat16} | others).items()
+        },
         slowed_by_copies=slowed,
         memory_nbytes_per_s=_memory(device, smaller),
         launch_us=_launch(device),
@@ -145,13 +148,19 @@ def _memory(device: torch.device, smaller: int = 1) -> float:
     return 2 * source.nbytes / _seconds(lambda: target.copy_(source), device)
 
 
-def _slowed(device: torch.device, smaller: int = 1) -> float:
+def _loaded(device: torch.device, smaller: int = 1) -> tuple[float, float]:
+    """The rate of products in bfloat16 under lasting load, and how many times as long they take beside copies."""
+    product, flops = _product(device, torch.bfloat16, smaller)
+    for _ in range(2):
+        alone = _seconds(product, device, _LOAD_SECONDS[device.type], _IN_A_ROW[device.type])
+    return flops / alone, _slowed(device, product, alone, smaller)
+
+
+def _slowed(device: torch.device, product: Callable[[], Any], alone: float, smaller: int) -> float:
     """How many times as long products take while the link is busy both ways; 1 on the CPU, which copies nothing."""
     if device.type == "cpu":
         return 1.0
-    product, _ = _product(device, torch.bfloat16, smaller)
     in_a_row = _IN_A_ROW[device.type]
-    alone = _seconds(product, device, _LOAD_SECONDS[device.type], in_a_row)
     traffic = _Traffic(device, 4 * smaller)  # beside the matrices
 
     def several() -> None:

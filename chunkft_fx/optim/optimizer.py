@@ -6,7 +6,7 @@ An optimizer is a `StateSpec`, the default options of its groups, and one update
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, overload
 
@@ -39,7 +39,7 @@ from chunkft_fx.optim.refusals import (
     refuse_strangers,
     warn_without_gradient,
 )
-from chunkft_fx.optim.states.pieces import PieceUpdates
+from chunkft_fx.optim.states.pieces import Apply, PieceUpdates
 from chunkft_fx.optim.states.staging import StagedStates
 from chunkft_fx.optim.update import StagedSlice, Update, after_host_weights, clip_factor
 from chunkft_fx.plan.state_spec import StateSpec
@@ -214,7 +214,7 @@ class ChunkedOptimizer(Optimizer, ABC):
         if not graded and not self._model.arrivals.updated:
             warn_without_gradient(active, self._warned)
         if graded:
-            pieces.at_step()
+            pieces.at_step(self._fixed_apply())
             self._updates += 1
         if not self._model.late.is_under_way:
             pieces.settle()
@@ -223,19 +223,31 @@ class ChunkedOptimizer(Optimizer, ABC):
         if written is not None:
             written.synchronize()
 
-    def _prepared(self, entries: Sequence[StagedSlice], part: int = 0) -> list[Update]:
-        """The updates of these slices, by parameter group; ``part`` tells several calls of one step apart."""
-        updates = []
-        for i, group in enumerate(self.param_groups):
+    def _prepared(self, entries: Sequence[StagedSlice]) -> list[Update]:
+        """The updates of these slices, by parameter group."""
+        return list(self._each(entries, self.param_groups, self._scale, self._updates))
+
+    def _each(
+        self, entries: Sequence[StagedSlice], groups: Sequence[Mapping[str, Any]], scale: Tensor | None, number: int
+    ) -> Iterator[Update]:
+        for i, group in enumerate(groups):
             names = set(group["param_names"])
             own = [e for e in entries if e.slice.name in names]
-            seed = (self._updates + (part << 40)) * len(self.param_groups) + i
-            updates.append(self.prepare(own, group, self._scale, seed))
-        return updates
+            yield self.prepare(own, group, scale, number * len(groups) + i)
 
     def _apply(self, entries: Sequence[StagedSlice], piece: int) -> None:
-        for update in self._prepared(entries, piece):
-            update.apply()
+        self._fixed_apply()(entries, piece)
+
+    def _fixed_apply(self) -> Apply:
+        """The update by options as they are now, whenever it is done; pieces of one step have seeds of their own."""
+        groups = [{k: v.clone() if isinstance(v, Tensor) else v for k, v in g.items()} for g in self.param_groups]
+        scale, number = self._scale, self._updates
+
+        def apply(entries: Sequence[StagedSlice], piece: int) -> None:
+            for update in [*self._each(entries, groups, scale, number + (piece << 40))]:
+                update.apply()
+
+        return apply
 
     @property
     def updates(self) -> PieceUpdates | None:
@@ -345,6 +357,7 @@ class ChunkedOptimizer(Optimizer, ABC):
 
     def drop_stage(self) -> None:
         """Give the stage's memory back; it is taken anew, for the chunks that there are then."""
+        self._model.late.finish()
         self.refuse_partial_step()
         self._states.drop_stage()
         self._pieces = None
@@ -367,6 +380,7 @@ class ChunkedOptimizer(Optimizer, ABC):
         state_dict = state_dict.copy()
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
+        self._model.late.finish()
         self._model.check()
         checkpoint = read(state_dict, self)
         if checkpoint.position is not None:
@@ -393,6 +407,7 @@ class ChunkedOptimizer(Optimizer, ABC):
 def _settle(optimizer: Optimizer) -> None:
     """Bring host memory up to date, masters of slices that were never active included."""
     assert isinstance(optimizer, ChunkedOptimizer)
+    optimizer._model.late.finish()
     optimizer.refuse_partial_step()
     optimizer._model.check()
     optimizer._states.settle()

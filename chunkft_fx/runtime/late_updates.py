@@ -1,13 +1,15 @@
 """Runs updates of an optimizer's step on into the next forward, in which each region waits for those of its own.
 
-The step has put them on a stream beside the current one, in the order in which the forward will ask for them. Until the
-forward has asked for all, nobody can see an old weight: parameters are guarded between the step and the next call, and
-what the call has left over is waited for at its end.
+The updates are put on a stream beside the current one, in the order in which the forward will ask for them: a few at
+the step, the others a few ahead of the region that is run, because a GPU's queues take only so much work, and who fills
+them waits. Until the forward has asked for all, nobody can see an old weight: parameters are guarded between the step
+and the next call, and what the call has left over is done at its end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,13 +17,23 @@ from torch import nn
 
 from chunkft_fx.runtime.guarded_parameter import guard, unguard
 
+# Updates that are put ahead of the one that is waited for. Each is a dozen copies and events, of a thousand that a
+# stream of a GPU has room for; they keep a link busy for a quarter of a second.
+AHEAD = 48
+# Puts the update of that number on a stream beside the current one; returns an event behind it, None on the CPU.
+Put = Callable[[int], torch.cuda.Event | None]
+
 
 class LateUpdates:
-    """The updates of one model that may still run. A CPU has none: it does one thing after another."""
+    """The updates of one model that may still be to come."""
 
     def __init__(self) -> None:
-        self._events: list[torch.cuda.Event] = []  # one behind each update
+        self._lock = threading.RLock()
+        self._device = torch.device("cpu")
+        self._put: Put | None = None
+        self._count = 0  # updates in all
         self._last: dict[str, int] = {}  # by parameter, how many updates come up to its last one
+        self._events: list[torch.cuda.Event | None] = []  # of those that were put
         self._awaited = 0  # so many of them the current stream waits for
         self._guarded: list[nn.Parameter] = []
         self._calls = 0
@@ -29,25 +41,25 @@ class LateUpdates:
     @property
     def is_under_way(self) -> bool:
         """Whether there are updates that the current stream may not wait for yet."""
-        return bool(self._events)
+        return bool(self._count)
 
-    def put(self, names: Iterable[str]) -> None:
-        """Note that the current stream was given an update of these parameters."""
-        event = torch.cuda.Event()
-        event.record()
-        self._events.append(event)
-        self._last.update(dict.fromkeys(names, len(self._events)))
-
-    def guard(self, parameters: Iterable[nn.Parameter]) -> None:
-        """End the step: from now on whoever reads one of these parameters waits first."""
+    def begin(
+        self, device: torch.device, names: Sequence[Iterable[str]], put: Put, parameters: Iterable[nn.Parameter]
+    ) -> None:
+        """Begin updates of these parameters, one after another, and guard ``parameters`` until they are waited for."""
+        self._device, self._put, self._count = device, put, len(names)
+        self._last = {name: i + 1 for i, own in enumerate(names) for name in own}
+        self._put_up_to(AHEAD)
         self._guarded = list(parameters)
         guard(self._guarded, self.synchronize)
 
     def wait(self, names: Iterable[str]) -> None:
         """Put work that follows on the current stream behind the updates of these parameters."""
         count = max((self._last.get(name, 0) for name in names), default=0)
+        if count:
+            self._put_up_to(count + AHEAD)
         if count > self._awaited:
-            self._events[count - 1].wait()
+            self._follow(self._events[count - 1])
             self._awaited = count
 
     @contextmanager
@@ -65,16 +77,36 @@ class LateUpdates:
     def finish(self) -> None:
         """Put work that follows on the current stream behind all updates."""
         self._unguard()
+        self._put_up_to(self._count)
         if self._events:
-            self._events[-1].wait()
-        self._events, self._last, self._awaited = [], {}, 0
+            self._follow(self._events[-1])
+        self._drop()
 
     def synchronize(self) -> None:
         """Return when all updates are done: then every stream, and every thread, sees them."""
-        if self._events:
-            self._events[-1].synchronize()
         self._unguard()
+        self._put_up_to(self._count)
+        last = self._events[-1] if self._events else None
+        if last is not None:
+            last.synchronize()
+
+    def _put_up_to(self, count: int) -> None:
+        with self._lock:
+            try:
+                while self._put is not None and len(self._events) < min(count, self._count):
+                    self._events.append(self._put(len(self._events)))
+            except BaseException:
+                self._unguard()
+                self._drop()
+                raise
+
+    def _drop(self) -> None:
+        self._put, self._count, self._last, self._events, self._awaited = None, 0, {}, [], 0
 
     def _unguard(self) -> None:
         guarded, self._guarded = self._guarded, []
         unguard(guarded)
+
+    def _follow(self, event: torch.cuda.Event | None) -> None:
+        if event is not None:
+            event.wait(torch.cuda.current_stream(self._device))

@@ -317,6 +317,7 @@ class Session:
         Returns the gradients of the inputs that are no parameters, then those of the slices that autograd asks for, as
         it is to give them to the parameters. Slices that were not known at the forward get theirs here.
         """
+        self.owner.late.finish()
         present = frozenset(name for came in gradients for name in came)
         if not step.owner:
             step = self._opened(step, present)

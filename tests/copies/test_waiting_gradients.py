@@ -49,7 +49,7 @@ def ring(known: dict[str, nn.Parameter], depth: int) -> CopyingRing:
 
 def made(known: dict[str, nn.Parameter], depth: int) -> WaitingGradients:
     waiting = WaitingGradients(HostTier(CPU), ALL)
-    waiting.bind(known, ring(known, depth))
+    waiting.bind(known, ring(known, depth), lambda: None)
     return waiting
 
 
@@ -130,7 +130,7 @@ def test_gradients_move_with_parameters_that_were_replaced(machine: Machine) -> 
     waiting = made(known, 2)
     backward(waiting, {name: [torch.ones(p.shape)] for name, p in known.items()}, 2)
     other = {**known, "d": nn.Parameter(torch.zeros(5))}
-    waiting.bind(other, waiting._ring)
+    waiting.bind(other, waiting._ring, lambda: None)
     backward(waiting, {name: [torch.ones(p.shape)] for name, p in other.items()}, 2)
     for name, p in other.items():
         assert p.grad is not None
@@ -146,7 +146,7 @@ def test_another_ring_moves_what_waits(machine: Machine) -> None:
     for turn, depth in enumerate((2, 4, 1), start=1):
         backward(waiting, {name: [torch.ones(p.shape)] for name, p in known.items()}, depth)
         waiting._ring.synchronize()
-        waiting.bind(known, ring(known, {2: 4, 4: 1, 1: 1}[depth]))
+        waiting.bind(known, ring(known, {2: 4, 4: 1, 1: 1}[depth]), lambda: None)
         for p in known.values():
             assert p.grad is not None
             assert torch.equal(p.grad.clone(), torch.full(p.shape, float(turn)))

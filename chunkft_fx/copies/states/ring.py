@@ -59,18 +59,19 @@ class PieceRing:
         """Put copies in that begin from now on behind the work of the current stream, which wrote host memory."""
 
     @contextmanager
-    def beside(self) -> Iterator[None]:
-        """While inside, work is put beside that of the current stream, behind what it had so far."""
+    def beside(self, is_behind: bool = True) -> Iterator[None]:
+        """While inside, work is put beside that of the current stream, if ``is_behind`` behind what it had so far."""
         yield
+
+    def event(self) -> torch.cuda.Event | None:
+        """An event behind the work of the current stream; None on the CPU, where all of it is done."""
+        return None
 
     def join(self) -> None:
         """Put work that follows on the current stream behind all that was put beside it."""
 
     def settle(self) -> None:
         """Put work that follows on the current stream behind all copies out."""
-
-    def arrive(self) -> None:
-        """Put work that follows on the current stream behind all copies in."""
 
     def synchronize(self) -> None:
         """Wait until host memory is up to date with every copy begun."""
@@ -155,13 +156,17 @@ class CopyingRing(PieceRing):
         return mark
 
     @contextmanager
-    def beside(self) -> Iterator[None]:
+    def beside(self, is_behind: bool = True) -> Iterator[None]:
         if self._beside is None:
             yield
             return
-        self._beside.wait_stream(torch.cuda.current_stream(self.device))
+        if is_behind:
+            self._beside.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._beside):
             yield
+
+    def event(self) -> torch.cuda.Event | None:
+        return torch.cuda.current_stream(self.device).record_event() if self._beside is not None else None
 
     def join(self) -> None:
         if self._beside is not None:
@@ -169,9 +174,6 @@ class CopyingRing(PieceRing):
 
     def settle(self) -> None:
         self._outgoing.wait(self._outgoing.mark())
-
-    def arrive(self) -> None:
-        self._incoming.wait(self._incoming.mark())
 
     def synchronize(self) -> None:
         self._incoming.synchronize()

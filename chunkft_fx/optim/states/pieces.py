@@ -7,9 +7,11 @@ should it fail halfway, some parameters are a step ahead of the others, and noth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from chunkft_fx.copies.states.ring import PieceRing
@@ -18,16 +20,36 @@ from chunkft_fx.errors import OutsideGradient, PartialStep
 from chunkft_fx.gradients.slice_gradient import cut_from
 from chunkft_fx.gradients.slices import ActiveSlice, summed
 from chunkft_fx.gradients.used import UsedGradient, drop_used
-from chunkft_fx.gradients.waiting import waiting
+from chunkft_fx.gradients.waiting import WaitingPart, waiting
 from chunkft_fx.graph.layout import front, wide_dtype
 from chunkft_fx.module.training import Training
 from chunkft_fx.optim.states.staging import StagedStates
 from chunkft_fx.optim.update import StagedSlice
 from chunkft_fx.plan.pieces import Pieces
 from chunkft_fx.runtime.guarded_parameter import is_guardable
+from chunkft_fx.torch_internals import as_traced
 
 # Updates these slices of one piece; the number of the piece is for stochastic rounding.
 Apply = Callable[[Sequence[StagedSlice], int], None]
+
+
+@dataclass
+class _StepUpdates:
+    """What the updates of an optimizer's step go by: pieces in order, what moves gradients apart from states, and how.
+
+    ``parts`` are the gradients as they wait at the step, of a step whose updates are late.
+    """
+
+    order: Sequence[int]
+    apart: WaitingGradients | None
+    apply: Apply
+    parts: Mapping[int, Mapping[str, WaitingPart]] | None = None
+
+    def gradients(self, piece: int) -> dict[str, Tensor]:
+        """The gradients of a fetched piece of a late step, on the device, by the names of its parameters."""
+        assert self.apart is not None
+        assert self.parts is not None
+        return self.apart.gradients(piece, self.parts[piece])
 
 
 class PieceUpdates:
@@ -58,69 +80,90 @@ class PieceUpdates:
         """Whether these are the updates of just these pieces, through this ring."""
         return self._given is pieces and self._ring is ring
 
-    def at_step(self) -> None:
-        """Update everything that has a gradient, one piece behind the other; what may be late, beside what follows."""
-        order = [i for i, slices in enumerate(self._slices) if any(s.parameter.grad is not None for s in slices)]
-        self.begin()
-        apart, is_late = self._with_own_ring(), self._may_be_late()
-        try:
-            with self._ring.beside() if is_late else nullcontext():
-                self._update_all(order, apart, is_late)
-        except BaseException:
-            self._model.late.finish()
-            self.abandon()
-            if apart is not None:
-                apart.abandon()
-            raise
-        if is_late:
-            self._model.late.guard(s.parameter for slices in self._slices for s in slices)
-            self._done, self._left, self._waiting = {}, {}, None
-        else:
-            self._end()
+    def at_step(self, apply: Apply) -> None:
+        """Update everything that has a gradient by ``apply``, one piece behind the other.
 
-    def _update_all(self, order: Sequence[int], apart: WaitingGradients | None, is_late: bool) -> None:
-        depth = self._given.depth
-        for i in order[:depth]:
-            self._fetch(i, apart)
-        for at, i in enumerate(order):
-            graded = self._graded(i)
-            self._update(i, graded)
-            if is_late:
-                self._model.late.put(s.name for s, _ in graded)
-            self._ring.write_back(i)
-            if apart is not None:
-                apart.let_go(i)
-            if at + depth < len(order):
-                self._fetch(order[at + depth], apart)
+        What may be late is done beside what follows (`runtime.late_updates`), by gradients as they are now.
+        """
+        self.begin()
+        step = _StepUpdates(self._graded_pieces(), self._with_own_ring(), apply)
+        if not self._may_be_late():
+            try:
+                for at in range(len(step.order)):
+                    self._advance(step, at)
+            except BaseException:
+                self._abandon_step(step)
+                raise
+            self._end()
+            return
+        assert step.apart is not None, "gradients that wait for a step have a ring of their own"
+        step.parts = {i: step.apart.parts(i) for i in step.order}
+        # from now on a backward through weights as they were is refused, however late they change
+        parameters = list(dict.fromkeys(s.parameter for s in self._all()))
+        torch.autograd.graph.increment_version(parameters)
+        names = [[s.name for s in self._slices[i]] for i in step.order]
+        self._model.late.begin(self._ring.device, names, partial(self._put, step), parameters)
+
+    def _graded_pieces(self) -> list[int]:
+        return [i for i, slices in enumerate(self._slices) if any(s.parameter.grad is not None for s in slices)]
+
+    def _put(self, step: _StepUpdates, at: int) -> torch.cuda.Event | None:
+        """Put an update of a late step beside the current stream, behind what that had when the step was called."""
+        try:
+            with torch.inference_mode(False), torch.no_grad(), as_traced(), self._ring.beside(is_behind=at == 0):
+                self._advance(step, at)
+                event = self._ring.event()
+        except BaseException:
+            self._abandon_step(step)
+            raise
+        if at == len(step.order) - 1:
+            self._done, self._left, self._waiting = {}, {}, None
+        return event
+
+    def _advance(self, step: _StepUpdates, at: int) -> None:
+        """Update a piece of a step, and fetch the next for which there is a buffer."""
+        depth, piece = self._given.depth, step.order[at]
+        for i in step.order[:depth] if at == 0 else ():
+            self._fetch(step, i)
+        there = self._came_back(piece) if step.parts is None else step.gradients(piece)
+        self._update(piece, self._graded(piece, there), step.apply)
+        self.write_states(piece)
+        if step.apart is not None:
+            step.apart.let_go(piece)
+        if at + depth < len(step.order):
+            self._fetch(step, step.order[at + depth])
+
+    def _abandon_step(self, step: _StepUpdates) -> None:
+        self.abandon()
+        if step.apart is not None:
+            step.apart.abandon()
 
     def _may_be_late(self) -> bool:
-        """Whether updates of this step can run on beside what follows, and no one sees an old weight.
+        """Whether updates of this step can be done beside what follows, and no one sees an old weight.
 
         Gradients on the device could be freed, and memory that a weight shares with another tensor be read through that
         one: then the step waits.
         """
-        policy = self._model.plan.policy
-        if not policy.updates_late or self._ring.device.type != "cuda" or self._states.travelling:
+        if not self._model.plan.policy.updates_late or self._states.travelling:
             return False
         model, parameters = self._model.plain, dict.fromkeys(s.parameter for s in self._all())
-        tensors = *model.parameters(), *model.buffers()
-        memory = {t.untyped_storage().data_ptr() for t in tensors if t.numel()}
+        tensors = [t for t in (*model.parameters(), *model.buffers()) if t.numel()]
         return (
-            len(memory) == sum(t.numel() > 0 for t in tensors)
+            len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors)
             and all(map(is_guardable, parameters))
             and all(p.grad is None or waiting(p.grad) for p in parameters)
+            and any(p.grad is not None for p in parameters)
         )
 
-    def _fetch(self, piece: int, apart: WaitingGradients | None) -> None:
+    def _fetch(self, step: _StepUpdates, piece: int) -> None:
         self.fetch_states(piece)
-        if apart is not None:
-            apart.fetch_states(piece)
+        if step.apart is not None:
+            step.apart.fetch_states(piece, None if step.parts is None else step.parts[piece])
 
-    def _graded(self, piece: int) -> list[tuple[ActiveSlice, Tensor]]:
-        """The slices of a piece that have a gradient, which may have come back from host memory."""
-        there = self._came_back(piece)
+    def _graded(self, piece: int, there: Mapping[str, Tensor]) -> list[tuple[ActiveSlice, Tensor]]:
+        """The slices of a piece that have a gradient: ``there``, come back from host memory, or on the device."""
         on_device = {s.name: s.grad for s in self._slices[piece] if s.name not in there}
-        found = there | {name: gradient for name, gradient in on_device.items() if gradient is not None}
+        found = dict(there) | {name: gradient for name, gradient in on_device.items() if gradient is not None}
         return [(s, found[s.name]) for s in self._slices[piece] if s.name in found]
 
     def _came_back(self, piece: int) -> dict[str, Tensor]:
@@ -205,7 +248,7 @@ class PieceUpdates:
                     held = s.grad
                 parts = [cut_from(g, s.slice) for g in by_name[s.name]]
                 graded.append((s, summed([held, *parts] if held is not None else parts)))
-        self._update(piece, graded)
+        self._update(piece, graded, self._apply)
         for s, _ in graded:
             self._left[s.name] = self._left.get(s.name, self._pieces_of[s.name]) - 1
             self._updated.add(s.name)
@@ -256,7 +299,7 @@ class PieceUpdates:
         """Let work that follows on the current stream see every state and weight in host memory."""
         self._ring.settle()
 
-    def _update(self, piece: int, graded: Sequence[tuple[ActiveSlice, Tensor]]) -> None:
+    def _update(self, piece: int, graded: Sequence[tuple[ActiveSlice, Tensor]], apply: Apply) -> None:
         staged = iter(self._ring.tensors(piece))
         there = {s.name: [next(staged) for _ in self._travelling(s)] for s in self._slices[piece]}
         entries = []
@@ -268,7 +311,7 @@ class PieceUpdates:
             states = dict(zip(self._states.layouts(s.parameter), tensors, strict=True))
             entries.append(StagedSlice(s.slice, s.parameter, weight, gradient, states, self._states.counts(s)))
         self._done[piece] = tuple(e.slice.name for e in entries)  # from now on, should the update fail halfway
-        self._apply(entries, piece)
+        apply(entries, piece)
         for s, _ in graded:
             self._states.count(s)
 
