@@ -234,10 +234,13 @@ class Training(Following):
         if chunk != before:
             self._leave_chunk()
 
-    def advance(self) -> bool:
-        """Count one optimizer step; moves to the next chunk when due, and says whether it did."""
+    def advance(self, takes_turn: bool = True) -> bool:
+        """Count one optimizer step; moves to the next chunk when due, and says whether it did.
+
+        A step that takes no turn leaves the schedule where it is.
+        """
         self._advanced, self.arrivals = True, Arrivals()
-        changed = self.schedule.advance()
+        changed = takes_turn and self.schedule.advance()
         if changed:
             self._leave_chunk()
         return changed

@@ -4,10 +4,10 @@ The layout is that of torch's optimizer of the same name, for AdamW ``{"state": 
 "exp_avg_sq"}}, "param_groups": [...]}``. This library adds ``master`` (float32 weights of low-precision parameters,
 in whatever format the optimizer keeps them) and ``slice_steps`` (``[start, length, step]`` along the cut dimension) per
 parameter, and a top-level entry ``chunkft`` with names, shapes and cut dimensions of the parameters, the schedule's
-position and the number of updates made, which seeds stochastic rounding. States are in the format in which the
-optimizer keeps them, those in 8 bits as ``exp_avg_codes`` (uint8, in the parameter's shape) and ``exp_avg_scales``
-(float32, a row for each index of the cut dimension): names that torch's optimizer does not take for numbers. One that
-no update reads (``exp_avg`` where ``betas[0]`` is 0) may be missing.
+position, the learning rates of its sweep (`optim.sweep_rates`), and the number of updates made, which seeds stochastic
+rounding. States are in the format in which the optimizer keeps them, those in 8 bits as ``exp_avg_codes`` (uint8, in
+the parameter's shape) and ``exp_avg_scales`` (float32, a row for each index of the cut dimension): names that torch's
+optimizer does not take for numbers. One that no update reads (``exp_avg`` where ``betas[0]`` is 0) may be missing.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ from chunkft_fx.graph.layout import front, size_along
 from chunkft_fx.kernels.masters import join_master, reconcile
 from chunkft_fx.optim.saved_states import SavedState, checked
 from chunkft_fx.optim.states.step_counts import Counts, Run, is_partition, uniform
+from chunkft_fx.optim.sweep_rates import SweepRates
 from chunkft_fx.plan.cuts import cut_dim
 from chunkft_fx.plan.state_spec import MASTER, REMAINDER, StateSpec, master_dtype
 
 ENTRY = "chunkft"
-# Of what stands in that entry; it changes when that does.
-VERSION = 1
+# Of what stands in that entry; it changes when that does. Version 1 has no rates of a sweep: they begin anew.
+VERSION = 2
+READABLE = (1, 2)
 # Switches of torch's optimizers that choose an implementation; ours is chosen by the device.
 _IGNORED_OPTIONS = {"params", "param_names", "foreach", "capturable", "differentiable", "fused"} | {
     "decoupled_weight_decay",
@@ -47,9 +49,12 @@ class Checkpoint:
     states: dict[int, SavedState]
     position: dict[str, Any] | None
     updates: int
+    rates: SweepRates
 
 
-def describe(groups: Sequence[Mapping[str, Any]], position: dict[str, Any] | None, updates: int) -> dict[str, Any]:
+def describe(
+    groups: Sequence[Mapping[str, Any]], position: dict[str, Any] | None, updates: int, rates: SweepRates
+) -> dict[str, Any]:
     """The entry that this library adds to a checkpoint: plain data only."""
     named = [(n, p) for g in groups for n, p in zip(g["param_names"], g["params"], strict=True)]
     return {
@@ -57,6 +62,7 @@ def describe(groups: Sequence[Mapping[str, Any]], position: dict[str, Any] | Non
         "parameters": [[n, list(p.shape), cut_dim(p.shape)] for n, p in named],
         "position": position,
         "updates": updates,
+        "rates": rates.state_dict(),
     }
 
 
@@ -142,8 +148,9 @@ def read(state_dict: Mapping[str, Any], optimizer: Loads) -> Checkpoint:
     if entry is not None:
         _require_masters([(*named[i], saved) for i, saved in states.items()])
     if entry is None:
-        return Checkpoint(taken, states, None, 0)
-    return Checkpoint(taken, states, entry["position"], int(entry.get("updates", 0)))
+        return Checkpoint(taken, states, None, 0, SweepRates())
+    rates = SweepRates() if entry["position"] is None else SweepRates.read(entry.get("rates"))
+    return Checkpoint(taken, states, entry["position"], int(entry.get("updates", 0)), rates)
 
 
 def _check_values(index: int, options: Mapping[str, Any], optimizer: Loads) -> None:
@@ -179,10 +186,10 @@ def _options(
 def _check_entry(entry: Any, named: Sequence[tuple[str, Tensor]]) -> list[int]:
     """The saved cut dimensions, once names and shapes are known to be this model's."""
     found = entry.get("version") if isinstance(entry, Mapping) else None
-    if isinstance(entry, Mapping) and found != VERSION:
+    if isinstance(entry, Mapping) and found not in READABLE:
         raise CheckpointMismatch(
-            f"the checkpoint's entry {ENTRY!r} has version {found!r}, and this library reads version {VERSION}: load "
-            "it with the release that wrote it, or begin with a new optimizer"
+            f"the checkpoint's entry {ENTRY!r} has version {found!r}, and this library reads versions up to {VERSION}: "
+            "load it with the release that wrote it, or begin with a new optimizer"
         )
     try:
         saved = [(str(name), tuple(shape), int(dim)) for name, shape, dim in entry["parameters"]]

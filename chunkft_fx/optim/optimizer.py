@@ -41,6 +41,7 @@ from chunkft_fx.optim.refusals import (
 )
 from chunkft_fx.optim.states.pieces import Apply, PieceUpdates
 from chunkft_fx.optim.states.staging import StagedStates
+from chunkft_fx.optim.sweep_rates import SweepRates, check_schedule_by, rates_now, turn
 from chunkft_fx.optim.update import StagedSlice, Update, after_host_weights, clip_factor
 from chunkft_fx.plan.state_spec import StateSpec
 
@@ -53,6 +54,13 @@ class ChunkedOptimizer(Optimizer, ABC):
     reads them: the gradients themselves stay as they are. ``last_grad_norm`` (a 0-d tensor on their device)
     is the norm before. As with ``torch.nn.utils.clip_grad_norm_``, a norm that is not finite is not masked:
     check it if your gradients can overflow.
+
+    ``schedule_by`` says how learning rates that a scheduler or you set act where a step trains one of several chunks.
+    By the ``"sweep"``, the rate at the first step of a sweep holds for all of it, so that no chunk gets less because of
+    its place; the first sweep goes by step, and what chunks got less or more in it is made up later. A step at which a
+    warm-up is still at 0 takes no chunk's turn. Steps wait for the value of a rate that is a tensor on a GPU. By the
+    ``"step"``, an update uses the rate that is set then. ``last_rates`` has those that the last step used, one for each
+    group. Other options act as they are set.
 
     The state of a parameter begins with the first activation of one of its slices: the tensors that ``spec`` names, and
     for bfloat16 and float16 parameters a float32 ``master`` weight of which the parameter is the rounded copy, or the
@@ -90,6 +98,7 @@ class ChunkedOptimizer(Optimizer, ABC):
         no_decay: Sequence[str],
         host_budget: int | str | None,
         update: str = "step",
+        schedule_by: str = "sweep",
         smaller: Sequence[str] = (),
     ) -> None:
         training = training_of(model, spec.optimizer)
@@ -98,6 +107,7 @@ class ChunkedOptimizer(Optimizer, ABC):
         check_rate(defaults["lr"])
         self.check_options(defaults)
         check_clipping(max_grad_norm)
+        check_schedule_by(schedule_by)
         budget = None if host_budget is None else parse_bytes(host_budget)
         self.spec = spec
         self._model = training
@@ -107,6 +117,9 @@ class ChunkedOptimizer(Optimizer, ABC):
         self._scale: Tensor | None = None  # of the gradients, in the step under way
         self.max_grad_norm = max_grad_norm
         self.last_grad_norm: Tensor | None = None
+        self.schedule_by = schedule_by
+        self.last_rates: tuple[float | Tensor, ...] = ()
+        self._sweep_rates = SweepRates()
         training.check()
         super().__init__(parameter_groups(training, no_decay), defaults)
         self._states = StagedStates(training, spec, self.state, self._parameters(), budget, smaller)
@@ -165,6 +178,7 @@ class ChunkedOptimizer(Optimizer, ABC):
             refuse_switches(group, f"chunkft_fx.{self.spec.optimizer}")
             refuse_strangers(group, self._states)
         check_clipping(self.max_grad_norm)
+        check_schedule_by(self.schedule_by)
         check_slices(active, self.param_groups, self._model.compute_device, self.spec)
 
     def _step(self) -> None:
@@ -186,6 +200,7 @@ class ChunkedOptimizer(Optimizer, ABC):
         if pieces is not None:
             self._step_pieces(pieces, active, graded)
             return
+        taken = turn(self.schedule_by, self._sweep_rates, self.param_groups, self._model.schedule)
         if not graded:
             warn_without_gradient(active, self._warned)
         self._states.announce(active)
@@ -195,7 +210,7 @@ class ChunkedOptimizer(Optimizer, ABC):
             assert s.grad is not None
             counts = self._states.counts(s)
             entries.append(StagedSlice(s.slice, s.parameter, s.weight(), s.grad, states[s.name], counts))
-        updates = self._prepared(entries)
+        updates = self._prepared(entries, rates=taken.rates)
         self._states.will_change()
         for update in updates:
             update.apply()
@@ -203,7 +218,8 @@ class ChunkedOptimizer(Optimizer, ABC):
         for s in graded:
             self._states.count(s)
         written = after_host_weights(graded, self.stage.device)
-        if self._model.advance():
+        self._sweep_rates, self.last_rates = taken.after, taken.rates or rates_now(self.param_groups)
+        if self._model.advance(taken.takes_turn):
             self._states.announce(self._model.active_slices())
         if written is not None:
             written.synchronize()
@@ -219,13 +235,15 @@ class ChunkedOptimizer(Optimizer, ABC):
         if not self._model.late.is_under_way:
             pieces.settle()
         written = after_host_weights(active, self._model.compute_device)
+        self.last_rates = rates_now(self.param_groups)
         self._model.advance()
         if written is not None:
             written.synchronize()
 
-    def _prepared(self, entries: Sequence[StagedSlice]) -> list[Update]:
-        """The updates of these slices, by parameter group."""
-        return list(self._each(entries, self.param_groups, self._scale, self._updates))
+    def _prepared(self, entries: Sequence[StagedSlice], rates: Sequence[float] | None = None) -> list[Update]:
+        """The updates of these slices, by parameter group, with its rate if it is another than the group's."""
+        groups = [g if rates is None else g | {"lr": rates[i]} for i, g in enumerate(self.param_groups)]
+        return list(self._each(entries, groups, self._scale, self._updates))
 
     def _each(
         self, entries: Sequence[StagedSlice], groups: Sequence[Mapping[str, Any]], scale: Tensor | None, number: int
@@ -388,7 +406,7 @@ class ChunkedOptimizer(Optimizer, ABC):
         parameters = self._parameters()
         self.accept_partial_step()
         self._states.replace({parameters[i]: saved for i, saved in checkpoint.states.items()}, parameters)
-        self._updates = checkpoint.updates
+        self._updates, self._sweep_rates = checkpoint.updates, checkpoint.rates
         for group, options in zip(self.param_groups, checkpoint.options, strict=True):
             group.update(options)
         for after in self._optimizer_load_state_dict_post_hooks.values():
@@ -419,6 +437,7 @@ def _export(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     States that are not kept are left out: they start anew at each activation.
     """
     assert isinstance(optimizer, ChunkedOptimizer)
-    entry = describe(optimizer.param_groups, optimizer._model.schedule_position(), optimizer._updates)
+    position, rates = optimizer._model.schedule_position(), optimizer._sweep_rates
+    entry = describe(optimizer.param_groups, position, optimizer._updates, rates)
     states = exported(state_dict["state"], optimizer._parameters(), optimizer.spec) if optimizer.spec.is_kept else {}
     return state_dict | {"state": states, ENTRY: entry}

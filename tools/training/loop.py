@@ -88,7 +88,7 @@ def train(
     for step in range(first, options.steps):
         loss = float(_backward(run, device))
         _require_finite(loss, step + 1)
-        chunk, lr = model.chunk, float(optimizer.param_groups[0]["lr"])
+        chunk = model.chunk
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss)
@@ -96,7 +96,7 @@ def train(
         now = time.perf_counter()
         rate = options.accumulate * options.batch_size * sequences.shape[1] / (now - last)
         last = now
-        on_step(StepInfo(step + 1, loss, chunk, lr, rate, peak_nbytes(device)))
+        on_step(StepInfo(step + 1, loss, chunk, float(optimizer.last_rates[0]), rate, peak_nbytes(device)))
         is_last = step + 1 == options.steps
         if out is not None and options.save_every and ((step + 1) % options.save_every == 0 or is_last):
             run.save(out, step + 1)

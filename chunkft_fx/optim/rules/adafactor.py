@@ -55,6 +55,7 @@ class Adafactor(PartsOptimizer):
         states: str = "keep",
         host_budget: int | str | None = None,
         update: str = "step",
+        schedule_by: str = "sweep",
     ) -> None:
         defaults = {"lr": lr, "beta2_decay": beta2_decay, "eps": eps, "d": d, "weight_decay": weight_decay}
         super().__init__(
@@ -65,6 +66,7 @@ class Adafactor(PartsOptimizer):
             no_decay=no_decay,
             host_budget=host_budget,
             update=update,
+            schedule_by=schedule_by,
         )
 
     def check_options(self, options: Mapping[str, Any]) -> None:

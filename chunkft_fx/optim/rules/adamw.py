@@ -61,6 +61,7 @@ class AdamW(ChunkedOptimizer):
         states: str = "keep",
         host_budget: int | str | None = None,
         update: str = "step",
+        schedule_by: str = "sweep",
     ) -> None:
         _check_betas(betas)
         self._has_first_moment = bool(betas[0] != 0)
@@ -82,6 +83,7 @@ class AdamW(ChunkedOptimizer):
             no_decay=no_decay,
             host_budget=host_budget,
             update=update,
+            schedule_by=schedule_by,
             smaller=[option for option, is_smaller in smaller.items() if is_smaller],
         )
 

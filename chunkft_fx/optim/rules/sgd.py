@@ -41,6 +41,7 @@ class SGD(PartsOptimizer):
         states: str = "keep",
         host_budget: int | str | None = None,
         update: str = "step",
+        schedule_by: str = "sweep",
     ) -> None:
         has_momentum = self._has_momentum = is_at_least_0(momentum) and momentum > 0
         # Of a low-precision element: decay reads gradient and master and writes a sum (12), the momentum is scaled (8)
@@ -67,6 +68,7 @@ class SGD(PartsOptimizer):
             no_decay=no_decay,
             host_budget=host_budget,
             update=update,
+            schedule_by=schedule_by,
         )
 
     def check_options(self, options: Mapping[str, Any]) -> None:
