@@ -24,7 +24,7 @@ from chunkft_fx.tools.inspect import build, forward
 from chunkft_fx.tools.load import pick_device, pick_dtype
 from chunkft_fx.tools.rates import parse_rates
 from chunkft_fx.tools.show import clock
-from chunkft_fx.tools.training.options import check_compile_options, chunk_count
+from chunkft_fx.tools.training.options import at_least, check_compile_options, chunk_count
 
 # Of host memory, of which nothing is taken to plan: the plan says how much training needs.
 NO_LIMIT = 2**62
@@ -42,6 +42,7 @@ def command(
     chunk: Annotated[int, typer.Option(help="The chunk whose step --timeline shows.")] = 0,
     seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 1024,
     batch_size: Annotated[int, typer.Option(help="Sequences in the batch.")] = 1,
+    steps: Annotated[int, typer.Option(help="Steps of the run that each weight's updates are told for.")] = 1000,
     explain: Annotated[bool, typer.Option(help="Show the choices that were not taken, and why.")] = False,
     timeline: Annotated[
         bool,
@@ -74,6 +75,7 @@ def command(
     """
     quiet()
     count = chunk_count(chunks)
+    at_least("steps", steps, 1)
     check_compile_options(budget, "ascending", 1, backend)
     if rates and timeline and coverage == "one":
         raise OptionError(NO_PROGRAM)
@@ -100,6 +102,7 @@ def command(
     print(compiled.plan)
     for line in rate_lines(compiled.plan, batch_size * seq_len):
         print(line)
+    print(run_line(compiled.plan, batch_size * seq_len, steps))
     if explain:
         print(compiled.plan.explain())
     if timeline and known is None:
@@ -118,6 +121,14 @@ def rate_lines(plan: Plan, tokens: int) -> list[str]:
             f"all that moves beside the backward hides from {plan.link.hides_from * tokens:.0f} tokens a step on"
         )
     return found
+
+
+def run_line(plan: Plan, tokens: int, steps: int) -> str:
+    """What a run of so many steps, of so many tokens each, does to a weight, and what a sweep takes of it."""
+    fewest, most = plan.updates_in(steps)
+    updates = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
+    sweep = f"a sweep takes {plan.sweep_steps * tokens:,} tokens"
+    return f"{steps:,} steps ({steps * tokens:,} tokens) update each weight {updates} times; {sweep}"
 
 
 def write_trace(spans: tuple[Span, ...], path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from chunkft_fx.plan.chunk import Chunk
 from chunkft_fx.plan.policy import LinkUse, Policy
+from chunkft_fx.plan.schedule import sweep_steps, updates_in
 from chunkft_fx.plan.table import Considered, PlanTables
 
 # Of the JSON text of a plan; changes when a field comes, goes or means something else.
@@ -54,6 +55,20 @@ class Plan(PlanTables):
     def streamed(self) -> frozenset[str]:
         """The names of the parameters whose weights stay in host memory."""
         return self.policy.streamed
+
+    @property
+    def sweep_steps(self) -> int:
+        """The optimizer steps of a sweep, which updates each weight ``interval`` times; 1 with a single chunk."""
+        return sweep_steps(len(self.chunks), self.interval)
+
+    @property
+    def predicted_sweep_us(self) -> float | None:
+        """The predicted time of a sweep; None where no times are known."""
+        return None if self.predicted_step_us is None else self.sweep_steps * self.predicted_step_us
+
+    def updates_in(self, steps: int) -> tuple[int, int]:
+        """The updates that a weight gets in a run of so many steps: the fewest, and the most."""
+        return updates_in(steps, len(self.chunks), self.interval)
 
     def to_json(self) -> str:
         """The plan as JSON text for other programs: its fields, sets as sorted lists, and this format's ``version``."""

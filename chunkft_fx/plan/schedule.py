@@ -55,6 +55,20 @@ def only_coverage(chunks: int | str, order: str, interval: int, spec: StateSpec)
     return None
 
 
+def sweep_steps(chunks: int, interval: int) -> int:
+    """The optimizer steps of a sweep; with a single chunk each step is one."""
+    return chunks * interval if chunks > 1 else 1
+
+
+def updates_in(steps: int, chunks: int, interval: int) -> tuple[int, int]:
+    """The updates that a weight gets in the first steps of a run: the fewest, and the most, whatever the order is."""
+    if chunks == 1:
+        return steps, steps
+    sweeps, more = divmod(steps, chunks * interval)
+    last = max(0, more - (chunks - 1) * interval)
+    return sweeps * interval + last, sweeps * interval + min(more, interval)
+
+
 def cuts_digest(chunks: Sequence[Chunk]) -> str:
     """16 hexadecimal digits that tell one way of cutting from another: names and ranges of all slices, in order."""
     cuts = [[[s.name, s.dim, s.start, s.length, s.size] for s in chunk.slices] for chunk in chunks]

@@ -12,6 +12,7 @@ from rich.table import Table
 from chunkft_fx.bytes import format_bytes
 from chunkft_fx.plan.chunk import Chunk, Slice
 from chunkft_fx.plan.policy import LinkUse, Policy
+from chunkft_fx.plan.schedule import sweep_steps
 
 WIDTH = 120
 # Longer plans show this many chunks at the beginning and at the end.
@@ -75,13 +76,16 @@ class PlanTables:
             return "no other choice was considered: the plan was not made for a batch, or there was none"
         table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
         decisions = tuple(self.considered[0].policy.described())
-        for title in ("chunks", "streamed", *decisions, "needs", "step"):
+        for title in ("chunks", "streamed", *decisions, "needs", "step", "sweep"):
             table.add_column(title, justify="right", no_wrap=True)
         table.add_column("why not")
         for c in self.considered:
             step = "" if c.step_us is None else f"{c.step_us / 1e3:.1f} ms"
+            sweep = "" if c.step_us is None else duration(c.step_us * sweep_steps(c.chunks, self.interval))
             decided = c.policy.described().values()
-            table.add_row(str(c.chunks), str(c.streamed), *decided, format_bytes(c.nbytes), step, _reason(self, c))
+            table.add_row(
+                str(c.chunks), str(c.streamed), *decided, format_bytes(c.nbytes), step, sweep, _reason(self, c)
+            )
         meanings = ["streamed: how many regions; recompute, offload: the regions below; split: of the head's blocks"]
         if self.link is not None:
             meanings.append("step: by sums of times, which compare choices; the plan's own time is that of its program")
@@ -131,7 +135,24 @@ def _head(plan: PlanTables) -> list[str]:
     covers = [f"a step trains {chosen}: {plan.coverage_reason}"] if plan.coverage_reason else []
     decided = plan.policy.sentences() if plan.batch else []
     decided += [] if plan.link is None else plan.link.sentences()
-    return [f"budget {format_bytes(plan.budget_bytes)}, {peak}", *terms, *host, schedule, *covers, *decided]
+    sweep = _sweep(plan)
+    return [f"budget {format_bytes(plan.budget_bytes)}, {peak}", *terms, *host, schedule, sweep, *covers, *decided]
+
+
+def _sweep(plan: PlanTables) -> str:
+    """How long it takes until every weight was updated."""
+    steps = sweep_steps(len(plan.chunks), plan.interval)
+    if steps == 1:
+        return "a sweep is one step, which updates every weight"
+    times = "once" if plan.interval == 1 else f"{plan.interval} times"
+    step_us = plan.predicted_step_us
+    time = "" if step_us is None else f", predicted to take {duration(step_us * steps)}"
+    return f"a sweep of {steps:,} steps updates every weight {times}{time}"
+
+
+def duration(us: float) -> str:
+    """Microseconds for people: milliseconds below a second, then seconds."""
+    return f"{us / 1e3:.0f} ms" if us < 1e6 else f"{us / 1e6:,.1f} s"
 
 
 def _shown(count: int) -> list[int | None]:

@@ -122,13 +122,14 @@ def test_every_plan_has_a_table_of_limited_width(plan: Plan) -> None:
 
 def test_table_shows_budget_prediction_schedule_and_chunks() -> None:
     lines = [" ".join(line.split()) for line in str(PLAN).splitlines()]
-    assert lines[:4] == [
+    assert lines[:5] == [
         "budget 1.0 GiB, predicted peak 512.0 MiB (50%) for a batch of 8x1024 tokens",
         "256.0 MiB weights and buffers",
         "256.0 MiB activations",
         "3 chunk(s), random order (seed 11), 3 steps each",
+        "a sweep of 9 steps updates every weight 3 times",
     ]
-    assert lines[4:6] == [
+    assert lines[5:7] == [
         "regions from 2 on keep their activations, those before recompute them",
         "2 weights stay in host memory and pass through 2 buffers",
     ]
@@ -152,5 +153,5 @@ def test_long_plans_are_abbreviated() -> None:
     chunks = cut([ParameterSpec("w", (4096, 8), 14, 0)], 64)
     lines = str(Plan(2**30, chunks, "ascending", 1, 0)).splitlines()
     assert any("40 more chunks" in line for line in lines)
-    assert len(lines) == 2 + 2 + 12 + 1 + 12
+    assert len(lines) == 3 + 2 + 12 + 1 + 12
     assert "w[4032:4096 of 4096]" in lines[-1]

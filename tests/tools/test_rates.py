@@ -66,10 +66,24 @@ def test_a_plan_for_another_machine_needs_neither_it_nor_weights(
     assert step > 0
     assert f"{64 / step * 1e6:.0f} tokens/s" in printed
     assert "MiB" in printed
+    assert "1,000 steps (64,000 tokens) update each weight 1,000 times; a sweep takes 64 tokens" in printed
     slower, _ = planned(capsys, folder, "matmul=165T,memory=1T,link=5G")
     assert float(str(slower["predicted_step_us"])) > step
     smaller, _ = planned(capsys, folder, CARD, "--master", "remainder", "--state-dtype", "bfloat16")
     assert smaller["host_terms"] != plan["host_terms"]
+
+
+def test_a_plan_tells_what_a_sweep_takes_and_what_a_run_gives_each_weight(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    options = ["--budget", "300MB", "--seq-len", "64", "--rates", CARD, "--chunks", "6"]
+    chunkft("plan", str(folder), *options, "--steps", "20")
+    printed = capsys.readouterr().out
+    assert "a sweep of 6 steps updates every weight once, predicted to take " in printed
+    assert "20 steps (1,280 tokens) update each weight 3 to 4 times; a sweep takes 384 tokens" in printed
+    with pytest.raises(SystemExit):
+        chunkft("plan", str(folder), *options, "--steps", "0")
+    assert "steps is 0; it must be 1 or more" in capsys.readouterr().err
 
 
 def test_a_timeline_of_another_machine_is_refused(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
