@@ -1,0 +1,1 @@
+"""The parts of `benchmarks.bench_quality`, which measures what methods learn."""
