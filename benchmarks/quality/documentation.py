@@ -4,9 +4,9 @@
     python -m benchmarks.quality.documentation MODEL OUT.npz --chat --length 512
 
 The text is that of docstrings in Python's library and in packages that come with this library, and of its help topics.
-The same installation gives the same text; each docstring counts once; whole files are held out. With ``--chat``
-each docstring is the answer to a question in the format of the model, whole chats fill sequences of ``--length`` tokens,
-and only the tokens of answers, with the mark of their end, are labels.
+The same installation gives the same text; each docstring counts once; whole files are held out. With ``--chat`` each
+docstring is the answer to a question in the format of the model, whole chats fill sequences of ``--length`` tokens, and
+only the tokens of answers, with the mark of their end, are labels.
 """
 
 from __future__ import annotations

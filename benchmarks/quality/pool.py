@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -16,7 +16,8 @@ from benchmarks.quality import results
 from benchmarks.quality.results import Run
 from benchmarks.quality.run import Task, facts
 
-POLL_S = 0.5
+POLL_S = 0.2
+COMMAND = (sys.executable, "-m", "benchmarks.quality.run")  # a `Task` as JSON follows
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Pool:
 
     task: Task
     deadline: float
+    command: Sequence[str] = COMMAND
 
     def work(self, left: Callable[[], list[Run]]) -> None:
         """Begin what ``left()`` names, which is asked again and again; wait for what other processes have begun."""
@@ -62,6 +64,8 @@ class Pool:
             for child in children:
                 child.process.kill()
                 child.process.wait()
+                child.log.close()
+                os.close(child.claim)
         if todo:
             print(f"no time is left; still to be made: {todo[0]}, and {len(todo) - 1} others or more", flush=True)
 
@@ -81,7 +85,7 @@ class Pool:
         }
         task = json.dumps(asdict(replace(self.task, run=asdict(run))))
         process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.quality.run", task],
+            [*self.command, task],
             env=threads | dict(os.environ),
             stdout=log,
             stderr=subprocess.STDOUT,

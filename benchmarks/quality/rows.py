@@ -95,4 +95,7 @@ def _value(text: str) -> Any:
 def version_of(method: str) -> dict[str, str]:
     """The version of the package that a method needs, by its name on PyPI."""
     package = METHODS[method].package
-    return {} if package is None else {package[1]: importlib.metadata.version(package[1])}
+    if package is None:
+        return {}
+    is_there = importlib.util.find_spec(package[0]) is not None
+    return {package[1]: importlib.metadata.version(package[1]) if is_there else "not installed"}

@@ -1,0 +1,57 @@
+"""What the library teaches a byte-level model, beside dense AdamW: all parameters as much, a chunk a step no less than it did.
+
+The share is that of what dense AdamW takes off the held-out loss in the same steps; the floors are what was measured on
+torch 2.13 when they were written, less what another order of the sequences makes of it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.quality.data import Text
+from benchmarks.quality.learn import Learned, Lesson, learn
+from benchmarks.quality.rows import METHODS, row
+from benchmarks.quality.settings import SETTINGS
+from benchmarks.quality.small import NARROW, pretrained, random_model, source_code
+
+STEPS, RATE = 180, 3e-3
+FLOORS = {"one:chunks=8": 0.35, "one:chunks=2,beta1=0": 0.2}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("quality") / "base.pt"
+    pretrained(SETTINGS["cpu"].length, path, steps=300)
+    return path
+
+
+@pytest.fixture(scope="module")
+def text() -> Text:
+    return source_code(SETTINGS["cpu"].length, SETTINGS["cpu"].held_out)
+
+
+def learned(written: str, base: Path, text: Text) -> Learned:
+    chosen = row(written)
+    model = random_model(NARROW)
+    model.load_state_dict(torch.load(base))
+    defaults = {"budget": "1GB", "max_grad_norm": 1.0, "seed": 0}
+    learner = METHODS[chosen.method].make(model, defaults | dict(chosen.options))
+    return learn(learner, text, Lesson(STEPS, SETTINGS["cpu"].batch, RATE, 0, torch.device("cpu")))
+
+
+def test_a_chunk_a_step_is_no_further_from_dense_than_it_was_and_all_parameters_not_at_all(
+    base: Path, text: Text
+) -> None:
+    dense, whole = (learned(name, base, text) for name in ("dense", "all"))
+    assert dense.loss is not None and whole.loss is not None
+    assert dense.before - dense.loss > 0.3
+    assert abs(whole.loss - dense.loss) < 1e-3
+    for name, floor in FLOORS.items():
+        found = learned(name, base, text)
+        assert found.before == pytest.approx(dense.before, rel=1e-5) and found.loss is not None
+        share = (found.before - found.loss) / (dense.before - dense.loss)
+        print(f"{name}: {found.loss:.4f}, a share of {share:.3f}")
+        assert share > floor, f"{name} took {share:.3f} of what dense AdamW took off the held-out loss"
