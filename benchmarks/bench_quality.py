@@ -118,7 +118,8 @@ def measure(args: argparse.Namespace, aims: list[Aim]) -> None:
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
     minutes = float("inf") if args.minutes is None else args.minutes
-    Pool(task, time.monotonic() + 60 * minutes).work(left)
+    longest = max((line.get("total_s", 0.0) for line in old if line["setting"] == args.setting), default=0.0)
+    Pool(task, time.monotonic() + 60 * minutes, longest).work(left)
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:

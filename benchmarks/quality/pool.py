@@ -34,17 +34,18 @@ class Pool:
     """``task.jobs`` runs at once, whose lines go where ``task`` says.
 
     None begins that would end after ``deadline``, a time of ``time.monotonic()``, if it took as long as the longest one
-    so far.
+    so far, or ``longest`` seconds.
     """
 
     task: Task
     deadline: float
+    longest: float
     command: Sequence[str] = COMMAND
 
     def work(self, left: Callable[[], list[Run]]) -> None:
         """Begin what ``left()`` names, which is asked again and again; wait for what other processes have begun."""
         children: list[_Child] = []
-        longest, is_late = 0.0, False
+        longest, is_late = self.longest, False
         try:
             while True:
                 for child in [c for c in children if c.process.poll() is not None]:

@@ -115,9 +115,27 @@ class Inputs:
 
     def prepare(self, name: str) -> None:
         """Make what a setting needs beside the files that were given, once for all processes that share the folder."""
+        setting = SETTINGS[name]
         with alone(self.work / "prepare"):
-            if SETTINGS[name].is_byte_level and not self.base.exists():
-                pretrained(SETTINGS[name].length, self.base)
+            if setting.is_byte_level and not self.base.exists():
+                pretrained(setting.length, self.base)
+            if setting.config is None and self._gguf is not None and not self._plain.exists():
+                # a GGUF file takes many times longer to read than what it becomes
+                model: Any = load_model(str(self._gguf), torch.float32, torch.device("cpu"))
+                part = self._plain.with_suffix(".part")
+                model.save_pretrained(part)
+                part.replace(self._plain)
+
+    @property
+    def _gguf(self) -> Path | None:
+        assert self.model is not None
+        return next(iter(sorted(self.model.glob("*.gguf"))), None)
+
+    @property
+    def _plain(self) -> Path:
+        """Where the weights of a GGUF file lie in float32, by its name and size."""
+        assert self._gguf is not None
+        return self.work / f"{self._gguf.stem}-{self._gguf.stat().st_size}"
 
     @property
     def base(self) -> Path:
@@ -136,8 +154,7 @@ class Inputs:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         if setting.config is None:
             assert self.model is not None
-            gguf = sorted(self.model.glob("*.gguf"))
-            return load_model(str(gguf[0] if gguf else self.model), dtype, device)
+            return load_model(str(self.model if self._gguf is None else self._plain), dtype, device)
         model = random_model(setting.config)
         if setting.is_byte_level:
             model.load_state_dict(torch.load(self.base))

@@ -1,7 +1,7 @@
-"""What the library teaches a byte-level model, beside dense AdamW: all parameters as much, a chunk a step no less than it did.
+"""What the library teaches a byte-level model: all parameters as much as dense AdamW, a chunk a step no less than once.
 
-The share is that of what dense AdamW takes off the held-out loss in the same steps; the floors are what was measured on
-torch 2.13 when they were written, less what another order of the sequences makes of it.
+The share is that of what dense AdamW takes off the held-out loss in the same steps. Floors are a little below what was
+measured: what another version of torch or of the text, which is Python's, may make of it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from benchmarks.quality.settings import SETTINGS
 from benchmarks.quality.small import NARROW, pretrained, random_model, source_code
 
 STEPS, RATE = 180, 3e-3
-FLOORS = {"one:chunks=8": 0.35, "one:chunks=2,beta1=0": 0.2}
+# of a row, the rate that it learns most at, and the floor: 0.376 and 0.459 were measured
+FLOORS = {"one:chunks=8": (1e-3, 0.35), "one:chunks=2": (3e-4, 0.43)}
 
 
 @pytest.fixture(scope="module")
@@ -33,25 +34,22 @@ def text() -> Text:
     return source_code(SETTINGS["cpu"].length, SETTINGS["cpu"].held_out)
 
 
-def learned(written: str, base: Path, text: Text) -> Learned:
+def learned(written: str, lr: float, base: Path, text: Text) -> Learned:
     chosen = row(written)
     model = random_model(NARROW)
     model.load_state_dict(torch.load(base))
     defaults = {"budget": "1GB", "max_grad_norm": 1.0, "seed": 0}
     learner = METHODS[chosen.method].make(model, defaults | dict(chosen.options))
-    return learn(learner, text, Lesson(STEPS, SETTINGS["cpu"].batch, RATE, 0, torch.device("cpu")))
+    return learn(learner, text, Lesson(STEPS, SETTINGS["cpu"].batch, lr, 0, torch.device("cpu")))
 
 
-def test_a_chunk_a_step_is_no_further_from_dense_than_it_was_and_all_parameters_not_at_all(
-    base: Path, text: Text
-) -> None:
-    dense, whole = (learned(name, base, text) for name in ("dense", "all"))
+def test_a_chunk_a_step_is_as_near_to_dense_as_it_was_and_all_parameters_are_dense(base: Path, text: Text) -> None:
+    dense, whole = (learned(name, RATE, base, text) for name in ("dense", "all"))
     assert dense.loss is not None and whole.loss is not None
     assert dense.before - dense.loss > 0.3
     assert abs(whole.loss - dense.loss) < 1e-3
-    for name, floor in FLOORS.items():
-        found = learned(name, base, text)
+    for name, (lr, floor) in FLOORS.items():
+        found = learned(name, lr, base, text)
         assert found.before == pytest.approx(dense.before, rel=1e-5) and found.loss is not None
         share = (found.before - found.loss) / (dense.before - dense.loss)
-        print(f"{name}: {found.loss:.4f}, a share of {share:.3f}")
         assert share > floor, f"{name} took {share:.3f} of what dense AdamW took off the held-out loss"

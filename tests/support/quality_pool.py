@@ -23,7 +23,7 @@ def pool(folder: Path, jobs: int, minutes: float, *rows: str) -> None:
         return runs_left(aims, latest(read(out)))
 
     task = Task({}, str(out), None, None, str(folder), "cpu", jobs, "abc")
-    Pool(task, time.monotonic() + 60 * minutes, CHILD).work(left)
+    Pool(task, time.monotonic() + 60 * minutes, 0.0, CHILD).work(left)
 
 
 if __name__ == "__main__":
