@@ -49,7 +49,19 @@ def random_model(config: dict[str, Any]) -> Any:
 
 
 def pretrained(length: int, path: Path, steps: int = STEPS) -> None:
-    """Train the byte-level model on English, and save its weights at ``path``."""
+    """Train the byte-level model on English, on one thread as its runs are, and save its weights at ``path``."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        weights = _pretrained(length, steps)
+    finally:
+        torch.set_num_threads(threads)
+    part = path.with_suffix(".part")
+    torch.save(weights, part)
+    part.replace(path)
+
+
+def _pretrained(length: int, steps: int) -> dict[str, Any]:
     prose = _bytes("\n".join(topics.values()))
     english = prose[: len(prose) // length * length].reshape(-1, length)
     model = random_model(NARROW)
@@ -64,9 +76,8 @@ def pretrained(length: int, path: Path, steps: int = STEPS) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    part = path.with_suffix(".part")
-    torch.save(model.state_dict(), part)
-    part.replace(path)
+    weights: dict[str, Any] = model.state_dict()
+    return weights
 
 
 def source_code(length: int, held_out: int) -> Text:

@@ -1,4 +1,4 @@
-"""The command of the learning benchmark: runs of the byte-level setting, their lines, and what is refused before any."""
+"""The command of the learning benchmark: byte-level runs, their lines, and what is refused before any."""
 
 from __future__ import annotations
 
