@@ -20,7 +20,7 @@ TITLES = (
     "first step",
     "reserved",
     "chunks",
-    "parameters' updates",
+    "updates of a weight",
 )
 
 
