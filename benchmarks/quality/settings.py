@@ -39,6 +39,7 @@ ALONE = (
     "one:chunks=8,interval=25,states=reset",
     "one:chunks=8,beta1=0.5",
     "one:chunks=8,beta2=0.99",
+    "one:chunks=8,schedule_by=step",
     "one:chunks=8,max_grad_norm=0.35",
 )
 PEERS = (
