@@ -18,8 +18,8 @@ from torch import nn
 from chunkft_fx.runtime.guarded_parameter import guard, unguard
 
 # Updates that are put ahead of the one that is waited for. Each is a dozen copies and events, of a thousand that a
-# stream of a GPU has room for; they keep a link busy for a quarter of a second.
-AHEAD = 48
+# stream of a GPU has room for; they keep a link busy for a tenth of a second.
+AHEAD = 16
 # Puts the update of that number on a stream beside the current one; returns an event behind it, None on the CPU.
 Put = Callable[[int], torch.cuda.Event | None]
 
