@@ -60,4 +60,5 @@ def _chunked(model: nn.Module, coverage: str, options: dict[str, Any]) -> Learne
 
 
 def _betas(options: dict[str, Any]) -> tuple[float, float]:
-    return options.get("beta1", BETAS[0]), options.get("beta2", BETAS[1])
+    # floats, since torch's AdamW refuses one of them with an int
+    return float(options.get("beta1", BETAS[0])), float(options.get("beta2", BETAS[1]))
