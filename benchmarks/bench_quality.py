@@ -3,6 +3,7 @@
     python -m benchmarks.bench_quality german --model MODEL --data german-pages.npz --out german.jsonl --jobs 6
     python -m benchmarks.bench_quality german --out german.jsonl --table --plot german.png
     python -m benchmarks.bench_quality cpu --out cpu.jsonl --rows dense one:chunks=8 one:chunks=8,beta1=0
+    python -m benchmarks.bench_quality cpu --out grid.jsonl --grid --steps 240 --jobs 2
 
 A setting is a model and a text (``benchmarks/quality/settings.py``); ``MODEL`` a folder with a GGUF file or with a
 config and weights, ``--data`` an ``.npz`` file with the arrays ``train`` and ``val`` of token ids:
@@ -43,6 +44,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.quality import results
+from benchmarks.quality.grid import RATES, grid_rows, grid_table
 from benchmarks.quality.pool import Pool
 from benchmarks.quality.results import Record, Run
 from benchmarks.quality.rows import row
@@ -58,6 +60,8 @@ def aims_of(args: argparse.Namespace) -> list[Aim]:
     """The rows that are asked for; ``ValueError`` for one that is not known."""
     setting = SETTINGS[args.setting]
     steps = args.steps or setting.steps
+    if args.grid:
+        return [aim(args.setting, text, steps, args.rates or RATES, 1) for text in grid_rows()]
     texts = args.rows or setting.rows_at(steps)
     compared = len(texts) if args.rows else setting.compared
     seeds = [args.seeds if i < compared else 1 for i in range(len(texts))]
@@ -135,6 +139,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rows", nargs="+", help="such as dense one:chunks=8,interval=25; the setting's own if not given"
     )
+    parser.add_argument("--grid", action="store_true", help="rows for numbers of chunks and intervals, at all rates")
     parser.add_argument("--rates", type=float, nargs="+", help="these alone, instead of a search for the best one")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="of each row that is compared, at its best rate")
     parser.add_argument("--steps", type=int, help="instead of the setting's own")
@@ -148,6 +153,8 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.jobs < 1 or args.seeds < 1:
         parser.error("--jobs and --seeds are 1 or more")
+    if args.grid and (args.rows or args.plot):
+        parser.error("--grid has rows of its own, and no plot")
     is_cpu = SETTINGS[args.setting].is_byte_level or not torch.cuda.is_available()
     args.device = args.device or ("cpu" if is_cpu else "cuda")
     args.work = args.work or args.out.with_name(args.out.name + ".work")
@@ -164,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lines = results.latest(results.read(args.out))
     except ValueError as error:
         sys.exit(str(error))
-    print(table(aims, lines), flush=True)
+    print(grid_table(aims, lines) if args.grid else table(aims, lines), flush=True)
     if args.plot is not None:
         from benchmarks.quality.plot import plot
 
