@@ -89,3 +89,8 @@ def test_intervals_give_back_what_turns_of_one_step_lose_if_moments_are_kept() -
     assert threshold(2, 20, 0.9, "restart") == pytest.approx(5.43, abs=0.01)
     assert threshold(1, 1, 0.9, "keep") == pytest.approx(dense(1, 0.9), rel=1e-4)
     assert dense(1, 0.98) > HIGHEST == threshold(1, 1, 0.98, "keep")
+
+
+@pytest.mark.parametrize("chunks", [2, 3, 5, 8, 13, 16, 24, 40, 64])
+def test_sweeps_of_40_steps_are_as_stable_as_dense_steps(chunks: int) -> None:
+    assert threshold(chunks, -(-40 // chunks), 0.9, "keep") > dense(chunks, 0.9)
