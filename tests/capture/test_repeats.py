@@ -215,6 +215,36 @@ def test_only_equal_blocks_are_copied(name: str, monkeypatch: pytest.MonkeyPatch
     assert all(map(torch.equal, filled[1], whole[1]))
 
 
+@pytest.mark.parametrize(("strange", "first"), [(None, "blocks.0"), (0, "blocks.1")])
+def test_only_what_it_reads_may_tell_the_first_block_from_the_others(
+    strange: int | None, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Entered(Chain):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x * self.common)
+
+    def make() -> Chain:
+        chain = Entered()
+        if strange is not None:
+            vars(chain.blocks[strange])["scale"] = 2.0
+        return chain
+
+    found: list[str] = []
+    plain = fill
+
+    def noted(capture: Any, parts: Any, blocks: Sequence[str]) -> bool:
+        found.extend(parts.first.blocks)
+        return plain(capture, parts, blocks)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(globals(), "fill", noted)
+        filled, flags = results(make, monkeypatch, False)
+    whole, _ = results(make, monkeypatch, True)
+    assert (found, flags) == ([first], [True])
+    assert filled[0] == whole[0]
+    assert all(map(torch.equal, filled[1], whole[1]))
+
+
 def test_a_block_of_another_shape_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those on one side of it are still equal to each other."""
 

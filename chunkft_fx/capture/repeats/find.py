@@ -4,8 +4,10 @@ Blocks are equal if they call the same functions on the same arguments, where an
 weight that no other block reads, counts as the same if it stands at the same place and looks the same. Blocks of two
 kinds that take turns are equal in pairs: a *unit* is the least run of blocks that repeats.
 
-    before: embed, 0, 1, 2, 3, ..., 30, 31, head
-    after:  embed, 0, 1, 2, 31, head                 first = 1, middle = 2, last = 31, left out = 3 to 30
+    before: embed, 0, 1, 2, ..., 30, 31, head
+    after:  embed, 0, 1, 31, head                    first = 0, middle = 1, last = 31, left out = 2 to 30
+
+The first of them may read other values of what ran before it than the others read of each other.
 """
 
 from __future__ import annotations
@@ -81,6 +83,8 @@ def without_repeats(
     if place is None:
         return None
     start, kinds, count = place
+    if _is_one_more(segments, keys, looks, start, kinds):
+        start, count = start - kinds, count + 1
     units = [segments[start + i * kinds : start + (i + 1) * kinds] for i in range(count)]
     # the gradient of what all units read is summed in all of them but the last, which so is another graph
     if any(_is_differentiable(n) for i in range(start + kinds, start + 2 * kinds) for n in _far(segments, i)):
@@ -142,14 +146,17 @@ def _keys(segments: Sequence[_Segment], looks: Mapping[fx.Node, str]) -> list[Ha
     return keys
 
 
-def _key(segment: _Segment, before: _Segment, looks: Mapping[fx.Node, str]) -> Hashable:
-    inside, earlier = segment.inside, before.inside
+def _key(segment: _Segment, before: _Segment | None, looks: Mapping[fx.Node, str]) -> Hashable:
+    """All that a segment computes, and of what; without the segment before it, only what that looks like."""
+    inside, earlier = segment.inside, before.inside if before else {}
 
     def reference(node: fx.Node) -> str:
         if node in inside:
             return f"%{inside[node]}"
         if node in earlier:
             return f"<{earlier[node]} {_look(node)}"
+        if before is None and node not in segment.own:
+            return f"? {_look(node)}"
         return f"#{segment.own[node]}" if node in segment.own else f"@{node.name}"
 
     calls = tuple(
@@ -157,6 +164,17 @@ def _key(segment: _Segment, before: _Segment, looks: Mapping[fx.Node, str]) -> H
         for node in segment.nodes
     )
     return calls, tuple(looks[p] for p in segment.own), tuple(inside[n] for n in segment.outputs.values())
+
+
+def _is_one_more(
+    segments: Sequence[_Segment], keys: Sequence[Hashable], looks: Mapping[fx.Node, str], start: int, kinds: int
+) -> bool:
+    """Whether the unit before equal ones differs from them in nothing but the values that its first block reads."""
+    before = start - kinds
+    if before < 0 or not isinstance(keys[before], tuple) or keys[before + 1 : start] != keys[start + 1 : start + kinds]:
+        return False
+    is_alike = _key(segments[before], None, looks) == _key(segments[start], None, looks)
+    return is_alike and all(_is_read_by_next(segments, i) for i in range(start, start + kinds))
 
 
 def _callee(target: Any) -> Hashable:
