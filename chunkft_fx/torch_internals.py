@@ -17,6 +17,7 @@ import torch.utils._python_dispatch as python_dispatch
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 from torch._functorch._aot_autograd.descriptors import PlainAOTOutput
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._guards import TracingContext, tracing
 from torch._higher_order_ops.effects import _EffectType, _get_effect, _register_effectful_op
 from torch._inductor.async_compile import AsyncCompile
@@ -74,6 +75,36 @@ def as_traced() -> contextlib.AbstractContextManager[Any]:
     """While inside, autocast casts nothing: what it does is in a traced graph already, where the trace had it do so."""
     guard: contextlib.AbstractContextManager[Any] = torch._C._DisableAutocast()
     return guard
+
+
+def outside_graphs(function: Callable[..., None]) -> Callable[..., None]:
+    """A function at which a trace of Dynamo ends its graph, to run it as it is."""
+    made: Callable[..., None] = torch.compiler.disable(function)
+    return made
+
+
+@contextlib.contextmanager
+def by_itself() -> Iterator[None]:
+    """While inside, operators do what they do alone: no mode, transform, subclass or trace sees or changes them."""
+    traces, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, False
+    try:
+        with _alone():
+            yield
+    finally:
+        torch.compiler._is_compiling_flag = traces
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    with (
+        python_dispatch._disable_current_modes(),
+        temporarily_clear_interpreter_stack(),
+        torch._C.DisableTorchFunction(),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        as_traced(),
+    ):
+        yield
 
 
 def untraced_because() -> str | None:

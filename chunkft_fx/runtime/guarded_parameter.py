@@ -4,17 +4,22 @@ A guarded parameter is the same object with another class for so long (`GuardedP
 each of its functions that is given the parameter. Gradients and what describes a tensor are no matter of updates, so
 `zero_grad()`, schedulers and logging of shapes do not wait. What reads past torch's Python functions is not seen: an
 alias that was taken before, ``torch.func``, collectives and kernels that were given one.
+
+A guarded parameter alone holds what waits for it: a model that nobody holds any more is freed with its updates.
 """
 
 from __future__ import annotations
 
 import copy
+import sys
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from chunkft_fx.torch_internals import tree_leaves
+from chunkft_fx.torch_internals import outside_graphs, tree_leaves
 
 _ATTRIBUTES: tuple[Any, ...] = (
     Tensor.device,
@@ -47,11 +52,17 @@ _WITHOUT_VALUES = {
     Tensor.stride,
 }
 # By identity of a guarded parameter, what waits for its updates.
-_WAITS: dict[int, Callable[[], None]] = {}
+_WAITS: weakref.WeakValueDictionary[int, Callable[[], None]] = weakref.WeakValueDictionary()
 
 
 class GuardedParameter(nn.Parameter):
     """A parameter whose updates may still run; no one makes one, `guard` has parameters be of this class for a time."""
+
+    wait: Callable[[], None]
+
+    def __new__(cls, data: Tensor | None = None, requires_grad: bool = True) -> nn.Parameter:  # type: ignore[misc]
+        """What ``type(parameter)(...)`` makes."""
+        return nn.Parameter(torch.empty(0) if data is None else data, requires_grad)
 
     @classmethod
     def __torch_function__(
@@ -67,6 +78,9 @@ class GuardedParameter(nn.Parameter):
         for value in tree_leaves((args, kwargs)):
             if type(value) is cls:  # `swap_tensors` gave the class to another object
                 unguard([value])
+        if func is Tensor.detach and sys._getframe(1).f_code is nn.Parameter.__new__.__code__:
+            # `nn.Parameter(p)` asks any class but its own for a tensor of that class, which by now is its own
+            return Tensor._make_subclass(nn.Parameter, args[0], True)
         return func(*args, **(kwargs or {}))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -82,18 +96,27 @@ def is_guardable(parameter: Tensor) -> bool:
 def guard(parameters: Iterable[nn.Parameter], wait: Callable[[], None]) -> None:
     """Have ``wait`` called before anyone reads or writes one of these; it has to take the guard off."""
     for p in parameters:
-        _WAITS[id(p)] = wait
         p.__class__ = GuardedParameter
+        assert isinstance(p, GuardedParameter)
+        p.wait = wait
+        _WAITS[id(p)] = wait
 
 
+@outside_graphs
 def unguard(parameters: Iterable[nn.Parameter]) -> None:
     """Take the guard off these parameters."""
     for p in parameters:
         p.__class__ = nn.Parameter
+        p.__dict__.pop("wait", None)
         _WAITS.pop(id(p), None)
 
 
+@outside_graphs
 def wait_for_all() -> None:
-    """Wait for the updates of every guarded parameter: functions are given parameters in all sorts of containers."""
-    for wait in set(_WAITS.values()):
-        wait()
+    """Wait for the updates of every guarded parameter: functions are given parameters in all sorts of containers.
+
+    A function under `torch.compile` ends its graph here, and goes on with parameters of their own class.
+    """
+    for wait in {ref() for ref in _WAITS.valuerefs()}:
+        if wait is not None:
+            wait()

@@ -31,12 +31,13 @@ class LateUpdates:
         self._lock = threading.RLock()
         self._device = torch.device("cpu")
         self._put: Put | None = None
+        self._abandon: Callable[[], None] | None = None
         self._count = 0  # updates in all
         self._last: dict[str, int] = {}  # by parameter, how many updates come up to its last one
         self._events: list[torch.cuda.Event | None] = []  # of those that were put
         self._awaited = 0  # so many of them the current stream waits for
         self._guarded: list[nn.Parameter] = []
-        self._calls = 0
+        self._is_called = False
 
     @property
     def is_under_way(self) -> bool:
@@ -44,11 +45,20 @@ class LateUpdates:
         return bool(self._count)
 
     def begin(
-        self, device: torch.device, names: Sequence[Iterable[str]], put: Put, parameters: Iterable[nn.Parameter]
+        self,
+        device: torch.device,
+        names: Sequence[Iterable[str]],
+        put: Put,
+        abandon: Callable[[], None],
+        parameters: Iterable[nn.Parameter],
     ) -> None:
-        """Begin updates of these parameters, one after another, and guard ``parameters`` until they are waited for."""
-        self._device, self._put, self._count = device, put, len(names)
+        """Begin updates of these parameters, one after another, and guard ``parameters`` until they are waited for.
+
+        ``abandon`` is called if one fails; those behind it are not put any more.
+        """
+        self._device, self._count, self._abandon = device, len(names), abandon
         self._last = {name: i + 1 for i, own in enumerate(names) for name in own}
+        self._put = put
         self._put_up_to(AHEAD)
         self._guarded = list(parameters)
         guard(self._guarded, self.synchronize)
@@ -65,30 +75,36 @@ class LateUpdates:
     @contextmanager
     def during_call(self) -> Iterator[None]:
         """A call of the model, which waits for what it reads; behind it everything is waited for."""
-        self._unguard()
-        self._calls += 1
+        is_outermost = not self._is_called
         try:
+            self._is_called = True
+            self._unguard()
             yield
         finally:
-            self._calls -= 1
-            if not self._calls:
+            if is_outermost:
+                self._is_called = False
                 self.finish()
 
     def finish(self) -> None:
         """Put work that follows on the current stream behind all updates."""
-        self._unguard()
-        self._put_up_to(self._count)
-        if self._events:
-            self._follow(self._events[-1])
-        self._drop()
+        with self._lock:
+            self._put_up_to(self._count)
+            if self._events:
+                self._follow(self._events[-1])
+            self._unguard()
+            self._drop()
 
     def synchronize(self) -> None:
-        """Return when all updates are done: then every stream, and every thread, sees them."""
-        self._unguard()
-        self._put_up_to(self._count)
-        last = self._events[-1] if self._events else None
-        if last is not None:
-            last.synchronize()
+        """Return when all updates are done: then every stream, and every thread, sees them.
+
+        Until then parameters stay guarded, so that a thread which reads one meanwhile comes here, too.
+        """
+        with self._lock:
+            self._put_up_to(self._count)
+            last = self._events[-1] if self._events else None
+            if last is not None:
+                last.synchronize()
+            self._unguard()
 
     def _put_up_to(self, count: int) -> None:
         with self._lock:
@@ -96,16 +112,18 @@ class LateUpdates:
                 while self._put is not None and len(self._events) < min(count, self._count):
                     self._events.append(self._put(len(self._events)))
             except BaseException:
+                if self._abandon is not None:
+                    self._abandon()
                 self._unguard()
                 self._drop()
                 raise
 
     def _drop(self) -> None:
-        self._put, self._count, self._last, self._events, self._awaited = None, 0, {}, [], 0
+        self._put, self._abandon, self._count, self._last, self._events, self._awaited = None, None, 0, {}, [], 0
 
     def _unguard(self) -> None:
-        guarded, self._guarded = self._guarded, []
-        unguard(guarded)
+        unguard(self._guarded)
+        self._guarded = []
 
     def _follow(self, event: torch.cuda.Event | None) -> None:
         if event is not None:

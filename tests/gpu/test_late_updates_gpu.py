@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import chunkft_fx
 from chunkft_fx.module.module import CompiledModule
+from chunkft_fx.optim.states.pieces import PieceUpdates
 from chunkft_fx.plan import pieces
 from chunkft_fx.runtime import late_updates
 from tests.support.late_updates import LateCases, is_running
@@ -52,10 +53,22 @@ def test_the_forward_begins_before_the_last_updates_end(monkeypatch: pytest.Monk
         assert isinstance(compiled, CompiledModule)
         optimizer = chunkft_fx.AdamW(compiled, lr=1e-3, update="late")
         x = torch.randn(8, width, dtype=torch.bfloat16, device="cuda")
-        for _ in range(3):
+        for _ in range(2):
             compiled(x).float().square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
+        # so small a model's updates could all be done before the first region asks: one behind its own takes long
+        advance = PieceUpdates._advance
+
+        def slowly(updates: PieceUpdates, step: Any, at: int) -> None:
+            if at == len(step.order) // 3:
+                torch.cuda._sleep(SLEEP)
+            advance(updates, step, at)
+
+        monkeypatch.setattr(PieceUpdates, "_advance", slowly)
+        compiled(x).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
         late, done = compiled._training.late, list[float]()
         wait = late.wait
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -67,6 +69,8 @@ READS: dict[str, Callable[[nn.Parameter], Any]] = {
     "list": lambda p: torch.tensor(p.tolist()),
     "iteration": lambda p: torch.stack(list(p)),
     "view": lambda p: p.view(-1).view(3, 4),
+    "another parameter": nn.Parameter,
+    "compiled function": lambda p: torch.compile(lambda w: w * 1.0, backend="eager")(p),
     "index": lambda p: p[:],
     "foreach": lambda p: torch._foreach_add([p, p], 0.0)[1],
     "number": lambda p: torch.full((3, 4), p.detach().sum().item() / 12),
@@ -126,6 +130,28 @@ def test_a_parameter_that_was_swapped_is_read_without_an_end_of_waiting(guarded:
     assert torch.equal(guarded.vector + 0, torch.full((2,), 3.0))
     assert (other + 0).shape == (2,)
     assert type(other) is type(guarded.matrix) is nn.Parameter
+
+
+def test_another_parameter_shares_the_memory_and_is_like_one_made_in_the_open(guarded: Guarded) -> None:
+    made = nn.Parameter(guarded.matrix, requires_grad=False)
+    assert type(made) is nn.Parameter
+    assert made.data_ptr() == guarded.matrix.data_ptr()
+    assert (made.requires_grad, made.is_leaf, nn.Parameter(guarded.vector).requires_grad) == (False, True, True)
+
+
+def test_the_class_of_a_guarded_parameter_makes_parameters_that_are_not(guarded: Guarded) -> None:
+    made = type(guarded.matrix)(torch.ones(2), requires_grad=False)
+    assert type(made) is nn.Parameter
+    assert not made.requires_grad
+
+
+def test_what_nobody_holds_is_freed_with_what_waits_for_it() -> None:
+    one, other = Guarded(), Guarded()
+    kept, freed = one.matrix, weakref.ref(other)
+    del one, other
+    gc.collect()
+    assert freed() is None
+    assert torch.equal(kept + 0, torch.ones(3, 4))  # who holds one parameter still gets what it waits for
 
 
 def test_all_parameters_are_waited_for_whichever_is_read() -> None:

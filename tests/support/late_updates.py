@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 import chunkft_fx
 from chunkft_fx.errors import PartialStep, StaleBackward
@@ -83,6 +88,27 @@ def finished(model: CompiledModule, optimizer: chunkft_fx.AdamW) -> list[Tensor]
     optimizer.finish_updates()
     assert not is_running(model)
     return [p.detach() for p in model.parameters()]
+
+
+def in_fake_mode(weight: Tensor) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        weight.detach()
+
+
+def in_transform(weight: Tensor) -> None:
+    torch.func.grad(lambda x: (x * weight).sum())(torch.ones(weight.shape, device=weight.device))
+
+
+def in_trace(weight: Tensor) -> None:
+    torch.compile(lambda w: w * 2, backend="eager")(weight)
+
+
+def in_contexts(weight: Tensor) -> None:
+    with torch.device("meta"), torch.autocast(weight.device.type, torch.bfloat16), torch.inference_mode():
+        weight.detach()
+
+
+PLACES = [in_fake_mode, in_transform, in_trace, in_contexts]
 
 
 def written(model: CompiledModule, optimizer: chunkft_fx.AdamW) -> None:
@@ -221,6 +247,54 @@ class LateCases:
             assert torch.equal(p, q)
         assert not is_running(late[0])
 
+    @pytest.mark.parametrize("place", PLACES)
+    def test_updates_are_the_same_wherever_they_are_waited_for(self, place: Callable[[Tensor], None]) -> None:
+        late, plain = self.pair()
+        for step in range(2):
+            self.stepped(plain, step)
+            self.stepped(late, step)
+        assert is_running(late[0])
+        place(late[0].get_parameter("layers.0.weight"))
+        assert not is_running(late[0])
+        self.same(late, plain)
+
+    def test_a_thread_that_reads_while_another_waits_sees_the_new_weights(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        late, plain = self.pair()
+        for step in range(2):
+            self.stepped(plain, step)
+            self.stepped(late, step)
+        advance, is_half_done, found = PieceUpdates._advance, threading.Event(), list[Tensor]()
+
+        def slowly(updates: PieceUpdates, step: Any, at: int) -> None:
+            if at == 3:
+                is_half_done.set()
+                time.sleep(0.1)
+            advance(updates, step, at)
+
+        def read() -> None:
+            assert is_half_done.wait(60)
+            found.extend(p.detach().cpu() for p in late[0].parameters())
+
+        monkeypatch.setattr(PieceUpdates, "_advance", slowly)
+        reader = threading.Thread(target=read)
+        reader.start()
+        late[1].finish_updates()
+        reader.join()
+        for p, q in zip(found, plain[0].parameters(), strict=True):
+            assert torch.equal(p, q.cpu())
+
+    def test_a_model_that_nobody_holds_is_freed_with_its_updates(self) -> None:
+        late, _ = self.pair()
+        for step in range(2):
+            self.stepped(late, step)
+        assert is_running(late[0])
+        freed = weakref.ref(late[0]._training), weakref.ref(next(iter(late[0].parameters())))
+        del late
+        gc.collect()
+        assert [ref() for ref in freed] == [None, None]
+
     @pytest.mark.parametrize("call", CALLS)
     def test_every_kind_of_call_sees_the_new_weights(self, call: Callable[[CompiledModule, Tensor], Tensor]) -> None:
         late, plain = self.pair()
@@ -285,6 +359,26 @@ class LateCases:
         optimizer.accept_partial_step()
         self.stepped(late, 5)
         assert all(p.isfinite().all() for p in model.parameters())
+
+    def test_an_interrupt_between_two_late_updates_leaves_a_partial_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        late, _ = self.pair()
+        for step in range(2):
+            self.stepped(late, step)
+        put = late[0]._training.late._put
+        assert put is not None
+
+        def interrupted(at: int) -> torch.cuda.Event | None:
+            event = put(at)
+            if at == 3:
+                raise KeyboardInterrupt
+            return event
+
+        monkeypatch.setattr(late[0]._training.late, "_put", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(iter(late[0].parameters())).detach()
+        with pytest.raises(PartialStep):
+            late[0](self.ids(3)).backward()
+            late[1].step()
 
     def test_a_weight_whose_memory_another_tensor_shares_is_not_late(self) -> None:
         torch.manual_seed(0)

@@ -27,7 +27,7 @@ from chunkft_fx.optim.states.staging import StagedStates
 from chunkft_fx.optim.update import StagedSlice
 from chunkft_fx.plan.pieces import Pieces
 from chunkft_fx.runtime.guarded_parameter import is_guardable
-from chunkft_fx.torch_internals import as_traced
+from chunkft_fx.torch_internals import by_itself
 
 # Updates these slices of one piece; the number of the piece is for stochastic rounding.
 Apply = Callable[[Sequence[StagedSlice], int], None]
@@ -102,20 +102,20 @@ class PieceUpdates:
         parameters = list(dict.fromkeys(s.parameter for s in self._all()))
         torch.autograd.graph.increment_version(parameters)
         names = [[s.name for s in self._slices[i]] for i in step.order]
-        self._model.late.begin(self._ring.device, names, partial(self._put, step), parameters)
+        put, abandon = partial(self._put, step), partial(self._abandon_step, step)
+        self._model.late.begin(self._ring.device, names, put, abandon, parameters)
 
     def _graded_pieces(self) -> list[int]:
         return [i for i, slices in enumerate(self._slices) if any(s.parameter.grad is not None for s in slices)]
 
     def _put(self, step: _StepUpdates, at: int) -> torch.cuda.Event | None:
-        """Put an update of a late step beside the current stream, behind what that had when the step was called."""
-        try:
-            with torch.inference_mode(False), torch.no_grad(), as_traced(), self._ring.beside(is_behind=at == 0):
-                self._advance(step, at)
-                event = self._ring.event()
-        except BaseException:
-            self._abandon_step(step)
-            raise
+        """Put an update of a late step beside the current stream, behind what that had when the step was called.
+
+        Who waits for it may be anywhere: in a mode, a context or a transform of torch, none of which it is done in.
+        """
+        with by_itself(), self._ring.beside(is_behind=at == 0):
+            self._advance(step, at)
+            event = self._ring.event()
         if at == len(step.order) - 1:
             self._done, self._left, self._waiting = {}, {}, None
         return event
