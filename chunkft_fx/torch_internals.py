@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 from torch._functorch._aot_autograd.descriptors import PlainAOTOutput
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch._guards import TracingContext, tracing
+from torch._guards import CompileContext, TracingContext, tracing
 from torch._higher_order_ops.effects import _EffectType, _get_effect, _register_effectful_op
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.compile_fx import compile_fx_inner
@@ -86,17 +86,8 @@ def outside_graphs(function: Callable[..., None]) -> Callable[..., None]:
 @contextlib.contextmanager
 def by_itself() -> Iterator[None]:
     """While inside, operators do what they do alone: no mode, transform, subclass or trace sees or changes them."""
-    traces, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, False
-    try:
-        with _alone():
-            yield
-    finally:
-        torch.compiler._is_compiling_flag = traces
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
     with (
+        _untraced(),
         python_dispatch._disable_current_modes(),
         temporarily_clear_interpreter_stack(),
         torch._C.DisableTorchFunction(),
@@ -105,6 +96,19 @@ def _alone() -> Iterator[None]:
         as_traced(),
     ):
         yield
+
+
+@contextlib.contextmanager
+def _untraced() -> Iterator[None]:
+    """While inside, `torch.compiler.is_compiling` is false, also in the one thread in which Dynamo traces."""
+    if CompileContext.try_get() is None:
+        yield
+        return
+    kept, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, False
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = kept
 
 
 def untraced_because() -> str | None:
