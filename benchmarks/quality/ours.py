@@ -1,7 +1,7 @@
 """Makes learners of this library, and of dense AdamW, which it is compared with.
 
 The options of a row go where the library takes them: to `chunkft_fx.compile` or to `chunkft_fx.AdamW`, whichever has
-one of that name. So an option that either gets one day can be written into a row at once.
+one of that name.
 """
 
 from __future__ import annotations

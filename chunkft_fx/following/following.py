@@ -95,19 +95,19 @@ class Following(ABC):
             refuse_ranks()
             changes = self._watch.changes()
             if changes is not None:
-                self.finish_updates()
+                self.follow_updates()
                 self._refuse_plain_tensors()
                 if self.has_begun or (self._must_wait() and not changes.is_another_model):
                     self._follow(changes)
                 else:
                     self._begin_anew(self.residency.device)
             if self._is_due and self.schedule.is_at_start and not self._must_wait():
-                self.finish_updates()
+                self.follow_updates()
                 self._sweep = self.schedule.sweep
                 self._begin_anew(self.residency.device)
 
     @abstractmethod
-    def finish_updates(self) -> None:
+    def follow_updates(self) -> None:
         """Put work that follows on the current stream behind the updates of the step before, which may still run."""
 
     def _must_wait(self) -> bool:

@@ -355,7 +355,7 @@ class Training(Following):
         ring = None if updates is None else updates.ring
         return self.engines.waiting(known.policy.pieces, self._watch.parameters, others, ring, self.late.finish)
 
-    def finish_updates(self) -> None:
+    def follow_updates(self) -> None:
         """Put work that follows on the current stream behind the updates of the step before, which may still run."""
         self.late.finish()
 

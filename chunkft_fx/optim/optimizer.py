@@ -58,9 +58,9 @@ class ChunkedOptimizer(Optimizer, ABC):
     ``schedule_by`` says how learning rates that a scheduler or you set act where a step trains one of several chunks.
     By the ``"sweep"``, the rate at the first step of a sweep holds for all of it, so that no chunk gets less because of
     its place; the first sweep goes by step, and what chunks got less or more in it is made up later. A step at which a
-    warm-up is still at 0 takes no chunk's turn. Steps wait for the value of a rate that is a tensor on a GPU. By the
-    ``"step"``, an update uses the rate that is set then. ``last_rates`` has those that the last step used, one for each
-    group. Other options act as they are set.
+    scheduler's rates are all 0 takes no chunk's turn. Steps wait for the value of a rate that is a tensor on a GPU. By
+    the ``"step"``, an update uses the rate that is set then. ``last_rates`` has those that the last step used, one for
+    each group. Other options act as they are set.
 
     The state of a parameter begins with the first activation of one of its slices: the tensors that ``spec`` names, and
     for bfloat16 and float16 parameters a float32 ``master`` weight of which the parameter is the rounded copy, or the

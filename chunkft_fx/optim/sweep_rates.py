@@ -8,10 +8,10 @@ within a sweep acts from the next one on, but for 0, which acts at once.
 
 The first sweep has nothing to hold but the beginning of a warm-up, at which a short run would learn nothing. It goes
 step by step, and what a chunk got less, or more, than the mean of that sweep is made up in its updates of later sweeps,
-which use from half to twice the rate held, but none above the highest that was ever set. A step at which a
-schedule's warm-up is still at 0 takes no chunk's turn. Under linear and cosine schedules that end at 0, anywhere in a
+which use from half to twice the rate held, but none above the highest that was ever set. A step at which
+a scheduler's rates are all 0 takes no chunk's turn. Under linear and cosine schedules that end at 0, anywhere in a
 sweep, with a warm-up of at most 3 in 10 steps, sums of rates differ by less than 5% from 8 sweeps on; by step they
-differ by up to 33% there. A run with fewer sweeps differs by its last turn, which some chunks do not get.
+differ by a sixth and more there. A run with fewer sweeps differs by its last turn, which some chunks do not get.
 """
 
 from __future__ import annotations

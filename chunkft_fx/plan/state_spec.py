@@ -28,7 +28,7 @@ LEAST_ROW = 64
 # What the names of an 8-bit state's two tensors end in.
 CODES, SCALES = "_codes", "_scales"
 STATES = ("keep", "reset")
-# When weights change: in the optimizer's step, or in the backward.
+# When weights change: in the optimizer's step, from it on into the next forward, or in the backward.
 UPDATES = ("step", "late", "backward")
 # Formats of a bfloat16 weight's master, a float32 or the 16 bits that the weight lacks; the states of these names.
 MASTERS = ("float32", "remainder")

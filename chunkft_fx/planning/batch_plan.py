@@ -69,7 +69,7 @@ class PlanOwner(Protocol):
 
     ``known_plan`` is the plan that is gone by, if there is one; ``is_bound`` says that another cut into chunks would
     lose something, ``begun_coverage`` what steps cover if that cannot be chosen any more. ``plain`` is the wrapped
-    model, ``gradient_nbytes`` the bytes of gradients that slices hold. ``finish_updates`` puts what follows behind
+    model, ``gradient_nbytes`` the bytes of gradients that slices hold. ``follow_updates`` puts what follows behind
     those of the step before, which may still run.
     """
 
@@ -97,7 +97,7 @@ class PlanOwner(Protocol):
     @property
     def gradient_nbytes(self) -> int: ...
 
-    def finish_updates(self) -> None: ...
+    def follow_updates(self) -> None: ...
 
     def adopt(self, plan: Plan) -> None: ...
 
@@ -336,7 +336,7 @@ def settle(owner: PlanOwner, plan: Plan) -> None:
         if is_larger or plan.policy.states != known.policy.states:
             owner.adopt(plan)
         return
-    owner.finish_updates()
+    owner.follow_updates()
     optimizer = owner.optimizer
     if optimizer is not None and known is not None and plan.chunks is not known.chunks:
         optimizer.drop_stage()

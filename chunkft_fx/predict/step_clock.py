@@ -107,7 +107,7 @@ class _Clock:
     left: dict[int, float] = field(default_factory=dict)
     held: dict[int, int] = field(default_factory=dict)  # by piece, its buffer
     emptied: dict[int, float] = field(default_factory=dict)  # by buffer
-    late: list[int] = field(default_factory=list)  # pieces whose updates are left to the forward
+    to_update: list[int] = field(default_factory=list)  # pieces of the optimizer's step that are still to be updated
 
     def __post_init__(self) -> None:
         self.free = list(range(self.policy.pieces.depth))
@@ -141,8 +141,8 @@ class _Clock:
 
     def _call(self, node: fx.Node, call: Any) -> None:
         assert isinstance(call, RegionCall)
-        if self.late:
-            self._meet_late(node, call)
+        if self.to_update:
+            self._meet_updates(node, call)
         i, times = call.region.index, self.times
         us = times.forward_us[i]
         if call.is_backward:
@@ -230,13 +230,13 @@ class _Clock:
         policy = self.policy
         # nothing is fetched before the step is called, and gradients have left by then
         self.incoming = max(self.incoming, self.compute, self.outgoing if policy.host_gradients else 0.0)
-        self.updates, self.late = self.compute, list(range(len(policy.pieces)))
-        for piece in self.late[: policy.pieces.depth]:
+        self.updates, self.to_update = self.compute, list(range(len(policy.pieces)))
+        for piece in self.to_update[: policy.pieces.depth]:
             self._fetch_states(piece, self._returning_nbytes(piece))
         if not policy.updates_late:
-            self._await_late(len(self.late))
+            self._await_updates(len(self.to_update))
 
-    def _await_late(self, count: int) -> None:
+    def _await_updates(self, count: int) -> None:
         """Compute goes on behind so many of the updates that are left."""
         for _ in range(count):
             self._update_next()
@@ -244,24 +244,24 @@ class _Clock:
             self.compute = max(self.compute, self.updates)
 
     def _update_next(self) -> None:
-        piece, *self.late = self.late
+        piece, *self.to_update = self.to_update
         self.updates = self._updated(piece, max(self.updates, self.came[piece]))
         self._write_states(piece, self.updates)
         behind = piece + self.policy.pieces.depth
         if behind < len(self.policy.pieces):
             self._fetch_states(behind, self._returning_nbytes(behind))
 
-    def _meet_late(self, node: fx.Node, call: RegionCall) -> None:
+    def _meet_updates(self, node: fx.Node, call: RegionCall) -> None:
         """Late updates as far as compute has come, and those of the weights that a call reads: it waits for them.
 
         Copies of several links share the way out. Here they take it in the order in which they could begin.
         """
-        while self.late and max(self.updates, self.came[self.late[0]]) < self.compute:
+        while self.to_update and max(self.updates, self.came[self.to_update[0]]) < self.compute:
             self._update_next()
         read = {source.meta.get("parameter") for source in node.all_input_nodes}
         pieces = self.policy.pieces
-        met = [i for i, piece in enumerate(self.late) if any(s.name in read for s in pieces[piece].slices)]
-        self._await_late(len(self.late) if call.is_backward else max(met, default=-1) + 1)
+        met = [i for i, piece in enumerate(self.to_update) if any(s.name in read for s in pieces[piece].slices)]
+        self._await_updates(len(self.to_update) if call.is_backward else max(met, default=-1) + 1)
 
     def _returning_nbytes(self, piece: int) -> int:
         """Bytes of a piece's gradients that come back from host memory."""

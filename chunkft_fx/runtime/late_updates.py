@@ -65,12 +65,13 @@ class LateUpdates:
 
     def wait(self, names: Iterable[str]) -> None:
         """Put work that follows on the current stream behind the updates of these parameters."""
-        count = max((self._last.get(name, 0) for name in names), default=0)
-        if count:
-            self._put_up_to(count + AHEAD)
-        if count > self._awaited:
-            self._follow(self._events[count - 1])
-            self._awaited = count
+        with self._lock:
+            count = max((self._last.get(name, 0) for name in names), default=0)
+            if count:
+                self._put_up_to(count + AHEAD)
+            if count > self._awaited:
+                self._follow(self._events[count - 1])
+                self._awaited = count
 
     @contextmanager
     def during_call(self) -> Iterator[None]:
@@ -86,11 +87,16 @@ class LateUpdates:
                 self.finish()
 
     def finish(self) -> None:
-        """Put work that follows on the current stream behind all updates."""
+        """Put work that follows on the current stream behind all updates.
+
+        Within a call, that of another thread perhaps, it returns when they are done: the call may run on other streams.
+        """
         with self._lock:
             self._put_up_to(self._count)
-            if self._events:
-                self._follow(self._events[-1])
+            last = self._events[-1] if self._events else None
+            if last is not None and self._is_called:
+                last.synchronize()
+            self._follow(last)
             self._unguard()
             self._drop()
 

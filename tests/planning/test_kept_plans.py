@@ -278,7 +278,6 @@ def test_without_a_folder_that_can_be_written_plans_are_made_anew(searches: list
 PROCESS = """
 import sys, torch
 from chunkft_fx.planning import kept_plans
-from chunkft_fx.planning.coverage import ring
 from tests.support.changing_batches import Text, compiled, text
 torch.set_num_threads(1)
 torch.manual_seed(0)

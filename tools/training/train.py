@@ -32,7 +32,10 @@ def command(
         typer.Option(help="What a step trains: one (chunk after another), all (parameters in every step) or auto."),
     ] = "one",
     update: Annotated[
-        str, typer.Option(help="When weights change: step, late (from it on) or backward (both with coverage all).")
+        str,
+        typer.Option(
+            help="When weights change: step; with coverage all also late (from it on) or backward (no clipping)."
+        ),
     ] = "step",
     master: Annotated[
         str, typer.Option(help="Masters of bfloat16 weights: float32, or the remainder that the weights lack.")
