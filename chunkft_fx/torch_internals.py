@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -75,6 +76,17 @@ def as_traced() -> contextlib.AbstractContextManager[Any]:
     """While inside, autocast casts nothing: what it does is in a traced graph already, where the trace had it do so."""
     guard: contextlib.AbstractContextManager[Any] = torch._C._DisableAutocast()
     return guard
+
+
+def is_called_by(function: Callable[..., Any]) -> bool:
+    """Whether the caller of this was called by a Python function."""
+    return sys._getframe(2).f_code is function.__code__
+
+
+def alias_as_parameter(tensor: Tensor) -> nn.Parameter:
+    """A parameter over a tensor's memory, as `torch.nn.Parameter` makes it of a plain tensor."""
+    made: nn.Parameter = Tensor._make_subclass(nn.Parameter, tensor, True)
+    return made
 
 
 def outside_graphs(function: Callable[..., None]) -> Callable[..., None]:

@@ -11,7 +11,6 @@ A guarded parameter alone holds what waits for it: a model that nobody holds any
 from __future__ import annotations
 
 import copy
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chunkft_fx.torch_internals import outside_graphs, tree_leaves
+from chunkft_fx.torch_internals import alias_as_parameter, is_called_by, outside_graphs, tree_leaves
 
 _ATTRIBUTES: tuple[Any, ...] = (
     Tensor.device,
@@ -78,9 +77,9 @@ class GuardedParameter(nn.Parameter):
         for value in tree_leaves((args, kwargs)):
             if type(value) is cls:  # `swap_tensors` gave the class to another object
                 unguard([value])
-        if func is Tensor.detach and sys._getframe(1).f_code is nn.Parameter.__new__.__code__:
+        if func is Tensor.detach and is_called_by(nn.Parameter.__new__):
             # `nn.Parameter(p)` asks any class but its own for a tensor of that class, which by now is its own
-            return Tensor._make_subclass(nn.Parameter, args[0], True)
+            return alias_as_parameter(args[0])
         return func(*args, **(kwargs or {}))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
