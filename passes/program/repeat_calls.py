@@ -20,11 +20,11 @@ Before::
 After::
 
     layer_0: = self.layer_0_forward(weight, x)
-    layer_0_1: = self.layer_0_forward(weight, x_1)
+    layer_0_m1: = self.layer_0_forward(weight, x_1)
     ...
     layer_0_backward: = self.layer_0_backward(weight, x, tangent);  gradient = layer_0_backward[0]
-    layer_0_backward_1: = self.layer_0_backward(weight, x_1, tangent_1);  gradient_1 = layer_0_backward_1[0]
-    total: = chunkft_fx.add_up([gradient, gradient_1])
+    layer_0_backward_m1: = self.layer_0_backward(weight, x_1, tangent_1);  gradient_m1 = layer_0_backward_m1[0]
+    total: = chunkft_fx.add_up([gradient, gradient_m1])
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class _Written:
         """Copy a region call and what is taken from calls behind it, once for each micro-batch."""
         for micro_batch, copies in enumerate(self._copies):
             for node in group:
-                copies[node] = self.graph.node_copy(node, lambda n: self._value(n, micro_batch))  # noqa: B023
+                copies[node] = self._copy(node, micro_batch)
             for node in group:
                 if node in self._summed:
                     self._add(node, copies[node])
@@ -93,6 +93,14 @@ class _Written:
     def _placeholder(self, node: fx.Node) -> fx.Node:
         made = self.graph.node_copy(node)
         made.target = made.name  # the name of an argument, which there is once
+        return made
+
+    def _copy(self, node: fx.Node, micro_batch: int) -> fx.Node:
+        """A node for a micro-batch, by a name that no other has: torch 2.11 searches long for those that do."""
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._value(n, micro_batch))
+        name = f"{node.name}_m{micro_batch}" if micro_batch else node.name
+        made = self.graph.create_node(node.op, node.target, args, kwargs, name, node.type)
+        made.meta = dict(node.meta)
         return made
 
     def _value(self, node: fx.Node, micro_batch: int) -> fx.Node:
