@@ -88,7 +88,7 @@ def run(case: str, chunks: int | str, states: str, built_on: str) -> Result:
     shape, batch, sequence, budget = case.split(",")
     model: Any = build(shape, built_on)
     ids = batches(model.config.vocab_size, int(batch), int(sequence), "cuda", 1)[0]
-    compiled = chunkft_fx.compile(model, budget, chunks=chunks, device="cuda")
+    compiled = chunkft_fx.compile(model, budget, chunks=chunks, interval=1, device="cuda")
     # Host memory is taken for the states of visited chunks only: less than those of all, which need not fit.
     optimizer = chunkft_fx.AdamW(compiled, lr=1e-5, weight_decay=0.0, states=states, host_budget="1TB")
     result, peaks = Result(case), []

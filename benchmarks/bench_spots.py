@@ -27,7 +27,7 @@ def measure(shape: str, size: int, length: int, budget: str, chunks: int) -> Non
     """Compile the shape with random weights and print the times of its steps."""
     model: Any = build(shape, "cpu")
     (ids,) = batches(model.config.vocab_size, size, length, "cuda", 1)
-    compiled = chunkft_fx.compile(model, budget, chunks=chunks, device="cuda")
+    compiled = chunkft_fx.compile(model, budget, chunks=chunks, interval=1, device="cuda")
     optimizer = chunkft_fx.AdamW(compiled, lr=1e-5)
 
     def step() -> None:

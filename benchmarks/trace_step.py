@@ -117,7 +117,7 @@ def main(
         raise typer.BadParameter("this measurement needs a CUDA GPU")
     model: Any = build(shape, "cuda")
     ids = batches(model.config.vocab_size, batch, sequence, "cuda", 1)[0]
-    compiled = chunkft_fx.compile(model, budget, chunks=chunks or "auto")
+    compiled = chunkft_fx.compile(model, budget, chunks=chunks or "auto", interval=1)
     optimizer = chunkft_fx.AdamW(compiled, lr=1e-5, weight_decay=0.0)
     compiled(input_ids=ids, labels=ids).loss.backward()
     spans = record(compiled, optimizer, ids, len(compiled.plan.chunks) // 2, steps)

@@ -14,7 +14,7 @@ from chunkft_fx.errors import AlreadyCompiled, OptionError
 from chunkft_fx.following.distribution import refuse_ranks
 from chunkft_fx.graph.region import Pass, ProgramPass
 from chunkft_fx.module.module import CompiledModule
-from chunkft_fx.plan.schedule import ChunkSchedule, check_coverage
+from chunkft_fx.plan.schedule import ChunkSchedule, check_coverage, check_interval
 from chunkft_fx.planning.example_batch import arguments_of
 from chunkft_fx.planning.planner import BACKENDS, Options, first_plan
 from chunkft_fx.torch_internals import is_torch_compiled
@@ -27,7 +27,7 @@ def compile(
     coverage: str = "one",
     chunks: int | str = "auto",
     order: str = "ascending",
-    interval: int = 1,
+    interval: int | str = "auto",
     backend: str = "inductor",
     seed: int = 0,
     return_logits: bool = False,
@@ -45,7 +45,9 @@ def compile(
     to teach as much; the plan says which, and why. ``chunks`` is a number or
     ``"auto"``: on a GPU as many as make the predicted step fast, in a sweep that is not too long,
     on the CPU the fewest that fit the budget. ``order`` is how a sweep visits them (``"ascending"``, ``"descending"``,
-    ``"random"`` with ``seed``), ``interval`` the optimizer steps spent on each. ``backend="eager"`` runs
+    ``"random"`` with ``seed``), ``interval`` the optimizer steps spent on each at a turn: with ``"auto"`` as many as
+    give a sweep 40 steps, and 1 from 40 chunks on, because few chunks in turns of one step diverge at rates at which
+    training all parameters at once does not. ``backend="eager"`` runs
     the rewritten FX graphs as they are, ``"inductor"`` compiles them. ``device`` is where the model runs,
     by default where its first parameter is; its weights can be anywhere: those that the budget cannot
     hold stay in host memory and are fetched for each use.
@@ -73,7 +75,8 @@ def compile(
     if chunks != "auto" and (isinstance(chunks, bool) or not isinstance(chunks, int)):
         raise OptionError(f'chunks={chunks!r} is not known; give a number or "auto"')
     check_coverage(coverage, chunks)
-    ChunkSchedule(1, order, interval, seed)
+    ChunkSchedule(1, order, seed=seed)
+    check_interval(interval)
     if batch is not None:
         arguments_of(batch)
     refuse_ranks()

@@ -25,7 +25,7 @@ def test_a_budget_that_is_not_bytes_is_refused(budget: Any) -> None:
 @pytest.mark.parametrize("chunks", ["auto", 4])
 def test_an_infeasible_budget_names_what_would_be_enough_and_the_largest_terms(chunks: Any) -> None:
     model, batch = tiny("llama")
-    compiled = chunkft_fx.compile(model, "100kB", chunks=chunks, backend="eager")
+    compiled = chunkft_fx.compile(model, "100kB", chunks=chunks, interval=1, backend="eager")
     with pytest.raises(errors.BudgetInfeasible) as caught:
         compiled(**batch(4, 16, 0))
     # weights can wait in host memory, so what is needed is a ring for them, and one chunk's states and gradients
@@ -41,7 +41,7 @@ def test_an_infeasible_budget_names_what_would_be_enough_and_the_largest_terms(c
 def test_the_smallest_feasible_budget_named_by_the_error_is_feasible(chunks: Any, dropout: float) -> None:
     model, batch = tiny("llama", dropout=dropout)
     smallest = smallest_budget(model, batch(4, 16, 0), chunks)
-    compiled = chunkft_fx.compile(model, smallest, chunks=chunks, backend="eager")
+    compiled = chunkft_fx.compile(model, smallest, chunks=chunks, interval=1, backend="eager")
     compiled(**batch(4, 16, 0)).loss.backward()
     assert compiled.plan.predicted_peak_bytes is not None
     assert compiled.plan.predicted_peak_bytes <= smallest
@@ -51,7 +51,7 @@ def test_the_smallest_feasible_budget_named_by_the_error_is_feasible(chunks: Any
 def test_an_impossible_number_of_chunks_is_refused(chunks: Any) -> None:
     model, _ = tiny("mlp")
     with pytest.raises((errors.ChunkCountError, errors.OptionError), match="chunks"):
-        chunkft_fx.compile(model, "1GB", chunks=chunks)
+        chunkft_fx.compile(model, "1GB", chunks=chunks, interval=1)
 
 
 @pytest.mark.parametrize("option", [{"order": "sideways"}, {"interval": 0}, {"backend": "tvm"}])
@@ -90,7 +90,7 @@ def test_a_model_without_trainable_parameters_is_refused() -> None:
 def test_an_already_compiled_model_is_refused() -> None:
     model, _ = tiny("mlp")
     with pytest.raises(errors.AlreadyCompiled, match="chunkft_fx"):
-        chunkft_fx.compile(chunkft_fx.compile(model, "1GB", chunks=2), "1GB", chunks=2)
+        chunkft_fx.compile(chunkft_fx.compile(model, "1GB", chunks=2, interval=1), "1GB", chunks=2, interval=1)
     with pytest.raises(errors.AlreadyCompiled, match=r"torch\.compile"):
         chunkft_fx.compile(torch.compile(model), "1GB")  # type: ignore[arg-type]
     other, _ = tiny("mlp")
@@ -121,17 +121,17 @@ def test_the_plan_is_asked_for_too_early() -> None:
 
 def test_a_chunk_that_does_not_exist_is_refused() -> None:
     model, _ = tiny("mlp")
-    compiled = chunkft_fx.compile(model, "1GB", chunks=2)
+    compiled = chunkft_fx.compile(model, "1GB", chunks=2, interval=1)
     with pytest.raises(errors.OptionError, match="0 to 1"):
         compiled.activate(2)
 
 
 def test_a_checkpoint_of_another_model_is_refused() -> None:
     model, batch = tiny("mlp")
-    compiled = chunkft_fx.compile(model, "1GB", chunks=2, backend="eager")
+    compiled = chunkft_fx.compile(model, "1GB", chunks=2, interval=1, backend="eager")
     optimizer = chunkft_fx.AdamW(compiled)
     compiled(**batch(2, 4, 0))[0].backward()
     optimizer.step()
     other, _ = tiny("cnn")
     with pytest.raises(errors.CheckpointMismatch):
-        chunkft_fx.AdamW(chunkft_fx.compile(other, "1GB", chunks=2)).load_state_dict(optimizer.state_dict())
+        chunkft_fx.AdamW(chunkft_fx.compile(other, "1GB", chunks=2, interval=1)).load_state_dict(optimizer.state_dict())

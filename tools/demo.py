@@ -59,7 +59,7 @@ def command(
     if backend == "auto":
         # a CPU has little to gain from compiled graphs in a run of minutes, and compilers cost time
         backend = "inductor" if where.type == "cuda" else "eager"
-    check_compile_options(budget, "ascending", 1, backend)
+    check_compile_options(budget, "ascending", "auto", backend)
     with claimed(out, gguf_path()):
         _fine_tune(out, budget, count, backend, options, kind, where)
     print(f"whole run          {time.perf_counter() - begin:.0f} s")

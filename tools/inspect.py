@@ -55,7 +55,7 @@ def command(
     """Print the plan and program of MODEL for one chunk, or what --full, --template or --coverage ask for."""
     quiet()
     count, covers = chunk_count(chunks or ("auto" if full else "8")), "all" if full else "one"
-    check_compile_options(budget, "ascending", 1, backend, covers, count)
+    check_compile_options(budget, "ascending", "auto", backend, covers, count)
     where = pick_device(device)
     plain, inputs = build(model, config, pick_dtype(dtype, where), where, batch_size, seq_len)
     compiled = chunkft_fx.compile(plain, budget, chunks=count, backend=backend, coverage=covers)

@@ -24,7 +24,7 @@ from chunkft_fx.tools.inspect import build, forward
 from chunkft_fx.tools.load import pick_device, pick_dtype
 from chunkft_fx.tools.rates import parse_rates
 from chunkft_fx.tools.show import clock
-from chunkft_fx.tools.training.options import at_least, check_compile_options, chunk_count
+from chunkft_fx.tools.training.options import at_least, check_compile_options, chunk_count, turn_steps
 
 # Of host memory, of which nothing is taken to plan: the plan says how much training needs.
 NO_LIMIT = 2**62
@@ -39,6 +39,9 @@ def command(
     config: Annotated[str, typer.Option(help="Changes to the model's config as a JSON object: random weights.")] = "",
     budget: Annotated[str, typer.Option(help='Device memory to stay within, such as "24GB".')] = "24GB",
     chunks: Annotated[str, typer.Option(help='A number of chunks, or "auto".')] = "auto",
+    interval: Annotated[
+        str, typer.Option(help="Optimizer steps on each chunk at a turn; auto: 40 or more in a sweep.")
+    ] = "auto",
     chunk: Annotated[int, typer.Option(help="The chunk whose step --timeline shows.")] = 0,
     seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 1024,
     batch_size: Annotated[int, typer.Option(help="Sequences in the batch.")] = 1,
@@ -74,9 +77,9 @@ def command(
     With --rates nothing runs: the plan is for a machine of those rates, its weights are never read.
     """
     quiet()
-    count = chunk_count(chunks)
+    count, turn = chunk_count(chunks), turn_steps(interval)
     at_least("steps", steps, 1)
-    check_compile_options(budget, "ascending", 1, backend)
+    check_compile_options(budget, "ascending", turn, backend)
     if rates and timeline and coverage == "one":
         raise OptionError(NO_PROGRAM)
     if trace is not None and coverage == "one":
@@ -89,7 +92,9 @@ def command(
     plain, inputs = build(model, config, number, torch.device("meta" if known else "cpu"), batch_size, seq_len)
     if known is not None:
         plain, inputs = plain.to_empty(device="cpu"), {n: torch.zeros_like(t, device="cpu") for n, t in inputs.items()}
-    compiled = chunkft_fx.compile(plain, budget, chunks=count, backend=backend, device=where, coverage=coverage)
+    compiled = chunkft_fx.compile(
+        plain, budget, chunks=count, interval=turn, backend=backend, device=where, coverage=coverage
+    )
     optimizer = chunkft_fx.AdamW(compiled, update=update, master=master, state_dtype=state_dtype, host_budget=NO_LIMIT)
     if known is None:
         forward(compiled, {name: t.to(where) for name, t in inputs.items()}, chunk)

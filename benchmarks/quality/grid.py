@@ -17,9 +17,9 @@ RATES = tuple(ladder(rung) for rung in range(-7, -2))  # 3e-4 to 3e-2, where den
 
 
 def grid_rows() -> list[str]:
-    """Dense AdamW, and each number of chunks at each interval; a single chunk has no turns, so it comes once."""
-    pairs = [(n, k) for n in CHUNKS for k in INTERVALS if n > 1 or k == 1]
-    return ["dense", *(f"one:chunks={n},interval={k}" for n, k in pairs)]
+    """Dense AdamW, each number of chunks with the default interval, then with each other: one chunk has no turns."""
+    pairs = [(n, k) for n in CHUNKS for k in INTERVALS if n > 1]
+    return ["dense", *(f"one:chunks={n}" for n in CHUNKS), *(f"one:chunks={n},interval={k}" for n, k in pairs)]
 
 
 def has_diverged(line: Record) -> bool:
@@ -51,6 +51,9 @@ def grid_table(aims: Sequence[Aim], lines: Mapping[Run, Record]) -> str:
         written.append(f"| `{aimed.row}` | " + " | ".join(cells) + " |")
     made = [line for aimed in aims for _, line in _runs(aimed, lines)]
     found, stable = diverged(aims, lines), judged(aims, lines)
+    defaults = [aimed for aimed in aims if aimed.row.startswith("one") and "interval" not in aimed.row]
+    of_defaults = diverged([aimed for aimed in aims if aimed.row == "dense" or aimed in defaults], lines)
+    judged_defaults = sum(run.lr in stable for aimed in defaults for run, _ in _runs(aimed, lines))
     begun = sorted({f"{line['before']:.4f}" for line in made if not line["failure"]})
     commits = sorted({line["commit"] for line in made})
     return "\n".join(
@@ -60,6 +63,7 @@ def grid_table(aims: Sequence[Aim], lines: Mapping[Run, Record]) -> str:
             f"Held-out loss before: {', '.join(begun)}; commit {', '.join(commits)}.",
             f"Dense AdamW did not diverge at {', '.join(f'{rate:g}' for rate in stable) or 'any rate that was tried'}; "
             f"{len(found)} other runs did at these rates{': ' if found else '.'}{'; '.join(map(str, found))}",
+            f"With the default interval {len(of_defaults)} of {judged_defaults} runs at these rates did.",
             f"{len(made)} of {sum(len(aimed.rates) for aimed in aims)} runs are made.",
         ]
     )

@@ -55,7 +55,7 @@ PEERS = (
 CPU = (
     "dense",
     "all",
-    *(f"one:chunks={n}{beta1}" for beta1 in ("", ",beta1=0") for n in (2, 4, 8, 16)),
+    *(f"one:chunks={n}{more}" for more in ("", ",interval=1", ",interval=1,beta1=0") for n in (2, 4, 8, 16)),
     "dense:steps={half}",
     "dense:steps={eighth}",
     "one:chunks=8,interval=20",

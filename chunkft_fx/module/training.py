@@ -277,14 +277,15 @@ class Training(Following):
 
         Gradients stay if the active chunk does. A position saved with another number of chunks has no meaning here and
         changes nothing, with a `ChunkFTWarning`. Raises `CheckpointMismatch` when it is not such a position, or would
-        mean something else here: without a plan the order, seed and interval are compared now, the cuts at the batch
-        that makes the plan.
+        mean something else here: without a plan the order, seed and a given interval are compared now, the cuts and an
+        interval of "auto" at the batch that makes the plan.
         """
         before = None if self._plan is None else self.chunk
         if self._plan is None:
             schedules.check_position(position)
             options = self.options
-            known = {"order": options.order, "seed": options.seed, "interval": options.interval}
+            known = {"order": options.order, "seed": options.seed}
+            known |= {} if options.interval == "auto" else {"interval": options.interval}
             schedules.require_same_meaning(position, known)
         else:
             self.schedule.load_state_dict(position)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import warnings
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,10 @@ from chunkft_fx.plan.state_spec import StateSpec
 COVERAGES = ("one", "all", "auto")
 ORDERS = ("ascending", "descending", "random")
 VERSION = 1
+# Steps that a sweep has at least under interval="auto". With first moments kept (beta1 of 0.9) chunks in turns of one
+# step are stable up to a rate of 2, counted in curvatures as Adam scales them, n chunks in one step up to 38 / n; a
+# sweep of so many steps is as stable as dense steps (docs/learning.md, "Why few chunks diverge").
+STEPS_OF_SWEEP = 40
 COUNTS = ("sweep", "position", "steps", "chunks")
 MEANING = {"order": str, "seed": int, "interval": int, "cuts": str}
 
@@ -40,13 +45,30 @@ def check_coverage(coverage: str, chunks: int | str) -> None:
         )
 
 
-def only_coverage(chunks: int | str, order: str, interval: int, spec: StateSpec) -> tuple[str, str] | None:
+def check_interval(interval: int | str) -> None:
+    """Raise `OptionError` for what is neither a number of steps, 1 or more, nor "auto"."""
+    is_number = isinstance(interval, int) and not isinstance(interval, bool)
+    if interval != "auto" and not (is_number and int(interval) >= 1):
+        raise OptionError(f'interval={interval!r} must be a whole number of optimizer steps, 1 or more, or "auto"')
+
+
+def interval_of(interval: int | str, chunks: int) -> int:
+    """The steps that each of so many chunks gets at a turn: what was given, or as "auto" the fewest that are stable.
+
+    One step where there is one chunk, which is always active.
+    """
+    if interval != "auto":
+        return int(interval)
+    return 1 if chunks == 1 else math.ceil(STEPS_OF_SWEEP / chunks)
+
+
+def only_coverage(chunks: int | str, order: str, interval: int | str, spec: StateSpec) -> tuple[str, str] | None:
     """The one coverage that goes with what else the user asked for, and which option says so; None if both do."""
     if chunks != "auto":
         return "one", f"chunks={chunks!r} was given"
     if order != "ascending":
         return "one", f"order={order!r} was given, which a sweep over chunks has"
-    if interval != 1:
+    if interval not in ("auto", 1):
         return "one", f"interval={interval!r} was given, which is spent on each chunk of a sweep"
     if not spec.is_kept:
         return "one", 'states="reset" begins each chunk anew'
@@ -153,8 +175,7 @@ class ChunkSchedule:
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
             raise OptionError(f"order={self.order!r} is not known; choose one of {', '.join(ORDERS)}")
-        if not isinstance(self.interval, int) or self.interval < 1:
-            raise OptionError(f"interval={self.interval!r} must be a whole number of optimizer steps, 1 or more")
+        check_interval(self.interval)
 
     def permutation(self, sweep: int) -> list[int]:
         """The order in which one sweep visits the chunks."""

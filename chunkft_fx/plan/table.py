@@ -12,7 +12,7 @@ from rich.table import Table
 from chunkft_fx.bytes import format_bytes
 from chunkft_fx.plan.chunk import Chunk, Slice
 from chunkft_fx.plan.policy import LinkUse, Policy
-from chunkft_fx.plan.schedule import sweep_steps
+from chunkft_fx.plan.schedule import interval_of, sweep_steps
 
 WIDTH = 120
 # Longer plans show this many chunks at the beginning and at the end.
@@ -81,12 +81,13 @@ class PlanTables:
         table.add_column("why not")
         for c in self.considered:
             step = "" if c.step_us is None else f"{c.step_us / 1e3:.1f} ms"
-            sweep = "" if c.step_us is None else duration(c.step_us * sweep_steps(c.chunks, self.interval))
+            sweep = "" if c.step_us is None else duration(c.step_us * c.chunks)
             decided = c.policy.described().values()
             table.add_row(
                 str(c.chunks), str(c.streamed), *decided, format_bytes(c.nbytes), step, sweep, _reason(self, c)
             )
         meanings = ["streamed: how many regions; recompute, offload: the regions below; split: of the head's blocks"]
+        meanings.append("sweep: of one step a chunk, whatever the interval is")
         if self.link is not None:
             meanings.append("step: by sums of times, which compare choices; the plan's own time is that of its program")
         return text([f"choices beside the plan's, for {self.batch}", *meanings], table)
@@ -136,7 +137,19 @@ def _head(plan: PlanTables) -> list[str]:
     decided = plan.policy.sentences() if plan.batch else []
     decided += [] if plan.link is None else plan.link.sentences()
     sweep = _sweep(plan)
-    return [f"budget {format_bytes(plan.budget_bytes)}, {peak}", *terms, *host, schedule, sweep, *covers, *decided]
+    short = _short_turns(plan)
+    head = f"budget {format_bytes(plan.budget_bytes)}, {peak}"
+    return [head, *terms, *host, schedule, sweep, *short, *covers, *decided]
+
+
+def _short_turns(plan: PlanTables) -> list[str]:
+    """What turns that are shorter than the default may do."""
+    usual = interval_of("auto", len(plan.chunks))
+    if plan.interval >= usual:
+        return []
+    return [
+        f'turns so short can diverge at rates at which AdamW on all parameters does not: interval="auto" takes {usual}'
+    ]
 
 
 def _sweep(plan: PlanTables) -> str:

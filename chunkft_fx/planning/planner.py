@@ -22,7 +22,7 @@ from chunkft_fx.plan.cuts import ParameterSpec, cut
 from chunkft_fx.plan.pieces import DEPTH, Pieces, cut_pieces
 from chunkft_fx.plan.plan import Plan
 from chunkft_fx.plan.policy import Policy
-from chunkft_fx.plan.schedule import only_coverage
+from chunkft_fx.plan.schedule import interval_of, only_coverage
 from chunkft_fx.plan.state_spec import ASSUMED, StateSpec
 from chunkft_fx.plan.table import Considered
 from chunkft_fx.planning.choice import Choice, Fit, Predicts
@@ -54,7 +54,7 @@ class Options:
     budget_bytes: int
     chunks: int | str
     order: str
-    interval: int
+    interval: int | str
     seed: int
     return_logits: bool = False
     coverage: str = "one"
@@ -119,8 +119,8 @@ def first_plan(model: nn.Module, options: Options, spec: StateSpec = ASSUMED) ->
 
 def _bare_plan(options: Options, chunks: tuple[Chunk, ...]) -> Plan:
     """A plan of these chunks without what depends on a batch."""
-    covers = options.coverage
-    return Plan(options.budget_bytes, chunks, options.order, options.interval, options.seed, coverage=covers)
+    interval = interval_of(options.interval, len(chunks))
+    return Plan(options.budget_bytes, chunks, options.order, interval, options.seed, coverage=options.coverage)
 
 
 def plan_for_batch(

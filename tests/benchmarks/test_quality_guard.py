@@ -19,7 +19,7 @@ from benchmarks.quality.small import NARROW, pretrained, random_model, source_co
 
 STEPS, RATE = 120, 3e-3
 # of a row, the rate that it learns most at, and the floor: 0.352 and 0.444 were measured
-FLOORS = {"one:chunks=8": (1e-3, 0.33), "one:chunks=2": (3e-4, 0.42)}
+FLOORS = {"one:chunks=8,interval=1": (1e-3, 0.33), "one:chunks=2,interval=1": (3e-4, 0.42)}
 
 
 def learned(written: str, lr: float, base: Path, text: Text) -> Learned:

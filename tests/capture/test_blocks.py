@@ -135,7 +135,7 @@ MAKES: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("name", MAKES)
 def test_blocks_share_a_template_however_they_are_called(name: str) -> None:
     model = MAKES[name]()
-    compiled = chunkft_fx.compile(model, "1GB", chunks=2, backend="eager")
+    compiled = chunkft_fx.compile(model, "1GB", chunks=2, interval=1, backend="eager")
     batch = torch.randint(0, 20, (2, 5))
     compiled(batch)
     labels = [r.label for r in compiled._training.sessions[-1].programs.outline.regions]
@@ -145,7 +145,7 @@ def test_blocks_share_a_template_however_they_are_called(name: str) -> None:
 
 def test_gradients_through_a_decorated_forward_are_the_dense_ones() -> None:
     model = Task(Decorated())
-    compiled = chunkft_fx.compile(model, "1GB", chunks=2, backend="eager")
+    compiled = chunkft_fx.compile(model, "1GB", chunks=2, interval=1, backend="eager")
     assert_same_gradients(compiled, model, {"ids": torch.randint(0, 20, (2, 5))}, 1e-6)
 
 

@@ -86,7 +86,7 @@ def test_the_plan_decides_what_is_recomputed(dropout: float, reentrant: bool | N
     """Under the smallest budget everything, under an ample one nothing, whatever is checkpointed."""
     model, batch = Model(dropout, reentrant), {"ids": IDS}
     for budget, recomputes in ((smallest_budget(model, batch, 2), True), (10**9, False)):
-        compiled = chunkft_fx.compile(copy.deepcopy(model), budget, chunks=2, backend="eager")
+        compiled = chunkft_fx.compile(copy.deepcopy(model), budget, chunks=2, interval=1, backend="eager")
         assert_same_gradients(compiled, model, batch, 1e-5)
         assert any(v.demand.policy.recompute for v in compiled.variants) == recomputes
         assert labels(compiled) == ["input", "layers.0", "layers.1", "layers.2", "output"]
@@ -94,7 +94,7 @@ def test_the_plan_decides_what_is_recomputed(dropout: float, reentrant: bool | N
 
 def test_a_checkpoint_around_the_whole_model_gives_the_same_gradient() -> None:
     model = WholeCheckpointed(0.3, False)
-    compiled = chunkft_fx.compile(copy.deepcopy(model), "1GB", chunks=2, backend="eager")
+    compiled = chunkft_fx.compile(copy.deepcopy(model), "1GB", chunks=2, interval=1, backend="eager")
     assert_same_gradients(compiled, model, {"ids": IDS}, 1e-5)
     assert labels(compiled)[1:4] == ["layers.0", "layers.1", "layers.2"]
 
@@ -103,14 +103,14 @@ def test_a_checkpoint_around_the_whole_model_gives_the_same_gradient() -> None:
 def test_inductor_compiles_recomputed_dropout_beside_attention_without_it() -> None:
     model = Model(0.3, False)
     budget = smallest_budget(model, {"ids": IDS}, 2)
-    compiled = chunkft_fx.compile(copy.deepcopy(model), budget, chunks=2)
+    compiled = chunkft_fx.compile(copy.deepcopy(model), budget, chunks=2, interval=1)
     assert_same_gradients(compiled, model, {"ids": IDS}, 1e-4)
     assert any(v.demand.policy.recompute for v in compiled.variants)
 
 
 def test_torchs_budget_for_a_part_of_a_model_changes_nothing() -> None:
     model = Budgeted(0.0, None)
-    compiled = chunkft_fx.compile(copy.deepcopy(model), "1GB", chunks=2, backend="eager")
+    compiled = chunkft_fx.compile(copy.deepcopy(model), "1GB", chunks=2, interval=1, backend="eager")
     loss = compiled(IDS)
     loss.backward()
     plain = copy.deepcopy(model)
@@ -128,7 +128,7 @@ def test_torchs_budget_for_a_part_of_a_model_changes_nothing() -> None:
 def test_torchs_budget_for_the_process_changes_nothing(share: float) -> None:
     model = Model(0.3, None)
     with functorch_config.patch(activation_memory_budget=share):
-        compiled = chunkft_fx.compile(copy.deepcopy(model), "1GB", chunks=2, backend="eager")
+        compiled = chunkft_fx.compile(copy.deepcopy(model), "1GB", chunks=2, interval=1, backend="eager")
         assert_same_gradients(compiled, model, {"ids": IDS}, 1e-5)
         assert not any(v.demand.policy.recompute for v in compiled.variants)
 
@@ -139,6 +139,6 @@ def test_a_transformers_model_with_gradient_checkpointing_compiles(reentrant: bo
     model = LlamaForCausalLM(LlamaConfig(**config, num_hidden_layers=2, attention_dropout=0.2)).train()
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": reentrant})
     batch = {"input_ids": IDS, "labels": IDS, "use_cache": False}
-    compiled = chunkft_fx.compile(copy.deepcopy(model), "1GB", chunks=2, backend="eager")
+    compiled = chunkft_fx.compile(copy.deepcopy(model), "1GB", chunks=2, interval=1, backend="eager")
     assert_same_gradients(compiled, model, batch, 1e-5)
     assert labels(compiled)[1:3] == ["model.layers.0", "model.layers.1"]

@@ -115,5 +115,5 @@ def test_an_operator_that_draws_inside_of_its_graphs_counts_as_random() -> None:
 @pytest.mark.parametrize("step", [branch, loop, row_by_row])
 def test_inductor_compiles_the_operator(step: Step) -> None:
     model = blocks_of(step)
-    module = chunkft_fx.compile(copy.deepcopy(model), "1GB", chunks=3)
+    module = chunkft_fx.compile(copy.deepcopy(model), "1GB", chunks=3, interval=1)
     assert_same_gradients(module, model, rows(), 1e-9)

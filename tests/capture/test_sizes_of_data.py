@@ -136,7 +136,7 @@ def test_gradients_are_exact_when_the_choice_is_computed_again(step: Step) -> No
     ],
 )
 def test_inductor_compiles_sizes_of_data(model: nn.Module, batch: dict[str, Any]) -> None:
-    module = chunkft_fx.compile(copy.deepcopy(model), "1GB", chunks=2)
+    module = chunkft_fx.compile(copy.deepcopy(model), "1GB", chunks=2, interval=1)
     assert_same_gradients(module, model, batch, 1e-9)
 
 

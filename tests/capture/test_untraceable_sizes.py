@@ -37,6 +37,6 @@ class _Distinct(_Repeated):
 
 @pytest.mark.parametrize("kind", [_Repeated, _Chosen, _Distinct])
 def test_lists_of_lengths_whose_number_is_data_are_refused(kind: type[_Repeated]) -> None:
-    compiled = chunkft_fx.compile(kind(), "1GB", chunks=2, backend="eager")
+    compiled = chunkft_fx.compile(kind(), "1GB", chunks=2, interval=1, backend="eager")
     with pytest.raises(UnsupportedGraph, match="data-dependent"):
         compiled(torch.randn(6, 4), torch.tensor([1, 2]))

@@ -36,7 +36,7 @@ def offloading(
 ) -> tuple[nn.Module, CompiledModule, Any]:
     """A model, its compiled copy in which regions below ``below`` (all) offload, and batches; chunk 0 is active."""
     model, batch = tiny(family, dtype=torch.float64, **options)
-    compiled = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=3, backend="eager")
+    compiled = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=3, interval=1, backend="eager")
     compiled(**batch(2, 12, 0))
     session = compiled._training.sessions[-1]
     regions = len(session.programs.outline.regions)
@@ -217,7 +217,7 @@ def test_the_plan_says_which_regions_offload(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr("chunkft_fx.planning.coverage.auto.known_or_made", offloading_plan)
     model, batch = tiny("llama", dtype=torch.float64)
-    compiled = chunkft_fx.compile(model, "64GB", chunks=2, backend="eager")
+    compiled = chunkft_fx.compile(model, "64GB", chunks=2, interval=1, backend="eager")
     counts = []
     for chunk in (0, 1):
         compiled.activate(chunk)

@@ -82,7 +82,9 @@ def test_training_with_paced_states_equals_training_in_place(
     model.train()
     batches = [batch(2, 12, seed) for seed in range(3 * CHUNKS)]
     budget = smallest_budget(model, batches[0], CHUNKS)
-    plain, paced = (chunkft_fx.compile(copy.deepcopy(model), budget, chunks=CHUNKS, backend="eager") for _ in range(2))
+    plain, paced = (
+        chunkft_fx.compile(copy.deepcopy(model), budget, chunks=CHUNKS, interval=1, backend="eager") for _ in range(2)
+    )
     in_place, optimizer = chunkft_fx.AdamW(plain, lr=1e-2), chunkft_fx.AdamW(paced, lr=1e-2)
     paced(**batches[0])
     optimizer._states.stage = stage = Recorded(optimizer._states.capacity())
@@ -119,7 +121,9 @@ def test_steps_that_are_interrupted_while_states_come_in_can_be_made_again(
     model, batch = llama
     batches = [batch(2, 12, seed) for seed in range(2 * CHUNKS)]
     budget = smallest_budget(model.train(), batches[0], CHUNKS)
-    plain, paced = (chunkft_fx.compile(copy.deepcopy(model), budget, chunks=CHUNKS, backend="eager") for _ in range(2))
+    plain, paced = (
+        chunkft_fx.compile(copy.deepcopy(model), budget, chunks=CHUNKS, interval=1, backend="eager") for _ in range(2)
+    )
     in_place, optimizer = chunkft_fx.AdamW(plain, lr=1e-2), chunkft_fx.AdamW(paced, lr=1e-2)
     paced(**batches[0])
     optimizer._states.stage = stage = Interrupted(optimizer._states.capacity())
@@ -145,7 +149,7 @@ def test_steps_that_are_interrupted_while_states_come_in_can_be_made_again(
 
 def test_an_optimizer_that_is_gone_is_not_missed() -> None:
     model, batch = tiny("llama")
-    compiled = chunkft_fx.compile(model.train(), "1GB", chunks=CHUNKS, backend="eager")
+    compiled = chunkft_fx.compile(model.train(), "1GB", chunks=CHUNKS, interval=1, backend="eager")
     optimizer = chunkft_fx.AdamW(compiled)
     compiled(**batch(2, 12, 0))
     gone = weakref.ref(optimizer)

@@ -25,7 +25,7 @@ FAMILIES = (("llama", 0.0), ("gpt2", 0.2), *(pytest.param(*case, marks=pytest.ma
 def tight(model: nn.Module, batch: dict[str, Any], chunks: int = 3) -> CompiledModule:
     """A compiled copy under the smallest feasible budget, which keeps no weight on the device for long."""
     smallest = smallest_budget(model, batch, chunks)
-    compiled = chunkft_fx.compile(copy.deepcopy(model), smallest, chunks=chunks, backend="eager")
+    compiled = chunkft_fx.compile(copy.deepcopy(model), smallest, chunks=chunks, interval=1, backend="eager")
     compiled(**batch)
     return compiled
 
@@ -43,7 +43,7 @@ def test_gradients_of_streamed_weights_equal_the_dense_ones(family: str, dropout
 @pytest.mark.parametrize("dropout", [0.0, pytest.param(0.2, marks=pytest.mark.slow)])
 def test_training_with_streamed_weights_is_training_with_resident_ones_to_the_bit(dropout: float) -> None:
     model, batch = tiny("llama", dropout=dropout)
-    resident = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=3, backend="eager")
+    resident = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=3, interval=1, backend="eager")
     streamed = tight(model, batch(2, 12, 0))
     for compiled in (resident, streamed):
         optimizer = chunkft_fx.AdamW(compiled, lr=1e-2)
@@ -86,7 +86,7 @@ def test_weights_come_back_when_a_call_fails() -> None:
 def test_two_forwards_before_their_backwards_share_the_ring() -> None:
     model, batch = tiny("llama", dtype=torch.float64)
     model.train()
-    resident = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=3, backend="eager")
+    resident = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=3, interval=1, backend="eager")
     streamed = tight(model, batch(2, 12, 0))
     for compiled in (resident, streamed):
         first, second = (loss_of(compiled(**batch(2, 12, seed))) for seed in (0, 1))

@@ -90,7 +90,7 @@ def _compare(result: Result, model: nn.Module, batch: dict[str, Any], model_clas
     where = "first batch"
     trial = model, batch
     try:
-        compiled = chunkft_fx.compile(copy.deepcopy(model), "4GB", chunks=3, backend="eager")
+        compiled = chunkft_fx.compile(copy.deepcopy(model), "4GB", chunks=3, interval=1, backend="eager")
         if where in result.parts:
             result.largest_error = compare_gradients(compiled, *trial)
         where = "evaluation"
@@ -104,7 +104,9 @@ def _compare(result: Result, model: nn.Module, batch: dict[str, Any], model_clas
         where = "dropout"
         if where in result.parts and result.dropout:
             trial = built(result, model_class, keep_dropout=True)
-            compare_gradients(chunkft_fx.compile(copy.deepcopy(trial[0]), "4GB", chunks=3, backend="eager"), *trial)
+            compare_gradients(
+                chunkft_fx.compile(copy.deepcopy(trial[0]), "4GB", chunks=3, interval=1, backend="eager"), *trial
+            )
     except Wrong as error:
         result.outcome, result.where, result.detail = "wrong", where, str(error)
     except ChunkFTError as error:
@@ -236,7 +238,7 @@ def _equals_aot_eager(model: nn.Module, batch: dict[str, Any]) -> bool:
     Some models draw their random numbers in another order when they are traced.
     """
     torch._dynamo.reset()
-    compiled = chunkft_fx.compile(copy.deepcopy(model), "4GB", chunks=3, backend="eager")
+    compiled = chunkft_fx.compile(copy.deepcopy(model), "4GB", chunks=3, interval=1, backend="eager")
     try:
         compare_gradients(compiled, model, batch, lambda m: torch.compile(m, backend="aot_eager", fullgraph=True))
     except Wrong:

@@ -152,7 +152,7 @@ def compare_with(expected: Outcome, sample: Sample, chunks: int) -> None:
     trainable = sum(p.numel() for p in sample.module.parameters() if p.requires_grad)
     for k in range(min(chunks, trainable)):
         compiled = chunkft_fx.compile(
-            copy.deepcopy(sample.module), "1GB", chunks=min(chunks, trainable), backend="eager"
+            copy.deepcopy(sample.module), "1GB", chunks=min(chunks, trainable), interval=1, backend="eager"
         )
         compiled.activate(k)
         args, kwargs = tree_map(_fresh, (sample.args, sample.kwargs))

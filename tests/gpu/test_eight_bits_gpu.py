@@ -127,7 +127,7 @@ def test_weights_in_host_memory_are_updated_in_their_place(pinned: bool) -> None
     for p in model.parameters():
         p.data = p.data.pin_memory() if pinned else p.data
     first = block_compiled(block_net(torch.bfloat16), chunks=3)
-    second = chunkft_fx.compile(model, "1GB", chunks=3, backend="eager", device="cuda")
+    second = chunkft_fx.compile(model, "1GB", chunks=3, interval=1, backend="eager", device="cuda")
     cpu, gpu = AdamW(first, **OPTIONS), AdamW(second, **OPTIONS)
     for step in range(6):
         for module, optimizer in ((first, cpu), (second, gpu)):

@@ -36,7 +36,7 @@ def placed(kind: str, dtype: torch.dtype) -> tuple[nn.Module, CompiledModule, di
         compiled = tight(model, given, "eager")
         assert compiled.plan.streamed
     else:
-        compiled = chunkft_fx.compile(copy.deepcopy(model).cuda(), "8GB", chunks=3, backend="eager")
+        compiled = chunkft_fx.compile(copy.deepcopy(model).cuda(), "8GB", chunks=3, interval=1, backend="eager")
         compiled(**given)
     return model.cuda(), compiled, given
 
@@ -119,7 +119,7 @@ def test_a_penalty_outside_of_the_call_is_added_on_cuda(kind: str) -> None:
 
 def test_a_model_compiled_in_host_memory_moves_before_the_first_step() -> None:
     model, batch = tiny("llama", dtype=torch.float32)
-    compiled = chunkft_fx.compile(copy.deepcopy(model), "8GB", chunks=2, backend="eager").cuda()
+    compiled = chunkft_fx.compile(copy.deepcopy(model), "8GB", chunks=2, interval=1, backend="eager").cuda()
     assert compiled._training.compute_device.type == "cuda"
     optimizer = chunkft_fx.AdamW(compiled, lr=1e-3)
     loss = loss_of(compiled(**on_cuda(batch(2, 12, 0))))
@@ -141,7 +141,7 @@ def test_evaluation_with_streamed_weights_from_two_threads_on_cuda() -> None:
         wanted = [float(loss_of(plain(**b))) for b in batches]
     wrong: list[float] = []
     with streaming("all"):
-        compiled = chunkft_fx.compile(model.train(), "8GB", chunks=3, backend="eager", device="cuda")
+        compiled = chunkft_fx.compile(model.train(), "8GB", chunks=3, interval=1, backend="eager", device="cuda")
         compiled(**batches[0])
         compiled.eval()
 

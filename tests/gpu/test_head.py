@@ -108,7 +108,7 @@ def test_models_train_with_chunked_heads(family: str, backend: str, monkeypatch:
     monkeypatch.setattr(head, "LOGITS_NBYTES", 7 * 160 * 4)
     model, batch = tiny(family)
     model.cuda()
-    compiled = chunkft_fx.compile(copy.deepcopy(model), "8GB", chunks=17, backend=backend)
+    compiled = chunkft_fx.compile(copy.deepcopy(model), "8GB", chunks=17, interval=1, backend=backend)
     inputs = {name: value.cuda() for name, value in batch(2, 12, 0).items()}
     assert_same_gradients(compiled, model, inputs, 1e-4)
     assert isinstance(compiled(**inputs).logits, MissingLogits)

@@ -35,7 +35,7 @@ def compiled_on_cuda(
     model: nn.Module, batch: dict[str, Tensor], is_offloading: bool, chunks: int = 3, backend: str = "eager"
 ) -> CompiledModule:
     """A copy of a model that recomputes everything, and offloads all that may go, or nothing."""
-    compiled = chunkft_fx.compile(copy.deepcopy(model).cuda(), "8GB", chunks=chunks, backend=backend)
+    compiled = chunkft_fx.compile(copy.deepcopy(model).cuda(), "8GB", chunks=chunks, interval=1, backend=backend)
     compiled(**on_cuda(batch))
     session = compiled._training.sessions[-1]
     regions = len(session.programs.outline.regions)

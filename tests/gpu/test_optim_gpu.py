@@ -145,7 +145,7 @@ def test_weights_in_host_memory_are_up_to_date_after_a_step(dtype: torch.dtype, 
     for p in model.parameters():
         p.data = p.data.pin_memory() if pinned else p.data
     first = compiled(net(dtype), 3)
-    second = chunkft_fx.compile(model, "1GB", chunks=3, backend="eager", device="cuda")
+    second = chunkft_fx.compile(model, "1GB", chunks=3, interval=1, backend="eager", device="cuda")
     cpu, gpu = AdamW(first, lr=0.02, max_grad_norm=1.0), AdamW(second, lr=0.02, max_grad_norm=1.0)
     for step in range(9):
         for module, optimizer in ((first, cpu), (second, gpu)):

@@ -24,7 +24,7 @@ def on_cuda(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_eager_slices_equal_dense_gradient_on_cuda(family: str) -> None:
     model, batch = tiny(family, dtype=torch.float64)
     model.cuda()
-    compiled = chunkft_fx.compile(copy.deepcopy(model), "8GB", chunks=3, backend="eager")
+    compiled = chunkft_fx.compile(copy.deepcopy(model), "8GB", chunks=3, interval=1, backend="eager")
     assert_same_gradients(compiled, model, on_cuda(batch(2, 12, 0)), 1e-9)
 
 
@@ -32,7 +32,7 @@ def test_eager_slices_equal_dense_gradient_on_cuda(family: str) -> None:
 def test_inductor_slices_equal_dense_gradient_on_cuda(family: str) -> None:
     model, batch = tiny(family)
     model.cuda()
-    compiled = chunkft_fx.compile(copy.deepcopy(model), "8GB", chunks=3)
+    compiled = chunkft_fx.compile(copy.deepcopy(model), "8GB", chunks=3, interval=1)
     assert_same_gradients(compiled, model, on_cuda(batch(2, 12, 0)), 1e-4)
 
 
@@ -42,7 +42,7 @@ def test_dropout_agrees_under_a_fixed_seed_on_cuda(backend: Any) -> None:
     model, batch = tiny("bert", dropout=0.2)
     model.cuda()
     model.set_attn_implementation("eager")  # type: ignore[operator]
-    compiled = chunkft_fx.compile(copy.deepcopy(model), "8GB", chunks=3, backend=backend)
+    compiled = chunkft_fx.compile(copy.deepcopy(model), "8GB", chunks=3, interval=1, backend=backend)
     assert_same_gradients(compiled, model, on_cuda(batch(2, 12, 0)), 1e-4)
 
 
@@ -51,7 +51,7 @@ def test_training_on_cuda_equals_training_on_the_cpu() -> None:
     runs = []
     for device in ("cpu", "cuda"):
         model, batch = tiny("bert", dtype=torch.float64)
-        compiled = chunkft_fx.compile(model.to(device), "8GB", chunks=5, backend="eager")
+        compiled = chunkft_fx.compile(model.to(device), "8GB", chunks=5, interval=1, backend="eager")
         optimizer = chunkft_fx.AdamW(compiled, lr=1e-3, max_grad_norm=1.0)
         for step in range(15):
             loss_of(compiled(**{n: v.to(device) for n, v in batch(2, 12, step).items()})).backward()
@@ -65,7 +65,7 @@ def test_training_on_cuda_equals_training_on_the_cpu() -> None:
 def test_memory_returns_to_what_is_resident_after_a_step() -> None:
     model, batch = tiny("llama", dtype=torch.bfloat16)
     model.cuda()
-    compiled = chunkft_fx.compile(model, "8GB", chunks=3)
+    compiled = chunkft_fx.compile(model, "8GB", chunks=3, interval=1)
     optimizer = chunkft_fx.AdamW(compiled, lr=1e-3)
     used = []
     for step in range(9):
@@ -80,7 +80,7 @@ def test_memory_returns_to_what_is_resident_after_a_step() -> None:
 def test_segments_grow_in_place_under_a_budget() -> None:
     """Memory taken once a batch is planned for lies in expandable segments."""
     model, batch = tiny("llama", dtype=torch.bfloat16)
-    compiled = chunkft_fx.compile(model, "8GB", chunks=3, device="cuda")
+    compiled = chunkft_fx.compile(model, "8GB", chunks=3, interval=1, device="cuda")
     loss_of(compiled(**on_cuda(batch(2, 12, 0)))).backward()
     large = torch.empty(2**28, dtype=torch.uint8, device="cuda")
     segments = torch.cuda.memory_snapshot()

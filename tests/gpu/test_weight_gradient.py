@@ -66,9 +66,11 @@ def test_a_step_gives_the_librarys_gradients(backend: Any, by: str, monkeypatch:
     model.cuda()
     values = {name: value.cuda() for name, value in batch(2, 12, 0).items()}
     monkeypatch.setattr("chunkft_fx.module.sessions.chooser", lambda device: lambda problem: None)
-    usual = chunk_gradients(chunkft_fx.compile(copy.deepcopy(model), "8GB", chunks=5, backend=backend), values)
+    usual = chunk_gradients(
+        chunkft_fx.compile(copy.deepcopy(model), "8GB", chunks=5, interval=1, backend=backend), values
+    )
     asked = choose_everywhere(monkeypatch, by)
-    lowered = chunkft_fx.compile(copy.deepcopy(model), "8GB", chunks=5, backend=backend)
+    lowered = chunkft_fx.compile(copy.deepcopy(model), "8GB", chunks=5, interval=1, backend=backend)
     found = chunk_gradients(lowered, values)
     assert asked
     assert sum(v.counts["lower_triton"] for v in lowered.variants if v.backward is not None) > 0

@@ -24,7 +24,7 @@ def tight(model: nn.Module, batch: dict[str, Any], backend: str) -> CompiledModu
     """A copy of a model in host memory, compiled for CUDA under the smallest feasible budget."""
 
     def compiled(budget: int) -> CompiledModule:
-        made = chunkft_fx.compile(copy.deepcopy(model), budget, chunks=3, backend=backend, device="cuda")
+        made = chunkft_fx.compile(copy.deepcopy(model), budget, chunks=3, interval=1, backend=backend, device="cuda")
         made(**batch)
         return made
 
@@ -45,7 +45,7 @@ def test_gradients_of_streamed_weights_on_cuda(family: str) -> None:
 
 
 def _losses_and_gradients_equal(compiled: CompiledModule, plain: nn.Module, batch: dict[str, Any]) -> None:
-    dense = chunkft_fx.compile(copy.deepcopy(plain), "8GB", chunks=3, backend="eager")
+    dense = chunkft_fx.compile(copy.deepcopy(plain), "8GB", chunks=3, interval=1, backend="eager")
     assert_same_gradients(dense, plain, batch, 1e-9)
     for k in range(3):
         for module in (dense, compiled):
@@ -61,7 +61,7 @@ def _losses_and_gradients_equal(compiled: CompiledModule, plain: nn.Module, batc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_with_streamed_weights_on_cuda(dtype: torch.dtype) -> None:
     model, batch = tiny("llama", dtype=dtype)
-    resident = chunkft_fx.compile(copy.deepcopy(model).cuda(), "8GB", chunks=3, backend="eager")
+    resident = chunkft_fx.compile(copy.deepcopy(model).cuda(), "8GB", chunks=3, interval=1, backend="eager")
     streamed = tight(model, on_cuda(batch(2, 12, 0)), "eager")
     for compiled in (resident, streamed):
         optimizer = chunkft_fx.AdamW(compiled, lr=1e-2)

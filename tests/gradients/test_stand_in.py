@@ -23,7 +23,7 @@ def gradient(kind: str) -> Case:
     plain, model = twins()
     with waiting_in_host():
         if kind == "slice":
-            ours = chunkft_fx.compile(model, "1GB", chunks=5, backend="eager")
+            ours = chunkft_fx.compile(model, "1GB", chunks=5, interval=1, backend="eager")
         else:
             ours = chunkft_fx.compile(model, "1GB", coverage="all", backend="eager")
         optimizer = chunkft_fx.AdamW(ours, lr=1e-2, update="backward" if kind == "used" else "step")

@@ -90,19 +90,19 @@ def test_what_only_passes_them_on_works() -> None:
 
 
 def test_a_tuple_of_loss_and_logits() -> None:
-    compiled = chunkft_fx.compile(Both(), "1GB", chunks=2, backend="eager")
+    compiled = chunkft_fx.compile(Both(), "1GB", chunks=2, interval=1, backend="eager")
     loss, logits = compiled(IDS, IDS)
     loss.backward()
     with pytest.raises(LogitsNotKept):
         logits.argmax(-1)
     with torch.no_grad():
         assert compiled(IDS, IDS)[1].shape == (2, 6, 20)
-    kept = chunkft_fx.compile(Both(), "1GB", chunks=2, backend="eager", return_logits=True)
+    kept = chunkft_fx.compile(Both(), "1GB", chunks=2, interval=1, backend="eager", return_logits=True)
     assert kept(IDS, IDS)[1].shape == (2, 6, 20)
 
 
 def test_a_model_output_can_be_passed_around(tmp_path: Path) -> None:
-    compiled = chunkft_fx.compile(tiny_llama(), "1GB", chunks=2, backend="eager")
+    compiled = chunkft_fx.compile(tiny_llama(), "1GB", chunks=2, interval=1, backend="eager")
     output = compiled(input_ids=IDS, labels=IDS)
     assert "return_logits" in str(output)
     assert list(output) == ["loss", "logits"]
@@ -119,7 +119,7 @@ def test_a_model_output_can_be_passed_around(tmp_path: Path) -> None:
 
 def test_trainer_trains_evaluates_and_predicts(tmp_path: Path) -> None:
     """Evaluation sees the logits of a model that trains without them."""
-    compiled = chunkft_fx.compile(tiny_llama(), "1GB", chunks=2, backend="eager")
+    compiled = chunkft_fx.compile(tiny_llama(), "1GB", chunks=2, interval=1, backend="eager")
     optimizer = chunkft_fx.AdamW(compiled, lr=1e-3)
     rows = [{"input_ids": IDS[0], "labels": IDS[0]}] * 8
     seen = []

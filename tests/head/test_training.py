@@ -27,7 +27,7 @@ CLASSES = 160
 
 def compiled_tiny(family: str, chunks: int = 3, **options: Any) -> tuple[nn.Module, Any, CompiledModule]:
     model, batch = tiny(family)
-    options = {"budget": "64GB", "backend": "eager"} | options
+    options = {"budget": "64GB", "backend": "eager", "interval": 1, **options}
     return model, batch, chunkft_fx.compile(copy.deepcopy(model), chunks=chunks, **options)
 
 
@@ -109,10 +109,12 @@ def test_a_budget_without_room_for_a_block_splits_it(monkeypatch: pytest.MonkeyP
     torch.manual_seed(0)
     model, ids = LlamaForCausalLM(config).train(), torch.randint(0, classes, (4, 32))
     inputs = {"input_ids": ids, "labels": ids}
-    ample = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=3, backend="eager")
+    ample = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=3, interval=1, backend="eager")
     ample(**inputs)
     assert ample.plan.policy.head_split == 1
-    tight = chunkft_fx.compile(copy.deepcopy(model), smallest_budget(model, inputs, 3), chunks=3, backend="eager")
+    tight = chunkft_fx.compile(
+        copy.deepcopy(model), smallest_budget(model, inputs, 3), chunks=3, interval=1, backend="eager"
+    )
     assert_same_gradients(tight, model, inputs, 1e-4)
     assert tight.plan.policy.head_split > 1
     assert f"1/{tight.plan.policy.head_split}" in str(tight.plan)
@@ -123,7 +125,7 @@ def test_a_budget_without_room_for_a_block_splits_it(monkeypatch: pytest.MonkeyP
 
 def test_slices_equal_the_dense_gradient_in_float64() -> None:
     model, batch = tiny("bert", dtype=torch.float64)
-    compiled = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=3, backend="eager")
+    compiled = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=3, interval=1, backend="eager")
     assert_same_gradients(compiled, model, batch(2, 12, 0), 1e-10)
     assert heads(compiled)
 

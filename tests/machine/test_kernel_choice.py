@@ -184,9 +184,11 @@ def choose_everywhere(monkeypatch: pytest.MonkeyPatch, by: str = LIBRARY) -> lis
 def test_a_step_with_the_operator_gives_the_librarys_gradients(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = tiny("llama", dtype=torch.bfloat16)
     values = batch(2, 12, 0)
-    usual = chunk_gradients(chunkft_fx.compile(copy.deepcopy(model), "8GB", chunks=5, backend=backend), values)
+    usual = chunk_gradients(
+        chunkft_fx.compile(copy.deepcopy(model), "8GB", chunks=5, interval=1, backend=backend), values
+    )
     asked = choose_everywhere(monkeypatch)
-    lowered = chunkft_fx.compile(copy.deepcopy(model), "8GB", chunks=5, backend=backend)
+    lowered = chunkft_fx.compile(copy.deepcopy(model), "8GB", chunks=5, interval=1, backend=backend)
     found = chunk_gradients(lowered, values)
     assert asked
     assert sum(v.counts["lower_triton"] for v in lowered.variants if v.backward is not None) > 0
@@ -202,7 +204,7 @@ def test_the_memory_model_follows_a_step_with_the_operator(monkeypatch: pytest.M
     choose_everywhere(monkeypatch)
     monkeypatch.setattr(weight_gradient, "workspace", lambda node, sizes: 0)
     model, batch = tiny("mlp", dtype=torch.bfloat16)
-    compiled = chunkft_fx.compile(model, "8GB", chunks=3, backend="eager")
+    compiled = chunkft_fx.compile(model, "8GB", chunks=3, interval=1, backend="eager")
     for chunk in range(3):
         compiled.activate(chunk)
         compare(compiled, batch(2, 12, 0))

@@ -41,7 +41,7 @@ IDS = torch.arange(12).view(2, 6)
 def one_model() -> weakref.ref[nn.Module]:
     """Compile a model, train and evaluate it once; returns what tells whether it is gone."""
     model = Net()
-    compiled = chunkft_fx.compile(model, "1GB", chunks=2, backend="eager")
+    compiled = chunkft_fx.compile(model, "1GB", chunks=2, interval=1, backend="eager")
     optimizer = chunkft_fx.AdamW(compiled, lr=1e-3)
     ids = IDS.clone()
     compiled(ids).backward()

@@ -293,7 +293,9 @@ def test_lengths_that_vary() -> None:
 
 def test_a_chunk_a_step() -> None:
     one = Masked(3)
-    compiled, other = (chunkft_fx.compile(copy.deepcopy(one), "1GB", chunks=4, backend="eager") for _ in range(2))
+    compiled, other = (
+        chunkft_fx.compile(copy.deepcopy(one), "1GB", chunks=4, interval=1, backend="eager") for _ in range(2)
+    )
     ours, theirs = chunkft_fx.AdamW(compiled, lr=1e-2), chunkft_fx.AdamW(other, lr=1e-2)
     for step in range(6):
         batch = rows(4, step)

@@ -94,7 +94,7 @@ def test_copies_have_the_hooks_on_the_call(how: Any) -> None:
 
 def test_items_are_the_models() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
-    compiled: Any = chunkft_fx.compile(model, "1GB", chunks=2, backend="eager")
+    compiled: Any = chunkft_fx.compile(model, "1GB", chunks=2, interval=1, backend="eager")
     assert compiled[0] is model[0]
     assert len(compiled) == 2
     assert list(compiled) == list(model)

@@ -138,7 +138,7 @@ def test_trainer_logs_and_clips_the_norm_of_the_dense_gradient_of_the_active_sli
     data = tiny_batch(8, 12, 0)
     rows = [{key: value[0] for key, value in data.items()}] * 8
     whole = {key: value[:1].expand(8, -1) for key, value in data.items()}
-    module = chunkft_fx.compile(model, "1GB", chunks=3, backend="eager")
+    module = chunkft_fx.compile(model, "1GB", chunks=3, interval=1, backend="eager")
     optimizer = chunkft_fx.AdamW(module, lr=1e-2)
     expected: list[float] = []
     clipped: list[float] = []

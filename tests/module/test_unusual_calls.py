@@ -150,7 +150,7 @@ LAZY: list[Callable[[], nn.Module]] = [
 def test_a_lazy_module_is_refused_until_it_was_called(make: Callable[[], nn.Module], chunks: Any) -> None:
     model = Lazy(make())
     with pytest.raises(errors.UninitializedParameters, match=r"parameter layer\..*call the plain model once"):
-        chunkft_fx.compile(model, "1GB", chunks=chunks, backend="eager")
+        chunkft_fx.compile(model, "1GB", chunks=chunks, interval=1, backend="eager")
     model = model.double()
     model(**rows())
     assert_same_gradients(compiled(model, 2), model, rows(), 1e-9)

@@ -19,7 +19,7 @@ BATCH = (2, 4, 0)
 
 
 def compiled(chunks: int | str = 3, budget: str = "1GB", **options: Any) -> CompiledModule:
-    return chunkft_fx.compile(tiny("mlp")[0], budget, chunks=chunks, backend="eager", **options)
+    return chunkft_fx.compile(tiny("mlp")[0], budget, chunks=chunks, **{"interval": 1, "backend": "eager", **options})
 
 
 def step(module: CompiledModule, optimizer: chunkft_fx.AdamW) -> None:

@@ -39,7 +39,7 @@ def offloads(compiled: CompiledModule) -> bool:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "cnn"])
 def test_predicted_peak_of_an_offloading_step_equals_the_tracker(family: str) -> None:
     model, batch = tiny(family, dropout=0.1 if family == "bert" else 0.0)
-    compiled = chunkft_fx.compile(model, "8GB", chunks=3, backend="eager")
+    compiled = chunkft_fx.compile(model, "8GB", chunks=3, interval=1, backend="eager")
     loss_of(compiled(**batch(2, 12, 0))).backward()
     session = compiled._training.sessions[-1]
     regions = len(session.programs.outline.regions)
@@ -51,7 +51,7 @@ def test_predicted_peak_of_an_offloading_step_equals_the_tracker(family: str) ->
 
 def test_predicted_peak_with_streamed_weights_and_offloaded_values_equals_the_tracker() -> None:
     model, batch = tiny("llama")
-    compiled = chunkft_fx.compile(model, "8GB", chunks=3, backend="eager")
+    compiled = chunkft_fx.compile(model, "8GB", chunks=3, interval=1, backend="eager")
     loss_of(compiled(**batch(2, 12, 0))).backward()
     session = compiled._training.sessions[-1]
     compiled.residency.settle([n for n, _ in model.named_parameters()], 2)
@@ -63,7 +63,7 @@ def test_predicted_peak_with_streamed_weights_and_offloaded_values_equals_the_tr
 
 def _deep() -> tuple[CompiledModule, Session]:
     """Twelve blocks that recompute, lowest chunk active: between forward and backward the residual stream waits."""
-    compiled = chunkft_fx.compile(deep_llama(12), "8GB", chunks=4, backend="eager")
+    compiled = chunkft_fx.compile(deep_llama(12), "8GB", chunks=4, interval=1, backend="eager")
     step(compiled)
     session = compiled._training.sessions[-1]
     force(compiled, save_from=len(session.programs.outline.regions))

@@ -22,7 +22,7 @@ RATES = Rates({"float32": 1e12}, 1e11, 1e10, 2e10, 5e9, 3.0)
 
 def test_regions_get_times_where_rates_are_known() -> None:
     model, batch = tiny("llama")
-    compiled = chunkft_fx.compile(model, "8GB", chunks=3, backend="eager")
+    compiled = chunkft_fx.compile(model, "8GB", chunks=3, interval=1, backend="eager")
     compiled(**batch(2, 16, 0))
     session = compiled._training.sessions[-1]
     (whole,) = cut(parameter_specs(model), 1)
@@ -98,7 +98,7 @@ def test_micro_batches_take_their_number_of_times_what_each_of_them_does() -> No
 
 def test_the_timeline_of_a_step_holds_its_peak() -> None:
     model, batch = tiny("llama")
-    compiled = chunkft_fx.compile(model, "8GB", chunks=3, backend="eager")
+    compiled = chunkft_fx.compile(model, "8GB", chunks=3, interval=1, backend="eager")
     compiled(**batch(2, 16, 0))
     session = compiled._training.sessions[-1]
     given = {"batch": 1000}
@@ -117,7 +117,7 @@ def test_the_timeline_of_a_step_holds_its_peak() -> None:
 def test_a_step_that_looks_like_a_known_one_has_its_own_moments(family: str) -> None:
     """Exchanged variants predict what a program written for the chunk predicts, and some programs are shared."""
     model, batch = tiny(family)
-    compiled = chunkft_fx.compile(model, "8GB", chunks=3, backend="eager")
+    compiled = chunkft_fx.compile(model, "8GB", chunks=3, interval=1, backend="eager")
     compiled(**batch(2, 16, 0))
     programs, unexpected = compiled._training.sessions[-1].programs, absent(compiled._training.sessions[-1])
     asked = 0

@@ -66,7 +66,7 @@ def test_predicted_peak_of_a_step_equals_the_tracker(family: str, chunks: int, m
     """The tracker sees an operator as a whole, so what the head allocates inside is left to its own tests."""
     monkeypatch.setattr(memory_model, "head_workspace", lambda node, sizes: 0)
     model, batch = tiny(family, dropout=0.1 if family in ("bert", "t5") else 0.0)
-    compiled = chunkft_fx.compile(model, "8GB", chunks=chunks, backend="eager")
+    compiled = chunkft_fx.compile(model, "8GB", chunks=chunks, interval=1, backend="eager")
     compare(compiled, batch(2, 12, 0))
     session = compiled._training.sessions[-1]
     away = frozenset(n for n, _ in model.named_parameters())
@@ -88,7 +88,7 @@ def test_predicted_peak_of_a_step_equals_the_tracker(family: str, chunks: int, m
 def test_the_peak_is_that_of_the_tracker_where_gradients_are_widened(chunks: int) -> None:
     """Each bfloat16 gradient is let go when its float32 copy is made, and where one is there it is added as it is."""
     model, batch = tiny("mlp", dtype=torch.bfloat16)
-    compiled = chunkft_fx.compile(model, "8GB", chunks=chunks, backend="eager")
+    compiled = chunkft_fx.compile(model, "8GB", chunks=chunks, interval=1, backend="eager")
     for chunk in range(chunks):
         compiled.activate(chunk)
         compare(compiled, batch(2, 12, 0))
@@ -96,7 +96,7 @@ def test_the_peak_is_that_of_the_tracker_where_gradients_are_widened(chunks: int
 
 def _step(family: str, **options: Any) -> tuple[CompiledModule, Session]:
     model, batch = tiny(family, **options)
-    compiled = chunkft_fx.compile(model, "8GB", chunks=2, backend="eager")
+    compiled = chunkft_fx.compile(model, "8GB", chunks=2, interval=1, backend="eager")
     loss_of(compiled(**batch(2, 12, 0))).backward()
     return compiled, compiled._training.sessions[-1]
 

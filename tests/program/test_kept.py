@@ -19,7 +19,7 @@ MOST_NBYTES = 60_000
 
 def test_programs_of_a_sweep_keep_no_graphs() -> None:
     model, batch = tiny("llama")
-    compiled = chunkft_fx.compile(model, "8GB", chunks=8, backend="eager")
+    compiled = chunkft_fx.compile(model, "8GB", chunks=8, interval=1, backend="eager")
     compiled(**batch(2, 16, 0))
     session = compiled._training.sessions[-1]
     programs, absent = session.programs, frozenset(session.capture.tangents) - session._expected
@@ -39,7 +39,7 @@ def test_programs_of_a_sweep_keep_no_graphs() -> None:
 
 def test_a_graph_that_was_dropped_is_written_again() -> None:
     model, batch = tiny("llama")
-    compiled = chunkft_fx.compile(model, "8GB", chunks=3, backend="eager")
+    compiled = chunkft_fx.compile(model, "8GB", chunks=3, interval=1, backend="eager")
     compiled(**batch(2, 16, 0))
     program = compiled.program
     code = program.code
@@ -54,7 +54,7 @@ def test_regions_that_were_dropped_are_rewritten_again(monkeypatch: pytest.Monke
     for kept in (1, 64):
         monkeypatch.setattr(variants, "KEPT_REGIONS", kept)
         model, batch = tiny("llama")
-        compiled = chunkft_fx.compile(model, "8GB", chunks=3, backend="eager")
+        compiled = chunkft_fx.compile(model, "8GB", chunks=3, interval=1, backend="eager")
         compiled(**batch(2, 16, 0)).loss.backward()
         specializer = compiled._training.sessions[-1].programs.specializer
         assert len(specializer._specialized) <= kept

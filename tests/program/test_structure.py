@@ -37,7 +37,7 @@ def lowered(compiled: CompiledModule) -> int:
 
 
 def test_a_deep_llama_has_few_templates_few_variants_and_in_the_second_sweep_no_new_ones() -> None:
-    compiled = chunkft_fx.compile(deep_llama(), "64GB", chunks=16, backend="eager")
+    compiled = chunkft_fx.compile(deep_llama(), "64GB", chunks=16, interval=1, backend="eager")
     for k in range(16):
         compiled.activate(k)
         step(compiled)
@@ -54,7 +54,7 @@ def test_a_deep_llama_has_few_templates_few_variants_and_in_the_second_sweep_no_
 
 def test_with_the_top_block_active_no_region_below_runs_backward_or_saves() -> None:
     model = deep_llama(8)
-    compiled = chunkft_fx.compile(model, "64GB", chunks=8, backend="eager")
+    compiled = chunkft_fx.compile(model, "64GB", chunks=8, interval=1, backend="eager")
     compiled.activate(7)
     assert all("embed" not in s.name for s in compiled.active_slices())
     step(compiled)
@@ -71,7 +71,7 @@ def test_with_the_top_block_active_no_region_below_runs_backward_or_saves() -> N
 
 
 def test_regions_above_the_active_chunk_compute_no_weight_gradient() -> None:
-    compiled = chunkft_fx.compile(deep_llama(8), "64GB", chunks=8, backend="eager")
+    compiled = chunkft_fx.compile(deep_llama(8), "64GB", chunks=8, interval=1, backend="eager")
     compiled.activate(2)
     step(compiled)
     active = {s.name for s in compiled.active_slices()}
@@ -88,7 +88,7 @@ def test_models_without_blocks_get_regions_too() -> None:
     model = torch.nn.Sequential(
         torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4)
     )
-    compiled = chunkft_fx.compile(model, "1GB", chunks=3, backend="eager")
+    compiled = chunkft_fx.compile(model, "1GB", chunks=3, interval=1, backend="eager")
     compiled(torch.randn(4, 8)).square().mean().backward()
     assert sum(len(t.regions) for t in compiled.templates) == 3
 

@@ -38,7 +38,7 @@ def shortest(families: Iterable[str], slow: Sequence[str] = LONGEST) -> list[Any
 def test_eager_slices_equal_dense_gradient(family: str, chunks: int) -> None:
     model, batch = tiny(family, dtype=torch.float64)
     model.train()
-    compiled = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=chunks, backend="eager")
+    compiled = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=chunks, interval=1, backend="eager")
     assert_same_gradients(compiled, model, batch(2, 12, 0), 1e-9)
     assert not dense_gradients(compiled)
 
@@ -47,7 +47,7 @@ def test_eager_slices_equal_dense_gradient(family: str, chunks: int) -> None:
 def test_dropout_agrees_under_a_fixed_seed(family: str) -> None:
     model, batch = tiny(family, dtype=torch.float64, dropout=0.2)
     model.train()
-    compiled = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=3, backend="eager")
+    compiled = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=3, interval=1, backend="eager")
     assert_same_gradients(compiled, model, batch(2, 12, 0), 1e-9)
 
 
@@ -55,7 +55,7 @@ def test_dropout_agrees_under_a_fixed_seed(family: str) -> None:
 def test_inductor_slices_equal_dense_gradient(family: str) -> None:
     model, batch = tiny(family)
     model.train()
-    compiled = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=3)
+    compiled = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=3, interval=1)
     assert_same_gradients(compiled, model, batch(2, 12, 0), 1e-4)
     assert not dense_gradients(compiled)
 
@@ -66,7 +66,7 @@ def test_inductor_slices_equal_dense_gradient(family: str) -> None:
 def test_inductor_slices_equal_dense_gradient_at_other_cuts(family: str, chunks: int) -> None:
     model, batch = tiny(family)
     model.train()
-    compiled = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=chunks)
+    compiled = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=chunks, interval=1)
     assert_same_gradients(compiled, model, batch(2, 12, 0), 1e-4)
     assert not dense_gradients(compiled)
 
@@ -74,7 +74,7 @@ def test_inductor_slices_equal_dense_gradient_at_other_cuts(family: str, chunks:
 def test_inductor_dropout_agrees_under_a_fixed_seed() -> None:
     model, batch = tiny("gpt2", dropout=0.2)
     model.train()
-    compiled = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=3)
+    compiled = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=3, interval=1)
     assert_same_gradients(compiled, model, batch(2, 12, 0), 1e-4)
 
 
@@ -91,7 +91,7 @@ def test_recomputed_activations_give_the_same_gradient(family: str, dropout: flo
     model, batch = tiny(family, dtype=torch.float64, dropout=dropout)
     model.train()
     smallest = smallest_budget(model, batch(4, 32, 0), 3)
-    compiled = chunkft_fx.compile(copy.deepcopy(model), smallest, chunks=3, backend="eager")
+    compiled = chunkft_fx.compile(copy.deepcopy(model), smallest, chunks=3, interval=1, backend="eager")
     assert_same_gradients(compiled, model, batch(4, 32, 0), 1e-9)
     assert compiled.plan.policy.save_from > 0
     assert any(v.demand.policy.recompute for v in compiled.variants)
@@ -101,6 +101,6 @@ def test_recomputed_activations_give_the_same_gradient(family: str, dropout: flo
 def test_frozen_parameters_are_left_out(frozen: str) -> None:
     model, batch = tiny("llama", dtype=torch.float64)
     model.get_parameter(frozen).requires_grad_(False)
-    compiled = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=3, backend="eager")
+    compiled = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=3, interval=1, backend="eager")
     assert frozen not in {s.name for c in compiled.plan.chunks for s in c.slices}
     assert_same_gradients(compiled, model, batch(2, 12, 0), 1e-9)

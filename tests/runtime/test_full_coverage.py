@@ -294,7 +294,7 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(OptionError, match="coverage"):
         chunkft_fx.compile(model, "1GB", coverage="some")
     with pytest.raises(OptionError, match="chunks=4"):
-        chunkft_fx.compile(model, "1GB", coverage="all", chunks=4)
+        chunkft_fx.compile(model, "1GB", coverage="all", chunks=4, interval=1)
     one = chunkft_fx.compile(model, "1GB", chunks=1)
     with pytest.raises(OptionError, match='coverage="all"'):
         chunkft_fx.AdamW(one, update="backward")

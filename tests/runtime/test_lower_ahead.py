@@ -46,7 +46,7 @@ class Compiler:
 
 def compiled(monkeypatch: pytest.MonkeyPatch, compiler: Compiler, **options: Any) -> Any:
     monkeypatch.setattr(lower, "compile_graph", compiler)
-    return chunkft_fx.compile(Net(), 10**9, backend="inductor", **{"chunks": 3, **options})
+    return chunkft_fx.compile(Net(), 10**9, backend="inductor", **{"chunks": 3, "interval": 1, **options})
 
 
 def is_ahead() -> bool:

@@ -156,7 +156,9 @@ def test_bfloat16_gradients_add_up_in_float32(where: str) -> None:
 def test_a_step_on_a_chunk_is_that_of_its_micro_batches_in_sequence() -> None:
     torch.manual_seed(0)
     one = Masked(3)
-    compiled, other = (chunkft_fx.compile(copy.deepcopy(one), "1GB", chunks=4, backend="eager") for _ in range(2))
+    compiled, other = (
+        chunkft_fx.compile(copy.deepcopy(one), "1GB", chunks=4, interval=1, backend="eager") for _ in range(2)
+    )
     ours, theirs = chunkft_fx.AdamW(compiled, lr=1e-2), chunkft_fx.AdamW(other, lr=1e-2)
     for step in range(10):
         batches = [micro_batch(10 * step + i) for i in range(3)]

@@ -61,7 +61,7 @@ def test_a_dropped_module_is_freed_once_its_backward_has_run() -> None:
     """Though the plain model lives on, and torch keeps what was compiled for it."""
     model, batch = tiny("llama", dtype=torch.float64)
     _, dense = dense_gradients(model, batch(2, 12, 0))
-    compiled = chunkft_fx.compile(model, "64GB", chunks=3, backend="eager")
+    compiled = chunkft_fx.compile(model, "64GB", chunks=3, interval=1, backend="eager")
     loss = loss_of(compiled(**batch(2, 12, 0)))
     slices, module = compiled.active_slices(), weakref.ref(compiled)
     del compiled
@@ -245,7 +245,7 @@ def test_varying_lengths_are_captured_at_most_twice() -> None:
 
 def test_autocast_matches_the_plain_model() -> None:
     model, batch = tiny("llama")
-    compiled = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=3, backend="eager")
+    compiled = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=3, interval=1, backend="eager")
     with torch.autocast("cpu", torch.bfloat16):
         _, dense = dense_gradients(model, batch(2, 12, 0))
         loss = loss_of(compiled(**batch(2, 12, 0)))

@@ -97,7 +97,7 @@ def train(compiled: CompiledModule, optimizer: chunkft_fx.AdamW, batch: Any, ste
 def test_a_run_saved_with_resident_weights_continues_with_streamed_ones(tmp_path: Path) -> None:
     """To the bit, also across a file: a checkpoint does not depend on where the weights lay."""
     model, batch = tiny("mlp")
-    options: dict[str, Any] = {"chunks": 4, "order": "random", "seed": 3, "backend": "eager"}
+    options: dict[str, Any] = {"chunks": 4, "interval": 1, "order": "random", "seed": 3, "backend": "eager"}
     whole = chunkft_fx.compile(copy.deepcopy(model), "64GB", **options)
     optimizer = chunkft_fx.AdamW(whole, **test_training.SETTINGS)
     train(whole, optimizer, batch, range(6))

@@ -25,7 +25,7 @@ from tests.support.forced_streaming import streaming
 
 
 def compiled(model: nn.Module, **options: Any) -> CompiledModule:
-    return chunkft_fx.compile(copy.deepcopy(model), "64GB", backend="eager", **options)
+    return chunkft_fx.compile(copy.deepcopy(model), "64GB", backend="eager", **{"interval": 1, **options})
 
 
 def stream(module: CompiledModule) -> None:

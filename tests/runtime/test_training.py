@@ -89,7 +89,7 @@ def test_chunks_equal_a_loop_that_updates_only_the_active_slices(family: str, in
 def test_every_parameter_trains_in_a_sweep() -> None:
     model, batch = tiny("bert")
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    compiled = chunkft_fx.compile(model, "64GB", chunks=4, backend="eager")
+    compiled = chunkft_fx.compile(model, "64GB", chunks=4, interval=1, backend="eager")
     optimizer = chunkft_fx.AdamW(compiled, lr=1e-2)
     for step in range(4):
         loss_of(compiled(**batch(2, 12, step))).backward()
@@ -100,7 +100,7 @@ def test_every_parameter_trains_in_a_sweep() -> None:
 
 def test_bfloat16_training_lowers_the_loss() -> None:
     model, batch = tiny("llama", dtype=torch.bfloat16)
-    compiled = chunkft_fx.compile(model, "64GB", chunks=3, backend="eager")
+    compiled = chunkft_fx.compile(model, "64GB", chunks=3, interval=1, backend="eager")
     optimizer = chunkft_fx.AdamW(compiled, lr=1e-2, max_grad_norm=1.0)
     losses = []
     for _ in range(30):
@@ -121,13 +121,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one() -> None:
             optimizer.zero_grad()
 
     model, batch = tiny("llama")
-    whole = chunkft_fx.compile(copy.deepcopy(model), "64GB", chunks=4, order="random", seed=3, backend="eager")
+    whole = chunkft_fx.compile(
+        copy.deepcopy(model), "64GB", chunks=4, interval=1, order="random", seed=3, backend="eager"
+    )
     optimizer = chunkft_fx.AdamW(whole, **SETTINGS)
     run(whole, optimizer, batch, range(6))
     weights, state = copy.deepcopy(whole.state_dict()), copy.deepcopy(optimizer.state_dict())
     run(whole, optimizer, batch, range(6, 14))
     model.load_state_dict(weights)
-    resumed = chunkft_fx.compile(model, "64GB", chunks=4, order="random", seed=3, backend="eager")
+    resumed = chunkft_fx.compile(model, "64GB", chunks=4, interval=1, order="random", seed=3, backend="eager")
     again = chunkft_fx.AdamW(resumed, **SETTINGS)
     again.load_state_dict(state)
     run(resumed, again, batch, range(6, 14))

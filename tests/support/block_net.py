@@ -48,8 +48,8 @@ def block_batch(step: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def block_compiled(model: nn.Module, **options: Any) -> CompiledModule:
-    """Compiled with operators as they are and a budget that anything fits."""
-    return chunkft_fx.compile(model, "1GB", backend="eager", **options)
+    """Compiled with operators as they are, a budget that anything fits and, unless told otherwise, turns of a step."""
+    return chunkft_fx.compile(model, "1GB", backend="eager", **{"interval": 1, **options})
 
 
 def feed_sweep(module: CompiledModule, sweep: int) -> None:

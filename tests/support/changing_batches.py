@@ -54,7 +54,7 @@ def text(rows: int, length: int, pixels: int | None = None, seed: int = 0) -> di
 
 
 def compiled(model: nn.Module, budget: int | str, **options: Any) -> CompiledModule:
-    return chunkft_fx.compile(copy.deepcopy(model).train(), budget, backend="eager", **options)
+    return chunkft_fx.compile(copy.deepcopy(model).train(), budget, backend="eager", **{"interval": 1, **options})
 
 
 def smallest(model: nn.Module, batch: dict[str, Tensor], **options: Any) -> int:

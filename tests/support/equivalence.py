@@ -93,7 +93,7 @@ def assert_same_gradients(compiled: CompiledModule, model: nn.Module, batch: dic
 
 def smallest_budget(model: nn.Module, batch: dict[str, Any], chunks: int | str = "auto") -> int:
     """The bytes that the error for a hopeless budget names as enough for a step on this batch, if it is not split."""
-    hopeless = chunkft_fx.compile(copy.deepcopy(model), 1, chunks=chunks, backend="eager")
+    hopeless = chunkft_fx.compile(copy.deepcopy(model), 1, chunks=chunks, interval=1, backend="eager")
     with unsplit(), pytest.raises(chunkft_fx.errors.BudgetInfeasible) as caught:
         hopeless(**batch)
     return caught.value.smallest_budget_bytes

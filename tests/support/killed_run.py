@@ -27,7 +27,7 @@ from tests.support.tiny_text import character_tokenizer
 STEPS = 8
 # What of compile and of a run differs: a chunk a step, or all parameters at the step or in the backward.
 MODES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "chunks": ({"chunks": 3, "order": "random"}, {}),
+    "chunks": ({"chunks": 3, "order": "random", "interval": 1}, {}),
     "step": ({"coverage": "all"}, {}),
     "backward": ({"coverage": "all"}, {"update": "backward", "max_grad_norm": None, "accumulate": 2}),
     "remainder": ({"coverage": "all"}, {"update": "backward", "max_grad_norm": None, "master": "remainder"}),

@@ -58,7 +58,7 @@ def rows(count: int = 4) -> dict[str, Any]:
 
 def compiled(model: nn.Module, chunks: int = 1, budget: int | str = "1GB") -> CompiledModule:
     """A copy of the model, compiled, its graphs run as they are."""
-    return chunkft_fx.compile(copy.deepcopy(model), budget, chunks=chunks, backend="eager")
+    return chunkft_fx.compile(copy.deepcopy(model), budget, chunks=chunks, interval=1, backend="eager")
 
 
 def assert_trains_exactly(model: nn.Module, batch: dict[str, Any], shared: bool = True) -> None:

@@ -48,5 +48,5 @@ def lm_batch(seed: int = 0, rows: int = 2, length: int = 5) -> dict[str, Tensor]
 
 def lm_compiled(model: nn.Module | None = None, chunks: int = 2) -> Any:
     """Compiled with an ample budget; a `CompiledModule` that has what its model has."""
-    compiled: CompiledModule = chunkft_fx.compile(model or tiny_lm(), "1GB", chunks=chunks, backend="eager")
+    compiled: CompiledModule = chunkft_fx.compile(model or tiny_lm(), "1GB", chunks=chunks, interval=1, backend="eager")
     return compiled

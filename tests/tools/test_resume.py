@@ -29,7 +29,7 @@ OPTIONS = TrainOptions(2, 2, lr=1e-3, save_every=1)
 
 def compiled(dtype: torch.dtype = torch.float32, chunks: int | str = 3, order: str = "ascending") -> CompiledModule:
     model, _ = tiny("llama", dtype)
-    return chunkft_fx.compile(model, "1GB", chunks=chunks, order=order, backend="eager")
+    return chunkft_fx.compile(model, "1GB", chunks=chunks, interval=1, order=order, backend="eager")
 
 
 def sequences(text: str = TEXT) -> Tensor:

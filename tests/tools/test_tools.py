@@ -40,7 +40,7 @@ def chunkft(*arguments: str) -> None:
 
 def compiled(chunks: int = 3, dropout: float = 0.0, order: str = "ascending") -> CompiledModule:
     model, _ = tiny("llama", dropout=dropout)
-    return chunkft_fx.compile(model, "1GB", chunks=chunks, order=order, backend="eager")
+    return chunkft_fx.compile(model, "1GB", chunks=chunks, interval=1, order=order, backend="eager")
 
 
 def sequences(length: int = 16) -> Tensor:
@@ -126,7 +126,7 @@ def test_evaluate_weighs_a_last_partial_batch_by_its_size() -> None:
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     train(compiled(), sequences(), TrainOptions(1, 2, save_every=1), out=tmp_path)
     model, _ = tiny("opt")
-    other = chunkft_fx.compile(model, "1GB", chunks=3, backend="eager")
+    other = chunkft_fx.compile(model, "1GB", chunks=3, interval=1, backend="eager")
     with pytest.raises(CheckpointMismatch):
         train(other, sequences(), TrainOptions(2, 2), resume=tmp_path)
 
@@ -312,7 +312,7 @@ def test_plan_prints_one_plan_as_a_table_and_as_json(capsys: pytest.CaptureFixtu
     plan = json.loads(capsys.readouterr().out)
     peak = format_bytes(plan["predicted_peak_bytes"])
     assert printed.startswith(f"budget {format_bytes(plan['budget_bytes'])}, predicted peak {peak}")
-    assert f"{len(plan['chunks'])} chunk(s), ascending order, 1 step each" in printed
+    assert f"{len(plan['chunks'])} chunk(s), ascending order, 14 steps each" in printed
     assert len(plan["chunks"]) == 3
     assert printed.split("moment")[1].count("backward") == 3 + 2  # blocks, and what lies before and after them
 
@@ -383,7 +383,7 @@ class Unsliceable(nn.Module):
 
 
 def test_coverage_names_a_gradient_that_stays_dense(capsys: pytest.CaptureFixture[str]) -> None:
-    module = chunkft_fx.compile(Unsliceable(), "1GB", chunks=3, backend="eager")
+    module = chunkft_fx.compile(Unsliceable(), "1GB", chunks=3, interval=1, backend="eager")
     assert inspect.print_coverage(module, {"x": torch.randn(4, 96)}) == 1
     printed = capsys.readouterr().out
     assert printed.startswith("dense: aten.flip.default in the model itself (template 0, node flip")

@@ -10,7 +10,7 @@ from typing import Any
 
 from chunkft_fx.bytes import parse_bytes
 from chunkft_fx.errors import OptionError
-from chunkft_fx.plan.schedule import ChunkSchedule, check_coverage
+from chunkft_fx.plan.schedule import ChunkSchedule, check_coverage, check_interval
 from chunkft_fx.plan.state_spec import MASTERS, STATE_DTYPES, UPDATES
 from chunkft_fx.planning.planner import BACKENDS
 
@@ -87,12 +87,20 @@ def chunk_count(chunks: str) -> int | str:
     return int(chunks)
 
 
+def turn_steps(interval: str) -> int | str:
+    """``"auto"`` or a number from 1 on; raises `OptionError` for anything else."""
+    given = int(interval) if interval.isdecimal() else interval
+    check_interval(given)
+    return given
+
+
 def check_compile_options(
-    budget: str, order: str, interval: int, backend: str, coverage: str = "one", chunks: int | str = "auto"
+    budget: str, order: str, interval: int | str, backend: str, coverage: str = "one", chunks: int | str = "auto"
 ) -> None:
     """Raise what `chunkft_fx.compile` would raise for these options, before there is a model to call it with."""
     parse_bytes(budget)
-    ChunkSchedule(1, order, interval)
+    ChunkSchedule(1, order)
+    check_interval(interval)
     check_coverage(coverage, chunks)
     if backend not in BACKENDS:
         raise OptionError(f"backend={backend!r} is not known; choose one of {', '.join(BACKENDS)}")

@@ -18,7 +18,14 @@ from chunkft_fx.tools.training.checkpoint import require_checkpoint
 from chunkft_fx.tools.training.data import Batches, pack, read_documents
 from chunkft_fx.tools.training.folder import claimed, save_model
 from chunkft_fx.tools.training.loop import check_schedule, train
-from chunkft_fx.tools.training.options import TrainOptions, at_least, check_compile_options, chunk_count, json_object
+from chunkft_fx.tools.training.options import (
+    TrainOptions,
+    at_least,
+    check_compile_options,
+    chunk_count,
+    json_object,
+    turn_steps,
+)
 
 
 def command(
@@ -42,7 +49,9 @@ def command(
     ] = "float32",
     state_dtype: Annotated[str, typer.Option(help="AdamW's moments: float32, bfloat16 or 8bit.")] = "float32",
     order: Annotated[str, typer.Option(help="ascending, descending or random.")] = "ascending",
-    interval: Annotated[int, typer.Option(help="Optimizer steps spent on each chunk.")] = 1,
+    interval: Annotated[
+        str, typer.Option(help="Optimizer steps on each chunk at a turn; auto: 40 or more in a sweep.")
+    ] = "auto",
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
     seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
     batch_size: Annotated[int, typer.Option(help="Sequences in a batch.")] = 1,
@@ -70,8 +79,8 @@ def command(
         steps, batch_size, accumulate, lr, schedule, json_object(schedule_options), warmup, weight_decay,
         max_grad_norm or None, seed, save_every, update, master, state_dtype,
     )  # fmt: skip
-    kind, count = pick_dtype(dtype, where), chunk_count(chunks)
-    check_compile_options(budget, order, interval, backend, coverage, count)
+    kind, count, turn = pick_dtype(dtype, where), chunk_count(chunks), turn_steps(interval)
+    check_compile_options(budget, order, turn, backend, coverage, count)
     if update != "step" and coverage == "one":
         raise OptionError(f"update={update} updates all parameters in every step; give --coverage all with it")
     at_least("seq_len", seq_len, 2)  # a token is learnt from those before it
@@ -84,7 +93,7 @@ def command(
         plain = load_model(model, kind, where)
         check_config(model, plain.config, seq_len, sequences, tokenizer)
         compiled = chunkft_fx.compile(
-            plain, budget, chunks=count, coverage=coverage, order=order, interval=interval, backend=backend, seed=seed
+            plain, budget, chunks=count, coverage=coverage, order=order, interval=turn, backend=backend, seed=seed
         )
         print(f"{sequences.numel():,} tokens in {len(sequences):,} sequences; training on {where}")
         with signals.between_steps() as stop:

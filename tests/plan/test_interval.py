@@ -1,0 +1,93 @@
+"""The interval that "auto" stands for: turns long enough for a sweep of 40 steps, and never longer than that needs."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import chunkft_fx
+from chunkft_fx.errors import CheckpointMismatch, OptionError
+from chunkft_fx.module.module import CompiledModule
+from chunkft_fx.plan.schedule import STEPS_OF_SWEEP, interval_of
+from tests.support.block_net import block_batch, block_net
+
+
+@given(st.integers(2, 300))
+def test_turns_are_the_shortest_that_give_a_sweep_its_steps(chunks: int) -> None:
+    turn = interval_of("auto", chunks)
+    assert chunks * turn >= STEPS_OF_SWEEP > chunks * (turn - 1)
+    assert turn == 1 or chunks < STEPS_OF_SWEEP
+
+
+@given(st.integers(1, 300), st.integers(1, 300))
+def test_a_number_is_taken_as_it_is(interval: int, chunks: int) -> None:
+    assert interval_of(interval, chunks) == interval
+
+
+def compiled(**options: Any) -> CompiledModule:
+    torch.manual_seed(0)
+    return chunkft_fx.compile(block_net(torch.float64), "1GB", backend="eager", **options)
+
+
+@pytest.mark.parametrize(("chunks", "turn"), [(1, 1), (2, 20), (3, 14), (8, 5), (39, 2), (40, 1), (64, 1)])
+def test_the_default_goes_by_the_number_of_chunks(chunks: int, turn: int) -> None:
+    assert compiled(chunks=chunks).plan.interval == turn
+    assert compiled(chunks=chunks, interval="auto").plan.interval == turn
+    assert compiled(chunks=chunks, interval=7).plan.interval == 7
+
+
+def test_all_parameters_take_no_turns() -> None:
+    module = compiled(coverage="all")
+    assert module.plan.interval == 1
+
+
+def test_the_plan_says_that_given_turns_are_short() -> None:
+    said = 'interval="auto" takes 20'
+    assert said in str(compiled(chunks=2, interval=1).plan)
+    assert said not in str(compiled(chunks=2).plan)
+    assert said not in str(compiled(chunks=2, interval=20).plan)
+    assert "20 steps each" in str(compiled(chunks=2).plan)
+
+
+@pytest.mark.parametrize("interval", ["twice", "1", 0, -1, 1.5, True, None])
+def test_anything_else_is_refused(interval: Any) -> None:
+    with pytest.raises(OptionError, match='whole number of optimizer steps, 1 or more, or "auto"'):
+        compiled(chunks=2, interval=interval)
+
+
+def trained(module: CompiledModule, optimizer: chunkft_fx.AdamW, steps: int) -> None:
+    for step in range(steps):
+        module(block_batch(step, torch.float64)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_run_under_auto_is_that_of_the_number_it_stands_for_and_goes_on_within_a_turn() -> None:
+    runs = [compiled(chunks=2, interval=interval) for interval in ("auto", 20)]
+    optimizers = [chunkft_fx.AdamW(run, lr=1e-2) for run in runs]
+    for run, optimizer in zip(runs, optimizers, strict=True):
+        trained(run, optimizer, 23)
+    saved = copy.deepcopy((runs[0].state_dict(), optimizers[0].state_dict()))
+    resumed = compiled(chunks=2)
+    resumed.load_state_dict(saved[0])
+    second = chunkft_fx.AdamW(resumed, lr=1e-2)
+    second.load_state_dict(saved[1])
+    assert resumed.schedule.steps == 3 and resumed.chunk == runs[0].chunk == 1
+    for run, optimizer in ((runs[0], optimizers[0]), (runs[1], optimizers[1]), (resumed, second)):
+        trained(run, optimizer, 20)
+    for name, value in runs[0].state_dict().items():
+        assert torch.equal(value, runs[1].state_dict()[name]) and torch.equal(value, resumed.state_dict()[name])
+
+
+def test_a_position_within_a_turn_of_another_length_is_refused() -> None:
+    first = compiled(chunks=2, interval=2)
+    optimizer = chunkft_fx.AdamW(first, lr=1e-2)
+    trained(first, optimizer, 1)
+    second = compiled(chunks=2)
+    with pytest.raises(CheckpointMismatch, match=r"interval 2 \(now 20\)"):
+        chunkft_fx.AdamW(second, lr=1e-2).load_state_dict(copy.deepcopy(optimizer.state_dict()))
