@@ -204,6 +204,7 @@ class Training(Following):
             schedule = self._new_schedule(self.plan)
             if self._position is not None:
                 schedule.load_state_dict(self._position)
+            schedules.warn_of_short_turns(schedule)
             self._schedule = schedule
         return schedule
 

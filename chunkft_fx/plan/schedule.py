@@ -30,6 +30,7 @@ VERSION = 1
 # step are stable up to a rate of 2, counted in curvatures as Adam scales them, n chunks in one step up to 38 / n; a
 # sweep of so many steps is as stable as dense steps (docs/learning.md, "Why few chunks diverge").
 STEPS_OF_SWEEP = 40
+TURNS_LIMIT, DENSE_LIMIT = 2, 38
 COUNTS = ("sweep", "position", "steps", "chunks")
 MEANING = {"order": str, "seed": int, "interval": int, "cuts": str}
 
@@ -60,6 +61,18 @@ def interval_of(interval: int | str, chunks: int) -> int:
     if interval != "auto":
         return int(interval)
     return 1 if chunks == 1 else math.ceil(STEPS_OF_SWEEP / chunks)
+
+
+def short_turns(chunks: int, interval: int) -> str:
+    """What turns may do that are shorter than "auto" takes, in a sentence; empty where they are as stable as any."""
+    usual, dense = interval_of("auto", chunks), DENSE_LIMIT / chunks
+    if chunks == 1 or interval >= usual or dense <= TURNS_LIMIT:
+        return ""
+    limits = f"turns of one step are stable up to a rate of {TURNS_LIMIT}, dense up to {dense:.2g}"
+    return (
+        f"{chunks} chunks in turns of {interval} can diverge where dense AdamW does not: {limits} (docs/learning.md); "
+        f'interval="auto" takes {usual} steps'
+    )
 
 
 def only_coverage(chunks: int | str, order: str, interval: int | str, spec: StateSpec) -> tuple[str, str] | None:
@@ -151,6 +164,13 @@ def warn_of_other_count(state: Mapping[str, Any], chunks: int) -> None:
         ChunkFTWarning,
         stacklevel=3,
     )
+
+
+def warn_of_short_turns(schedule: ChunkSchedule) -> None:
+    """Say with a `ChunkFTWarning` that training may diverge for the sake of the interval alone."""
+    said = short_turns(schedule.chunks, schedule.interval)
+    if said:
+        warnings.warn(said, ChunkFTWarning, stacklevel=3)
 
 
 @dataclass

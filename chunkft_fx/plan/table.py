@@ -12,7 +12,7 @@ from rich.table import Table
 from chunkft_fx.bytes import format_bytes
 from chunkft_fx.plan.chunk import Chunk, Slice
 from chunkft_fx.plan.policy import LinkUse, Policy
-from chunkft_fx.plan.schedule import interval_of, sweep_steps
+from chunkft_fx.plan.schedule import short_turns, sweep_steps
 
 WIDTH = 120
 # Longer plans show this many chunks at the beginning and at the end.
@@ -137,19 +137,9 @@ def _head(plan: PlanTables) -> list[str]:
     decided = plan.policy.sentences() if plan.batch else []
     decided += [] if plan.link is None else plan.link.sentences()
     sweep = _sweep(plan)
-    short = _short_turns(plan)
+    short = [said] if (said := short_turns(len(plan.chunks), plan.interval)) else []
     head = f"budget {format_bytes(plan.budget_bytes)}, {peak}"
     return [head, *terms, *host, schedule, sweep, *short, *covers, *decided]
-
-
-def _short_turns(plan: PlanTables) -> list[str]:
-    """What turns that are shorter than the default may do."""
-    usual = interval_of("auto", len(plan.chunks))
-    if plan.interval >= usual:
-        return []
-    return [
-        f'turns so short can diverge at rates at which AdamW on all parameters does not: interval="auto" takes {usual}'
-    ]
 
 
 def _sweep(plan: PlanTables) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import chunkft_fx
-from chunkft_fx.errors import CheckpointMismatch, OptionError
+from chunkft_fx.errors import CheckpointMismatch, ChunkFTWarning, OptionError
 from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.plan.schedule import STEPS_OF_SWEEP, interval_of
 from tests.support.block_net import block_batch, block_net
@@ -44,6 +45,26 @@ def test_the_default_goes_by_the_number_of_chunks(chunks: int, turn: int) -> Non
 def test_all_parameters_take_no_turns() -> None:
     module = compiled(coverage="all")
     assert module.plan.interval == 1
+
+
+@pytest.mark.parametrize(("chunks", "interval"), [(2, 1), (2, 19), (8, 4), (18, 2)])
+def test_turns_that_may_diverge_are_warned_of_once_with_the_figure(chunks: int, interval: int) -> None:
+    module = compiled(chunks=chunks, interval=interval)
+    optimizer = chunkft_fx.AdamW(module, lr=1e-3)
+    limits = f"stable up to a rate of 2, dense up to {38 / chunks:.2g} "
+    with pytest.warns(ChunkFTWarning, match=f"{chunks} chunks in turns of {interval} can diverge.*{limits}"):
+        trained(module, optimizer, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trained(module, optimizer, 2)
+
+
+@pytest.mark.parametrize(("chunks", "interval"), [(1, 1), (2, "auto"), (2, 20), (8, 5), (19, 1), (64, 1)])
+def test_turns_that_are_as_stable_as_dense_steps_are_not_warned_of(chunks: int, interval: int | str) -> None:
+    module = compiled(chunks=chunks, interval=interval)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trained(module, chunkft_fx.AdamW(module, lr=1e-3), 1)
 
 
 def test_the_plan_says_that_given_turns_are_short() -> None:
