@@ -209,7 +209,7 @@ def main() -> None:
     chunks = args.chunks if args.chunks == "auto" else int(args.chunks)
     clock = Clock()
     with watched(clock), paced(H200 if args.paced else None):
-        compiled = chunkft_fx.compile(model, args.budget, chunks=chunks, backend=args.backend)
+        compiled = chunkft_fx.compile(model, args.budget, chunks=chunks, interval=1, backend=args.backend)
         # without an optimizer the plan is for AdamW, whose states no host memory has to hold then
         optimizer = None if args.plan_only else chunkft_fx.AdamW(compiled, lr=1e-5)
 

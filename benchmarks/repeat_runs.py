@@ -26,7 +26,7 @@ SPOTS = 5
 
 def run(model: torch.nn.Module, batch: torch.Tensor, budget: int) -> list[float]:
     """One run; returns the loss of each step."""
-    compiled = chunkft_fx.compile(model, budget, device="cuda")
+    compiled = chunkft_fx.compile(model, budget, interval=1, device="cuda")
     optimizer = chunkft_fx.AdamW(compiled, lr=1e-5)
     losses = []
     compiled(input_ids=batch, labels=batch).loss.backward()

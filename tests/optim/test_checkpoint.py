@@ -108,7 +108,7 @@ def test_an_entry_of_another_version_is_refused_before_anything_changes(version:
     assert optimizer.param_groups[0]["lr"] == before
 
 
-@pytest.mark.parametrize("options", [{"coverage": "all"}, {"chunks": 1}, {"chunks": 3}])
+@pytest.mark.parametrize("options", [{"coverage": "all"}, {"chunks": 1}, {"chunks": 3, "interval": 1}])
 @pytest.mark.parametrize("in_host", [False, True])
 def test_gradients_stay_when_the_optimizer_is_loaded(options: dict[str, Any], in_host: bool) -> None:
     """As with torch's: a second backward adds to them, and the step uses the sum."""
