@@ -203,7 +203,7 @@ class Training(Following):
         if schedule is None:
             schedule = self._new_schedule(self.plan)
             if self._position is not None:
-                schedule.load_state_dict(self._position)
+                schedule.load_state_dict(self._position, self.options.interval == "auto")
             schedules.warn_of_short_turns(schedule)
             self._schedule = schedule
         return schedule
@@ -289,7 +289,7 @@ class Training(Following):
             known |= {} if options.interval == "auto" else {"interval": options.interval}
             schedules.require_same_meaning(position, known)
         else:
-            self.schedule.load_state_dict(position)
+            self.schedule.load_state_dict(position, self.options.interval == "auto")
             if self.options.coverage == "auto":
                 schedules.warn_of_other_coverage(position, self._plan.coverage)
         self._position = dict(position)

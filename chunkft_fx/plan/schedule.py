@@ -4,7 +4,7 @@
 counted over, ``cuts`` being `cuts_digest` of the plan's chunks; ``"version"`` is that of this format. The same counts
 over other cuts, or in another order, would train some slices twice in a sweep and others not at all, so they are
 refused. Counts mean the same with another seed unless the order is random, and at the start of a chunk's interval with
-another interval.
+another interval; one that nobody gave ("auto") is refused there, too, since the run would go on as another one unasked.
 """
 
 from __future__ import annotations
@@ -125,20 +125,22 @@ def check_position(state: Mapping[str, Any]) -> None:
         raise CheckpointMismatch(f"{dict(state)!r} is not a position saved by ChunkSchedule.state_dict")
 
 
-def require_same_meaning(state: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+def require_same_meaning(state: Mapping[str, Any], current: Mapping[str, Any], is_auto: bool = False) -> None:
     """Raise `CheckpointMismatch` where a saved position means something else under the ``current`` order, seed,
-    interval and cuts; those that ``current`` does not have are not known yet, and not compared."""
+    interval and cuts; those that ``current`` does not have are not known yet, and not compared. With ``is_auto`` nobody
+    gave the current interval, and chunks in turn need the saved one also at the start of a turn."""
     compared = ["order", "cuts"]
     if state["order"] == "random":
         compared.append("seed")
-    if state["steps"]:
+    if state["steps"] or (is_auto and state["chunks"] > 1):
         compared.append("interval")
     changed = [key for key in compared if key in current and state[key] != current[key]]
     if changed:
         listed = ", ".join(f"{key} {state[key]} (now {current[key]})" for key in changed)
+        interval = f"interval={state['interval']}" if "interval" in changed else "interval"
         raise CheckpointMismatch(
             f"the position in the sweep was saved with {listed} and would mean something else here; compile with the "
-            "same chunks, order, seed, interval and budget, or set the position in the checkpoint's entry "
+            f"same chunks, order, seed, {interval} and budget, or set the position in the checkpoint's entry "
             '"chunkft" to None to begin a new sweep with the saved states'
         )
 
@@ -244,16 +246,17 @@ class ChunkSchedule:
         meaning = {"order": self.order, "seed": self.seed, "interval": self.interval, "cuts": self.cuts}
         return {"version": VERSION} | counts | meaning
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], is_auto: bool = False) -> None:
         """Continue at a position saved by `state_dict`, if it was saved with the same number of chunks.
 
         With another number of chunks the position has no meaning here: nothing changes, with a `ChunkFTWarning`.
         Raises `CheckpointMismatch` when ``state`` is not such a position, or means something else here: in another
-        order, with another seed of a random order, over other cuts, within another interval.
+        order, with another seed of a random order, over other cuts, within another interval, or with ``is_auto``, where
+        nobody gave the interval, with another one at all.
         """
         check_position(state)
         if state["chunks"] != self.chunks:
             warn_of_other_count(state, self.chunks)
             return
-        require_same_meaning(state, self.state_dict())
+        require_same_meaning(state, self.state_dict(), is_auto)
         self.sweep, self.position, self.steps = state["sweep"], state["position"], state["steps"]

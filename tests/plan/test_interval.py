@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +17,10 @@ import chunkft_fx
 from chunkft_fx.errors import CheckpointMismatch, ChunkFTWarning, OptionError
 from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.plan.schedule import STEPS_OF_SWEEP, interval_of
+from chunkft_fx.tools import plan
+from chunkft_fx.tools.training import train
+from chunkft_fx.tools.training.options import turn_steps
+from chunkft_fx.tools.zoo import tiny
 from tests.support.block_net import block_batch, block_net
 
 
@@ -75,6 +81,23 @@ def test_the_plan_says_that_given_turns_are_short() -> None:
     assert "20 steps each" in str(compiled(chunks=2).plan)
 
 
+@pytest.mark.parametrize("command", [train.command, plan.command])
+def test_commands_leave_the_interval_to_auto(command: Callable[..., None]) -> None:
+    default = inspect.signature(command).parameters["interval"].default
+    assert default == turn_steps(default) == "auto"
+
+
+@given(st.integers(1, 10**6))
+def test_commands_take_a_number_of_steps(steps: int) -> None:
+    assert turn_steps(str(steps)) == steps
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "soon", "", "Auto"])
+def test_commands_refuse_anything_else(text: str) -> None:
+    with pytest.raises(OptionError, match='whole number of optimizer steps, 1 or more, or "auto"'):
+        turn_steps(text)
+
+
 @pytest.mark.parametrize("interval", ["twice", "1", 0, -1, 1.5, True, None])
 def test_anything_else_is_refused(interval: Any) -> None:
     with pytest.raises(OptionError, match='whole number of optimizer steps, 1 or more, or "auto"'):
@@ -112,3 +135,49 @@ def test_a_position_within_a_turn_of_another_length_is_refused() -> None:
     second = compiled(chunks=2)
     with pytest.raises(CheckpointMismatch, match=r"interval 2 \(now 20\)"):
         chunkft_fx.AdamW(second, lr=1e-2).load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def test_a_run_in_turns_of_another_length_goes_on_if_they_are_given_and_is_refused_under_auto() -> None:
+    """Also between two turns, where counts mean the same: nobody asked for other turns."""
+    first = compiled(chunks=2, interval=1)
+    optimizer = chunkft_fx.AdamW(first, lr=1e-2)
+    trained(first, optimizer, 3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    second = compiled(chunks=2)
+    unchanged = chunkft_fx.AdamW(second, lr=1e-2)
+    with pytest.raises(CheckpointMismatch, match=r"interval 1 \(now 20\).* compile with .* interval=1 and budget"):
+        unchanged.load_state_dict(saved)
+    assert not unchanged.state and second.schedule.state_dict()["position"] == second.schedule.sweep == 0
+    for interval in (1, 5):
+        third = compiled(chunks=2, interval=interval)
+        chunkft_fx.AdamW(third, lr=1e-2).load_state_dict(saved)
+        assert (third.schedule.sweep, third.schedule.position, third.schedule.steps) == (1, 1, 0)
+
+
+def test_without_a_plan_auto_is_held_against_a_saved_interval_at_the_batch_that_makes_it() -> None:
+    model, batch = tiny("mlp")
+
+    def begun(**options: Any) -> tuple[CompiledModule, chunkft_fx.AdamW]:
+        module = chunkft_fx.compile(copy.deepcopy(model), "95kB", backend="eager", **options)
+        return module, chunkft_fx.AdamW(module)
+
+    first, optimizer = begun(interval=1)
+    first(**batch(2, 4, 0))[0].backward()
+    optimizer.step()
+    chunks = len(first.plan.chunks)
+    assert 1 < chunks < STEPS_OF_SWEEP
+    second, resumed = begun()
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    weights = copy.deepcopy(second.state_dict())
+    with pytest.raises(CheckpointMismatch, match=rf"interval 1 \(now {interval_of('auto', chunks)}\)"):
+        second(**batch(2, 4, 0))
+    assert all(torch.equal(value, weights[name]) for name, value in second.state_dict().items())
+
+
+def test_one_chunk_takes_no_turns_whose_length_could_have_been_saved() -> None:
+    first = compiled(chunks=1, interval=3)
+    optimizer = chunkft_fx.AdamW(first, lr=1e-2)
+    trained(first, optimizer, 3)
+    second = compiled(chunks=1)
+    chunkft_fx.AdamW(second, lr=1e-2).load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert (second.schedule.sweep, second.schedule.steps) == (1, 0)
