@@ -75,6 +75,16 @@ def short_turns(chunks: int, interval: int) -> str:
     )
 
 
+def usual_turns(chunks: int, interval: int) -> str:
+    """Why turns are as long as "auto" takes them, in a sentence; empty where they are not, or shorter ones would do."""
+    if interval != interval_of("auto", chunks) or not short_turns(chunks, interval - 1):
+        return ""
+    return (
+        f'turns of {interval} steps are those of interval="auto": {chunks} chunks in shorter ones can diverge where '
+        "dense AdamW does not (docs/learning.md)"
+    )
+
+
 def only_coverage(chunks: int | str, order: str, interval: int | str, spec: StateSpec) -> tuple[str, str] | None:
     """The one coverage that goes with what else the user asked for, and which option says so; None if both do."""
     if chunks != "auto":

@@ -12,7 +12,7 @@ from rich.table import Table
 from chunkft_fx.bytes import format_bytes
 from chunkft_fx.plan.chunk import Chunk, Slice
 from chunkft_fx.plan.policy import LinkUse, Policy
-from chunkft_fx.plan.schedule import short_turns, sweep_steps
+from chunkft_fx.plan.schedule import short_turns, sweep_steps, usual_turns
 
 WIDTH = 120
 # Longer plans show this many chunks at the beginning and at the end.
@@ -137,9 +137,10 @@ def _head(plan: PlanTables) -> list[str]:
     decided = plan.policy.sentences() if plan.batch else []
     decided += [] if plan.link is None else plan.link.sentences()
     sweep = _sweep(plan)
-    short = [said] if (said := short_turns(len(plan.chunks), plan.interval)) else []
+    turn = len(plan.chunks), plan.interval
+    turns = [said] if (said := short_turns(*turn) or usual_turns(*turn)) else []
     head = f"budget {format_bytes(plan.budget_bytes)}, {peak}"
-    return [head, *terms, *host, schedule, sweep, *short, *covers, *decided]
+    return [head, *terms, *host, schedule, sweep, *turns, *covers, *decided]
 
 
 def _sweep(plan: PlanTables) -> str:

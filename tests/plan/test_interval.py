@@ -81,6 +81,19 @@ def test_the_plan_says_that_given_turns_are_short() -> None:
     assert "20 steps each" in str(compiled(chunks=2).plan)
 
 
+@pytest.mark.parametrize(("chunks", "interval"), [(2, 20), (18, 3)])
+def test_the_plan_says_why_turns_are_as_long_as_auto_has_them(chunks: int, interval: int) -> None:
+    shown = " ".join(str(compiled(chunks=chunks).plan).split())
+    assert (
+        f'turns of {interval} steps are those of interval="auto": {chunks} chunks in shorter ones can diverge' in shown
+    )
+
+
+@pytest.mark.parametrize("options", [{"chunks": 1}, {"chunks": 19}, {"chunks": 64}, {"chunks": 2, "interval": 21}])
+def test_the_plan_says_nothing_of_turns_where_shorter_ones_would_do_or_others_were_given(options: Any) -> None:
+    assert "can diverge" not in str(compiled(**options).plan)
+
+
 @pytest.mark.parametrize("command", [train.command, plan.command])
 def test_commands_leave_the_interval_to_auto(command: Callable[..., None]) -> None:
     default = inspect.signature(command).parameters["interval"].default
