@@ -61,7 +61,7 @@ def test_turns_that_may_diverge_are_warned_of_once_with_the_figure(chunks: int, 
     with pytest.warns(ChunkFTWarning, match=f"{chunks} chunks in turns of {interval} can diverge.*{limits}"):
         trained(module, optimizer, 1)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", ChunkFTWarning)
         trained(module, optimizer, 2)
 
 
@@ -69,7 +69,7 @@ def test_turns_that_may_diverge_are_warned_of_once_with_the_figure(chunks: int, 
 def test_turns_that_are_as_stable_as_dense_steps_are_not_warned_of(chunks: int, interval: int | str) -> None:
     module = compiled(chunks=chunks, interval=interval)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", ChunkFTWarning)
         trained(module, chunkft_fx.AdamW(module, lr=1e-3), 1)
 
 
