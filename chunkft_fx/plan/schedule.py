@@ -26,11 +26,11 @@ from chunkft_fx.plan.state_spec import StateSpec
 COVERAGES = ("one", "all", "auto")
 ORDERS = ("ascending", "descending", "random")
 VERSION = 1
-# Steps that a sweep has at least under interval="auto". With first moments kept (beta1 of 0.9) chunks in turns of one
-# step are stable up to a rate of 2, counted in curvatures as Adam scales them, n chunks in one step up to 38 / n; a
-# sweep of so many steps is as stable as dense steps (docs/learning.md, "Why few chunks diverge").
+# Steps that a sweep has at least under interval="auto". With first moments kept (beta1 of 0.9) turns of one step are
+# stable up to a rate of 2, counted in curvatures as Adam scales them, of 2 and 3 steps as a rule up to 2.1 and 2.5,
+# n chunks in one step up to 38 / n; a sweep of so many steps is about as stable as dense steps (docs/learning.md).
 STEPS_OF_SWEEP = 40
-TURNS_LIMIT, DENSE_LIMIT = 2, 38
+SHORT_TURN, TURNS_LIMIT, DENSE_LIMIT = 3, 2, 38
 COUNTS = ("sweep", "position", "steps", "chunks")
 MEANING = {"order": str, "seed": int, "interval": int, "cuts": str}
 
@@ -64,24 +64,24 @@ def interval_of(interval: int | str, chunks: int) -> int:
 
 
 def short_turns(chunks: int, interval: int) -> str:
-    """What turns may do that are shorter than "auto" takes, in a sentence; empty where they are as stable as any."""
+    """What turns of few steps may do, in a sentence; empty where they are about as stable as dense steps, or longer."""
     usual, dense = interval_of("auto", chunks), DENSE_LIMIT / chunks
-    if chunks == 1 or interval >= usual or dense <= TURNS_LIMIT:
+    if chunks == 1 or interval >= usual or interval > SHORT_TURN or round(dense) <= TURNS_LIMIT:
         return ""
-    limits = f"turns of one step are stable up to a rate of {TURNS_LIMIT}, dense up to {dense:.2g}"
     return (
-        f"{chunks} chunks in turns of {interval} can diverge where dense AdamW does not: {limits} (docs/learning.md); "
+        f"{chunks} chunks in turns of {interval} can diverge where dense AdamW does not: so short ones are as a rule "
+        f"stable up to a rate of about {TURNS_LIMIT}, dense steps up to {dense:.2g} (docs/learning.md); "
         f'interval="auto" takes {usual} steps'
     )
 
 
 def usual_turns(chunks: int, interval: int) -> str:
     """Why turns are as long as "auto" takes them, in a sentence; empty where they are not, or shorter ones would do."""
-    if interval != interval_of("auto", chunks) or not short_turns(chunks, interval - 1):
+    if interval != interval_of("auto", chunks) or not short_turns(chunks, 1):
         return ""
     return (
-        f'turns of {interval} steps are those of interval="auto": {chunks} chunks in shorter ones can diverge where '
-        "dense AdamW does not (docs/learning.md)"
+        f'turns of {interval} steps are those of interval="auto": {chunks} chunks in turns of one step can diverge '
+        "where dense AdamW does not (docs/learning.md)"
     )
 
 

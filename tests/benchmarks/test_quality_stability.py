@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.quality.stability import HIGHEST, dense, growth, kept, restarted, threshold
+from chunkft_fx.plan.schedule import TURNS_LIMIT, interval_of, short_turns
 
 BETAS = st.floats(0.1, 0.98)
 EVEN = st.integers(1, 12).map(lambda n: 2 * n)
@@ -94,3 +95,22 @@ def test_intervals_give_back_what_turns_of_one_step_lose_if_moments_are_kept() -
 @pytest.mark.parametrize("chunks", [2, 3, 5, 8, 13, 16, 24, 40, 64])
 def test_sweeps_of_40_steps_are_as_stable_as_dense_steps(chunks: int) -> None:
     assert threshold(chunks, -(-40 // chunks), 0.9, "keep") > dense(chunks, 0.9)
+
+
+@pytest.mark.parametrize("chunks", range(2, 25))
+def test_turns_that_the_library_warns_of_are_less_stable_than_dense_steps_and_its_own_are_about_as_stable(
+    chunks: int,
+) -> None:
+    usual = interval_of("auto", chunks)
+    for interval in range(1, usual):
+        if short_turns(chunks, interval):
+            limit = threshold(chunks, interval, 0.9, "keep")
+            assert limit < dense(chunks, 0.9)
+            assert (chunks, interval) == (3, 3) or TURNS_LIMIT - 0.01 < limit < TURNS_LIMIT + 0.9
+    assert not short_turns(chunks, usual)
+    assert threshold(chunks, usual, 0.9, "keep") > 0.9 * dense(chunks, 0.9)
+
+
+def test_turns_of_one_step_are_warned_of_where_they_lose_a_fifth_or_more() -> None:
+    warned = {chunks for chunks in range(2, 65) if short_turns(chunks, 1)}
+    assert warned == {chunks for chunks in range(2, 65) if dense(chunks, 0.9) > 2.5}

@@ -53,11 +53,11 @@ def test_all_parameters_take_no_turns() -> None:
     assert module.plan.interval == 1
 
 
-@pytest.mark.parametrize(("chunks", "interval"), [(2, 1), (2, 19), (8, 4), (18, 2)])
+@pytest.mark.parametrize(("chunks", "interval"), [(2, 1), (2, 3), (8, 2), (15, 2)])
 def test_turns_that_may_diverge_are_warned_of_once_with_the_figure(chunks: int, interval: int) -> None:
     module = compiled(chunks=chunks, interval=interval)
     optimizer = chunkft_fx.AdamW(module, lr=1e-3)
-    limits = f"stable up to a rate of 2, dense up to {38 / chunks:.2g} "
+    limits = f"stable up to a rate of about 2, dense steps up to {38 / chunks:.2g} "
     with pytest.warns(ChunkFTWarning, match=f"{chunks} chunks in turns of {interval} can diverge.*{limits}"):
         trained(module, optimizer, 1)
     with warnings.catch_warnings():
@@ -65,7 +65,7 @@ def test_turns_that_may_diverge_are_warned_of_once_with_the_figure(chunks: int, 
         trained(module, optimizer, 2)
 
 
-@pytest.mark.parametrize(("chunks", "interval"), [(1, 1), (2, "auto"), (2, 20), (8, 5), (19, 1), (64, 1)])
+@pytest.mark.parametrize(("chunks", "interval"), [(1, 1), (2, "auto"), (2, 4), (14, "auto"), (16, 1), (64, 1)])
 def test_turns_that_are_as_stable_as_dense_steps_are_not_warned_of(chunks: int, interval: int | str) -> None:
     module = compiled(chunks=chunks, interval=interval)
     with warnings.catch_warnings():
@@ -81,15 +81,16 @@ def test_the_plan_says_that_given_turns_are_short() -> None:
     assert "20 steps each" in str(compiled(chunks=2).plan)
 
 
-@pytest.mark.parametrize(("chunks", "interval"), [(2, 20), (18, 3)])
+@pytest.mark.parametrize(("chunks", "interval"), [(2, 20), (15, 3)])
 def test_the_plan_says_why_turns_are_as_long_as_auto_has_them(chunks: int, interval: int) -> None:
     shown = " ".join(str(compiled(chunks=chunks).plan).split())
     assert (
-        f'turns of {interval} steps are those of interval="auto": {chunks} chunks in shorter ones can diverge' in shown
+        f'turns of {interval} steps are those of interval="auto": {chunks} chunks in turns of one step can diverge'
+        in shown
     )
 
 
-@pytest.mark.parametrize("options", [{"chunks": 1}, {"chunks": 19}, {"chunks": 64}, {"chunks": 2, "interval": 21}])
+@pytest.mark.parametrize("options", [{"chunks": 1}, {"chunks": 16}, {"chunks": 64}, {"chunks": 2, "interval": 21}])
 def test_the_plan_says_nothing_of_turns_where_shorter_ones_would_do_or_others_were_given(options: Any) -> None:
     assert "can diverge" not in str(compiled(**options).plan)
 

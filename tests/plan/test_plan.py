@@ -128,9 +128,9 @@ def test_table_shows_budget_prediction_schedule_and_chunks() -> None:
         "256.0 MiB activations",
         "3 chunk(s), random order (seed 11), 3 steps each",
         "a sweep of 9 steps updates every weight 3 times",
-        "3 chunks in turns of 3 can diverge where dense AdamW does not: turns of one step are stable up to a rate "
-        "of 2, dense up",
-        'to 13 (docs/learning.md); interval="auto" takes 14 steps',
+        "3 chunks in turns of 3 can diverge where dense AdamW does not: so short ones are as a rule stable up to a "
+        "rate of about",
+        '2, dense steps up to 13 (docs/learning.md); interval="auto" takes 14 steps',
     ]
     assert lines[7:9] == [
         "regions from 2 on keep their activations, those before recompute them",
