@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 import chunkft_fx
 from chunkft_fx.bytes import format_bytes
-from chunkft_fx.errors import CheckpointMismatch, OptionError
+from chunkft_fx.errors import CheckpointMismatch, ChunkFTWarning, OptionError
 from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.plan.plan import VERSION
 from chunkft_fx.tools import cli, console, demo, inspect
@@ -66,6 +67,28 @@ def test_train_learns_the_text_and_saves_a_model_that_loads(tmp_path: Path, caps
     losses = [float(m(input_ids=ids, labels=ids).loss.detach()) for m in (before, after)]
     assert losses[1] < 0.7 * losses[0]
     assert transformers.AutoTokenizer.from_pretrained(out).eos_token_id == character_tokenizer().eos_token_id
+
+
+@pytest.mark.parametrize(("chunks", "interval", "steps", "reached"), [(3, 1, 2, 2), (3, 4, 5, 2), (2, "auto", 20, 1)])
+def test_a_run_that_leaves_weights_as_they_were_says_so(
+    chunks: int, interval: int | str, steps: int, reached: int
+) -> None:
+    module = chunkft_fx.compile(tiny("llama")[0], "1GB", chunks=chunks, interval=interval, backend="eager")
+    before = weights(module)
+    sweep = chunks * module.plan.interval
+    with pytest.warns(ChunkFTWarning, match=f"{steps} steps train {reached} of {chunks} chunks.* takes {sweep} steps"):
+        train(module, sequences(), TrainOptions(steps, 1, schedule="constant"))
+    trained = {s.name for chunk in module.plan.chunks[:reached] for s in chunk.slices}
+    assert {name for name, p in module.named_parameters() if not torch.equal(p, before[name])} <= trained != set(before)
+
+
+@pytest.mark.parametrize(("interval", "steps"), [(1, 3), (2, 5)])
+def test_a_run_that_reaches_every_chunk_has_nothing_to_say(interval: int, steps: int) -> None:
+    module = chunkft_fx.compile(tiny("llama")[0], "1GB", chunks=3, interval=interval, backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ChunkFTWarning)
+        warnings.filterwarnings("ignore", ".* chunks in turns of .* can diverge")
+        train(module, sequences(), TrainOptions(steps, 1, schedule="constant"))
 
 
 def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import math
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chunkft_fx.errors import OptionError, TrainingDiverged
+from chunkft_fx.errors import ChunkFTWarning, OptionError, TrainingDiverged
 from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.optim.rules.adamw import AdamW
+from chunkft_fx.plan.plan import Plan
 from chunkft_fx.tools.training.checkpoint import Run
 from chunkft_fx.tools.training.data import Batches
 from chunkft_fx.tools.training.folder import CHECKPOINT
@@ -88,6 +90,8 @@ def train(
     for step in range(first, options.steps):
         loss = float(_backward(run, device))
         _require_finite(loss, step + 1)
+        if step == first:
+            _warn_of_short_run(model.plan, options.steps)
         chunk = model.chunk
         optimizer.step()
         optimizer.zero_grad()
@@ -118,6 +122,21 @@ def _backward(run: Run, device: torch.device) -> Tensor:
             part.backward()
         total += part.detach()
     return total
+
+
+def _warn_of_short_run(plan: Plan, steps: int) -> None:
+    """Say with a `ChunkFTWarning` that a run ends before the first sweep does."""
+    fewest, _ = plan.updates_in(steps)
+    if fewest:
+        return
+    reached = math.ceil(steps / plan.interval)
+    warnings.warn(
+        f"{steps} steps train {reached} of {len(plan.chunks)} chunks, the other weights stay as they are: a sweep "
+        f"takes {plan.sweep_steps} steps (interval={plan.interval}); train longer, or give fewer chunks or a shorter "
+        "interval",
+        ChunkFTWarning,
+        stacklevel=3,
+    )
 
 
 def _require_finite(loss: float, step: int) -> None:
