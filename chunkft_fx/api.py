@@ -14,7 +14,8 @@ from chunkft_fx.errors import AlreadyCompiled, OptionError
 from chunkft_fx.following.distribution import refuse_ranks
 from chunkft_fx.graph.region import Pass, ProgramPass
 from chunkft_fx.module.module import CompiledModule
-from chunkft_fx.plan.schedule import ChunkSchedule, check_coverage, check_interval
+from chunkft_fx.plan.schedule import ChunkSchedule, check_interval
+from chunkft_fx.planning.coverage.asked import check_coverage
 from chunkft_fx.planning.example_batch import arguments_of
 from chunkft_fx.planning.planner import BACKENDS, Options, first_plan
 from chunkft_fx.torch_internals import is_torch_compiled
@@ -47,8 +48,9 @@ def compile(
     on the CPU the fewest that fit the budget. ``order`` is how a sweep visits them (``"ascending"``, ``"descending"``,
     ``"random"`` with ``seed``), ``interval`` the optimizer steps spent on each at a turn: with ``"auto"`` as many as
     give a sweep 40 steps, and 1 from 40 chunks on, because few chunks in turns of one step diverge at rates at which
-    training all parameters at once does not. ``backend="eager"`` runs
-    the rewritten FX graphs as they are, ``"inductor"`` compiles them. ``device`` is where the model runs,
+    training all parameters at once does not. With "auto" chunks also warm up: turns of the first sweep have one step,
+    and a rate above 2% of the weights' root mean square rises to its value over each chunk's first 40 updates
+    (`optimizer.last_rates` has what was used). ``backend="eager"`` runs the rewritten FX graphs as they are, ``"inductor"`` compiles them. ``device`` is where the model runs,
     by default where its first parameter is; its weights can be anywhere: those that the budget cannot
     hold stay in host memory and are fetched for each use.
     ``batch`` is an example of the largest training batch, as the arguments of one call (a dict of keyword arguments, or

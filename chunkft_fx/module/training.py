@@ -211,7 +211,12 @@ class Training(Following):
     def _new_schedule(self, plan: Plan) -> ChunkSchedule:
         """A plan's schedule at the start of a sweep."""
         schedule = ChunkSchedule(
-            len(plan.chunks), plan.order, plan.interval, plan.seed, cuts=schedules.cuts_digest(plan.chunks)
+            len(plan.chunks),
+            plan.order,
+            plan.interval,
+            plan.seed,
+            cuts=schedules.cuts_digest(plan.chunks),
+            warms_up=plan.warms_up,
         )
         if self._position is None:
             schedule.sweep = self._sweep

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from chunkft_fx.errors import NoTrainableParameters, OptimizerMismatch, OptionError
 from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.module.training import Training
-from chunkft_fx.plan.schedule import only_coverage
 from chunkft_fx.plan.state_spec import ASSUMED, StateSpec, master_dtype, require_whole
+from chunkft_fx.planning.coverage.asked import only_coverage
 
 
 def check_rate(lr: Any) -> None:

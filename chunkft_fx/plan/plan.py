@@ -15,16 +15,18 @@ from chunkft_fx.plan.schedule import sweep_steps, updates_in
 from chunkft_fx.plan.table import Considered, PlanTables
 
 # Of the JSON text of a plan; changes when a field comes, goes or means something else.
-VERSION = 5
+VERSION = 6
 
 
 @dataclass(frozen=True)
 class Plan(PlanTables):
     """What a run will do, decided before it starts.
 
-    ``policy`` holds all that programs and passes act on: which weights are streamed, what is saved, and how.
-    ``terms`` maps each part of the predicted peak to its bytes, ``host_terms`` each kind of host memory that a GPU's
-    training takes beside it (none of it on the CPU), ``peak_at`` names the moment of the step,
+    ``interval`` is the steps of a chunk's turn; with ``warms_up`` turns of the first sweep have one step, and rates
+    rise over each chunk's first updates. ``policy`` holds all that programs and passes act on: which weights are
+    streamed, what is saved, and how. ``terms`` maps each part of the predicted peak to its bytes, ``host_terms`` each
+    kind of host memory that a GPU's training takes beside it (none of it on the CPU), ``peak_at`` names the moment of
+    the step,
     ``predicted_step_us`` is the mean step of a sweep (None on the CPU, where memory alone decides), ``link`` what of a
     step that covers all parameters moves between host and device, and ``considered`` lists choices that were not
     taken. ``coverage`` is what a step trains, "one" chunk or "all" parameters, ``coverage_reason`` why, where
@@ -38,6 +40,7 @@ class Plan(PlanTables):
     order: str
     interval: int
     seed: int
+    warms_up: bool = False
     policy: Policy = field(default_factory=Policy)
     predicted_peak_bytes: int | None = None
     predicted_step_us: float | None = None
@@ -58,7 +61,10 @@ class Plan(PlanTables):
 
     @property
     def sweep_steps(self) -> int:
-        """The optimizer steps of a sweep, which updates each weight ``interval`` times; 1 with a single chunk."""
+        """The optimizer steps of a sweep, which updates each weight ``interval`` times; 1 with a single chunk.
+
+        The first one is shorter where chunks warm up: a step for each.
+        """
         return sweep_steps(len(self.chunks), self.interval)
 
     @property
@@ -68,7 +74,7 @@ class Plan(PlanTables):
 
     def updates_in(self, steps: int) -> tuple[int, int]:
         """The updates that a weight gets in a run of so many steps: the fewest, and the most."""
-        return updates_in(steps, len(self.chunks), self.interval)
+        return updates_in(steps, len(self.chunks), self.interval, self.warms_up)
 
     def to_json(self) -> str:
         """The plan as JSON text for other programs: its fields, sets as sorted lists, and this format's ``version``."""

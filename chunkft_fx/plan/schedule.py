@@ -5,6 +5,7 @@ counted over, ``cuts`` being `cuts_digest` of the plan's chunks; ``"version"`` i
 over other cuts, or in another order, would train some slices twice in a sweep and others not at all, so they are
 refused. Counts mean the same with another seed unless the order is random, and at the start of a chunk's interval with
 another interval; one that nobody gave ("auto") is refused there, too, since the run would go on as another one unasked.
+Version 1 of the format had no ``"warms_up"``, and no run that did.
 """
 
 from __future__ import annotations
@@ -20,30 +21,20 @@ from typing import Any
 
 from chunkft_fx.errors import CheckpointMismatch, ChunkFTWarning, OptionError
 from chunkft_fx.plan.chunk import Chunk
-from chunkft_fx.plan.state_spec import StateSpec
 
-# What a step trains: one chunk, all parameters, or what the planner finds better.
-COVERAGES = ("one", "all", "auto")
 ORDERS = ("ascending", "descending", "random")
-VERSION = 1
+VERSION, READABLE = 2, (1, 2)
 # Steps that a sweep has at least under interval="auto". With first moments kept (beta1 of 0.9) turns of one step are
 # stable up to a rate of 2, counted in curvatures as Adam scales them, of 2 and 3 steps as a rule up to 2.1 and 2.5,
 # n chunks in one step up to 38 / n; a sweep of so many steps is about as stable as dense steps (docs/learning.md).
 STEPS_OF_SWEEP = 40
 SHORT_TURN, TURNS_LIMIT, DENSE_LIMIT = 3, 2, 38
+# Where chunks warm up, a high rate rises over so many updates of each chunk, from one at which an update moves weights
+# by this share of their size: a schedule's own warm-up may end before most chunks had a turn, and Adam's first updates
+# are as large as any (docs/learning.md).
+WARMUP_UPDATES, SAFE_SHARE = 40, 0.02
 COUNTS = ("sweep", "position", "steps", "chunks")
-MEANING = {"order": str, "seed": int, "interval": int, "cuts": str}
-
-
-def check_coverage(coverage: str, chunks: int | str) -> None:
-    """Raise `OptionError` for a coverage that does not exist, or that does not go with a number of chunks."""
-    if coverage not in COVERAGES:
-        raise OptionError(f"coverage={coverage!r} is not known; choose one of {', '.join(COVERAGES)}")
-    if coverage == "all" and chunks not in ("auto", 1):
-        raise OptionError(
-            f'chunks={chunks!r} cuts the parameters into chunks that are trained in turn, but coverage="all" trains '
-            'all of them in every step; leave chunks out, or use coverage="one"'
-        )
+MEANING = {"order": str, "seed": int, "interval": int, "cuts": str, "warms_up": bool}
 
 
 def check_interval(interval: int | str) -> None:
@@ -85,33 +76,22 @@ def usual_turns(chunks: int, interval: int) -> str:
     )
 
 
-def only_coverage(chunks: int | str, order: str, interval: int | str, spec: StateSpec) -> tuple[str, str] | None:
-    """The one coverage that goes with what else the user asked for, and which option says so; None if both do."""
-    if chunks != "auto":
-        return "one", f"chunks={chunks!r} was given"
-    if order != "ascending":
-        return "one", f"order={order!r} was given, which a sweep over chunks has"
-    if interval not in ("auto", 1):
-        return "one", f"interval={interval!r} was given, which is spent on each chunk of a sweep"
-    if not spec.is_kept:
-        return "one", 'states="reset" begins each chunk anew'
-    if spec.needs_all:
-        return "all", f'update="{spec.updates}" updates every parameter in every step'
-    return None
-
-
 def sweep_steps(chunks: int, interval: int) -> int:
     """The optimizer steps of a sweep; with a single chunk each step is one."""
     return chunks * interval if chunks > 1 else 1
 
 
-def updates_in(steps: int, chunks: int, interval: int) -> tuple[int, int]:
+def updates_in(steps: int, chunks: int, interval: int, warms_up: bool) -> tuple[int, int]:
     """The updates that a weight gets in the first steps of a run: the fewest, and the most, whatever the order is."""
     if chunks == 1:
         return steps, steps
-    sweeps, more = divmod(steps, chunks * interval)
-    last = max(0, more - (chunks - 1) * interval)
-    return sweeps * interval + last, sweeps * interval + min(more, interval)
+    if warms_up and steps >= chunks:  # behind a first sweep in turns of one step
+        fewest, most = updates_in(steps - chunks, chunks, interval, False)
+        return 1 + fewest, 1 + most
+    turn = 1 if warms_up else interval
+    sweeps, more = divmod(steps, chunks * turn)
+    last = max(0, more - (chunks - 1) * turn)
+    return sweeps * turn + last, sweeps * turn + min(more, turn)
 
 
 def cuts_digest(chunks: Sequence[Chunk]) -> str:
@@ -122,32 +102,38 @@ def cuts_digest(chunks: Sequence[Chunk]) -> str:
 
 def check_position(state: Mapping[str, Any]) -> None:
     """Raise `CheckpointMismatch` unless this is a whole position of this version."""
-    if state.get("version") != VERSION:
+    if state.get("version") not in READABLE:
         raise CheckpointMismatch(
             f"the position in the sweep was saved in version {state.get('version')!r} of its format, and this "
-            f"chunkft_fx reads version {VERSION}; load it with the chunkft_fx that saved it, or set the position in "
-            'the checkpoint\'s entry "chunkft" to None to begin a new sweep with the saved states'
+            f"chunkft_fx reads versions up to {VERSION}; load it with the chunkft_fx that saved it, or set the "
+            'position in the checkpoint\'s entry "chunkft" to None to begin a new sweep with the saved states'
         )
     counts = [state.get(key) for key in COUNTS]
     is_position = all(isinstance(c, int) and not isinstance(c, bool) and c >= 0 for c in counts)
-    is_position &= all(isinstance(state.get(key), kind) for key, kind in MEANING.items())
+    meaning = _of_this_version(state)
+    is_position &= all(isinstance(meaning.get(key), kind) for key, kind in MEANING.items())
     if not is_position or state["position"] >= state["chunks"]:
         raise CheckpointMismatch(f"{dict(state)!r} is not a position saved by ChunkSchedule.state_dict")
+
+
+def _of_this_version(state: Mapping[str, Any]) -> dict[str, Any]:
+    return ({"warms_up": False} if state["version"] == 1 else {}) | dict(state)
 
 
 def require_same_meaning(state: Mapping[str, Any], current: Mapping[str, Any], is_auto: bool = False) -> None:
     """Raise `CheckpointMismatch` where a saved position means something else under the ``current`` order, seed,
     interval and cuts; those that ``current`` does not have are not known yet, and not compared. With ``is_auto`` nobody
     gave the current interval, and chunks in turn need the saved one also at the start of a turn."""
+    state = _of_this_version(state)
     compared = ["order", "cuts"]
     if state["order"] == "random":
         compared.append("seed")
     if state["steps"] or (is_auto and state["chunks"] > 1):
-        compared.append("interval")
+        compared += ["interval", "warms_up"] if is_auto else ["interval"]
     changed = [key for key in compared if key in current and state[key] != current[key]]
     if changed:
         listed = ", ".join(f"{key} {state[key]} (now {current[key]})" for key in changed)
-        interval = f"interval={state['interval']}" if "interval" in changed else "interval"
+        interval = f"interval={state['interval']}" if {"interval", "warms_up"} & set(changed) else "interval"
         raise CheckpointMismatch(
             f"the position in the sweep was saved with {listed} and would mean something else here; compile with the "
             f"same chunks, order, seed, {interval} and budget, or set the position in the checkpoint's entry "
@@ -189,6 +175,7 @@ def warn_of_short_turns(schedule: ChunkSchedule) -> None:
 class ChunkSchedule:
     """Which chunk is active: ``interval`` optimizer steps each, every sweep visits every chunk once.
 
+    With ``warms_up`` turns of the first sweep have one step, so that every chunk had an update early on.
     ``order="random"`` draws a new permutation for each sweep from ``seed``, so that a run can be
     repeated and resumed: the state is three counts. ``cuts`` is the digest of the plan's chunks
     (`cuts_digest`), empty where there is no plan.
@@ -202,6 +189,7 @@ class ChunkSchedule:
     position: int = 0
     steps: int = 0
     cuts: str = ""
+    warms_up: bool = False
     _permutations: dict[int, list[int]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -231,10 +219,15 @@ class ChunkSchedule:
         """Whether no step of the current sweep was counted."""
         return self.position == self.steps == 0
 
+    @property
+    def turn(self) -> int:
+        """The optimizer steps of a turn of the current sweep."""
+        return 1 if self.warms_up and self.sweep == 0 else self.interval
+
     def advance(self) -> bool:
         """Count one optimizer step; returns True when another chunk became active."""
         self.steps += 1
-        if self.steps < self.interval:
+        if self.steps < self.turn:
             return False
         before = self.chunk
         self.steps = 0
@@ -254,6 +247,7 @@ class ChunkSchedule:
         """The schedule's position for checkpoints: its counts, over what they count, and the format's version."""
         counts = {"sweep": self.sweep, "position": self.position, "steps": self.steps, "chunks": self.chunks}
         meaning = {"order": self.order, "seed": self.seed, "interval": self.interval, "cuts": self.cuts}
+        meaning["warms_up"] = self.warms_up
         return {"version": VERSION} | counts | meaning
 
     def load_state_dict(self, state: Mapping[str, Any], is_auto: bool = False) -> None:

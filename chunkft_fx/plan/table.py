@@ -12,7 +12,7 @@ from rich.table import Table
 from chunkft_fx.bytes import format_bytes
 from chunkft_fx.plan.chunk import Chunk, Slice
 from chunkft_fx.plan.policy import LinkUse, Policy
-from chunkft_fx.plan.schedule import short_turns, sweep_steps, usual_turns
+from chunkft_fx.plan.schedule import SAFE_SHARE, WARMUP_UPDATES, short_turns, sweep_steps, usual_turns
 
 WIDTH = 120
 # Longer plans show this many chunks at the beginning and at the end.
@@ -42,6 +42,7 @@ class PlanTables:
     chunks: tuple[Chunk, ...]
     order: str
     interval: int
+    warms_up: bool
     seed: int
     policy: Policy
     predicted_peak_bytes: int | None
@@ -139,6 +140,11 @@ def _head(plan: PlanTables) -> list[str]:
     sweep = _sweep(plan)
     turn = len(plan.chunks), plan.interval
     turns = [said] if (said := short_turns(*turn) or usual_turns(*turn)) else []
+    if plan.warms_up:
+        turns += [
+            f"chunks warm up: the first sweep takes {len(plan.chunks)} steps, and a rate above {SAFE_SHARE:.0%} of the "
+            f"weights' root mean square rises to its value over the first {WARMUP_UPDATES} updates of each chunk"
+        ]
     head = f"budget {format_bytes(plan.budget_bytes)}, {peak}"
     return [head, *terms, *host, schedule, sweep, *turns, *covers, *decided]
 

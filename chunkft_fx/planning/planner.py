@@ -22,11 +22,12 @@ from chunkft_fx.plan.cuts import ParameterSpec, cut
 from chunkft_fx.plan.pieces import DEPTH, Pieces, cut_pieces
 from chunkft_fx.plan.plan import Plan
 from chunkft_fx.plan.policy import Policy
-from chunkft_fx.plan.schedule import interval_of, only_coverage
+from chunkft_fx.plan.schedule import interval_of
 from chunkft_fx.plan.state_spec import ASSUMED, StateSpec
 from chunkft_fx.plan.table import Considered
 from chunkft_fx.planning.choice import Choice, Fit, Predicts
 from chunkft_fx.planning.costs import BASE, ChoiceCosts
+from chunkft_fx.planning.coverage.asked import only_coverage
 from chunkft_fx.planning.coverage.ring import best_ring
 from chunkft_fx.planning.search import Search
 from chunkft_fx.predict.fixed_memory import Terms
@@ -120,7 +121,10 @@ def first_plan(model: nn.Module, options: Options, spec: StateSpec = ASSUMED) ->
 def _bare_plan(options: Options, chunks: tuple[Chunk, ...]) -> Plan:
     """A plan of these chunks without what depends on a batch."""
     interval = interval_of(options.interval, len(chunks))
-    return Plan(options.budget_bytes, chunks, options.order, interval, options.seed, coverage=options.coverage)
+    warms_up = options.interval == "auto" and len(chunks) > 1
+    return Plan(
+        options.budget_bytes, chunks, options.order, interval, options.seed, warms_up, coverage=options.coverage
+    )
 
 
 def plan_for_batch(

@@ -15,7 +15,7 @@ from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_wi
 
 from chunkft_fx.errors import CheckpointMismatch, OptionError
 from chunkft_fx.optim.sweep_rates import SweepRates, turn
-from chunkft_fx.plan.schedule import ORDERS, ChunkSchedule
+from chunkft_fx.plan.schedule import ORDERS, SAFE_SHARE, WARMUP_UPDATES, ChunkSchedule, interval_of
 
 PEAK = 0.3
 SCHEDULES = [get_linear_schedule_with_warmup, get_cosine_schedule_with_warmup]
@@ -40,12 +40,18 @@ class Used:
         return (max(self.sums) - min(self.sums)) / max(self.sums)
 
 
-def run(rates: Sequence[float], schedule: ChunkSchedule, by: str = "sweep", initial: float = PEAK) -> Used:
-    """A run in which these rates are set, one after the other, by a scheduler whose own rate is ``initial``."""
+def run(
+    rates: Sequence[float], schedule: ChunkSchedule, by: str = "sweep", initial: float = PEAK, size: float = 0.0
+) -> Used:
+    """A run in which these rates are set, one after the other, by a scheduler whose own rate is ``initial``.
+
+    Weights have the root mean square ``size``.
+    """
     chunks = range(schedule.chunks)
     used, known = Used(by_chunk=[[] for _ in chunks], turns=[[] for _ in chunks]), SweepRates()
     for rate in rates:
-        taken = turn(by, known, [{"lr": rate, "initial_lr": initial}], schedule)
+        weights = [torch.full((3,), size)]
+        taken = turn(by, known, [{"lr": rate, "initial_lr": initial, "params": weights}], schedule)
         known = taken.after
         used.rates.append(rate if taken.rates is None else taken.rates[0])
         used.by_chunk[schedule.chunk].append(used.rates[-1])
@@ -91,6 +97,63 @@ def test_sums_of_chunks_differ_by_less_than_5_percent(
     used = run(list(scheduled(make, int(warmup * steps), steps)), ChunkSchedule(chunks, order, interval, seed))
     assert used.spread < 0.05
     assert chunks == 1 or all(rate > 0 for turns in used.turns for rate in turns)
+
+
+@settings(max_examples=60)
+@given(
+    make=st.sampled_from(SCHEDULES),
+    chunks=st.integers(2, 70),
+    order=st.sampled_from(ORDERS),
+    many=st.integers(0, 4),
+    more=st.floats(0, 1, exclude_max=True),
+    warmup=st.floats(0, 0.3),
+    size=st.sampled_from([0.0, 0.1, 1.0, 3.0, PEAK / SAFE_SHARE, 100.0]),
+)
+def test_sums_differ_by_less_than_5_percent_where_chunks_warm_up(
+    make: Callable[..., LRScheduler], chunks: int, order: str, many: int, more: float, warmup: float, size: float
+) -> None:
+    """From 8 sweeps on where all rates are safe, and in any case from 16 on."""
+    schedule = ChunkSchedule(chunks, order, interval_of("auto", chunks), warms_up=True)
+    sweeps = many + (8 if size * SAFE_SHARE >= PEAK else 16)
+    steps = chunks + int((sweeps - 1 + more) * chunks * schedule.interval)
+    assert run(list(scheduled(make, int(warmup * steps), steps)), schedule, size=size).spread < 0.05
+
+
+@given(rate=RATES, chunks=st.integers(2, 5), interval=st.integers(1, 9), order=st.sampled_from(ORDERS))
+def test_chunks_warm_up_over_their_own_first_updates(rate: float, chunks: int, interval: int, order: str) -> None:
+    schedule = ChunkSchedule(chunks, order, interval, warms_up=True)
+    used = run([rate] * chunks * (1 + 3 * interval), schedule, initial=0)
+    for rates in used.by_chunk:
+        shares = [min(1.0, (update + 1) / WARMUP_UPDATES) for update in range(1 + 3 * interval)]
+        assert rates == pytest.approx([rate * share for share in shares], rel=1e-12)
+
+
+@pytest.mark.parametrize("weights", [[torch.tensor([3.0, 4.0, 0.0])], [torch.tensor([5.0]), torch.zeros(2).bfloat16()]])
+def test_rates_that_are_small_beside_the_weights_need_no_warm_up(weights: list[torch.Tensor]) -> None:
+    size = math.sqrt(25 / 3)
+    for rate in (0.01, SAFE_SHARE * size, 0.2, 10.0):
+        schedule, known = ChunkSchedule(2, interval=20, warms_up=True), SweepRates()
+        used: list[float] = []
+        for _ in range(22):
+            taken = turn("sweep", known, [{"lr": rate, "params": weights}], schedule)
+            known = taken.after
+            used += taken.rates or ()
+            schedule.advance()
+        rising = [max(rate * min(1, n / WARMUP_UPDATES), min(rate, SAFE_SHARE * size)) for n in range(1, 22)]
+        assert used == pytest.approx([rising[0], *rising])
+
+
+def test_by_step_chunks_do_not_warm_up() -> None:
+    assert run([1.0] * 9, ChunkSchedule(3, interval=2, warms_up=True), by="step").rates == [1.0] * 9
+
+
+def test_other_chunks_go_on_where_the_least_updated_one_was() -> None:
+    schedule, known = ChunkSchedule(2, interval=4, warms_up=True), SweepRates()
+    for _ in range(7):  # one each, then 4 and 1
+        known = turn("sweep", known, [{"lr": 1.0}], schedule).after
+        schedule.advance()
+    assert known.updates == (5, 2)
+    assert turn("sweep", known, [{"lr": 1.0}], ChunkSchedule(3, warms_up=True)).rates == (3 / WARMUP_UPDATES,)
 
 
 @pytest.mark.parametrize("make", SCHEDULES)
@@ -208,7 +271,7 @@ def test_a_rate_out_of_range_is_refused() -> None:
 
 @given(rates=st.lists(RATES, max_size=20), chunks=st.integers(2, 4))
 def test_what_is_saved_is_what_is_read(rates: list[float], chunks: int) -> None:
-    schedule, known = ChunkSchedule(chunks), SweepRates()
+    schedule, known = ChunkSchedule(chunks, warms_up=True), SweepRates()
     for rate in rates:
         known = turn("sweep", known, [{"lr": rate}, {"lr": 2 * rate}], schedule).after
         schedule.advance()
@@ -217,7 +280,14 @@ def test_what_is_saved_is_what_is_read(rates: list[float], chunks: int) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"groups": None}, {"groups": [{"held": 1.0}]}, {"turns": ["a", "b"]}, {"chunks": 3}, {"turns": [1]}],
+    [
+        {"groups": None},
+        {"groups": [{"held": 1.0}]},
+        {"turns": ["a", "b"]},
+        {"chunks": 3},
+        {"turns": [1]},
+        {"updates": [1]},
+    ],
 )
 def test_rates_that_are_none_are_refused(change: dict[str, object]) -> None:
     state = turn("sweep", SweepRates(), [{"lr": 1.0}], ChunkSchedule(2)).after.state_dict()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import chunkft_fx
 from chunkft_fx.errors import CheckpointMismatch, ChunkFTWarning, OptionError
 from chunkft_fx.module.module import CompiledModule
-from chunkft_fx.plan.schedule import STEPS_OF_SWEEP, interval_of
+from chunkft_fx.plan.schedule import SAFE_SHARE, STEPS_OF_SWEEP, WARMUP_UPDATES, interval_of
 from chunkft_fx.tools import plan
 from chunkft_fx.tools.training import train
 from chunkft_fx.tools.training.options import turn_steps
@@ -118,28 +118,72 @@ def test_anything_else_is_refused(interval: Any) -> None:
         compiled(chunks=2, interval=interval)
 
 
-def trained(module: CompiledModule, optimizer: chunkft_fx.AdamW, steps: int) -> None:
-    for step in range(steps):
+def trained(module: CompiledModule, optimizer: chunkft_fx.AdamW, steps: int, begin: int = 0) -> None:
+    for step in range(begin, begin + steps):
         module(block_batch(step, torch.float64)).backward()
         optimizer.step()
         optimizer.zero_grad()
 
 
-def test_a_run_under_auto_is_that_of_the_number_it_stands_for_and_goes_on_within_a_turn() -> None:
-    runs = [compiled(chunks=2, interval=interval) for interval in ("auto", 20)]
-    optimizers = [chunkft_fx.AdamW(run, lr=1e-2) for run in runs]
-    for run, optimizer in zip(runs, optimizers, strict=True):
-        trained(run, optimizer, 23)
-    saved = copy.deepcopy((runs[0].state_dict(), optimizers[0].state_dict()))
+def test_a_run_under_auto_is_one_by_hand_whose_chunks_warm_up() -> None:
+    """One step for each chunk first, then turns of 20; rates of each chunk rise over its own updates."""
+    auto, by_hand = compiled(chunks=2), compiled(chunks=2, interval=1)
+    trained(auto, chunkft_fx.AdamW(auto, lr=1e-2), 45)
+    optimizer = chunkft_fx.AdamW(by_hand, lr=1e-2, schedule_by="step")
+    weights = torch.cat([p.detach().flatten() for p in by_hand.parameters()])
+    safe, updates = SAFE_SHARE * float(weights.square().mean().sqrt()), [0, 0]
+    assert 1e-2 / WARMUP_UPDATES < safe < 1e-2
+    for step, chunk in enumerate([0, 1, *[0] * 20, *[1] * 20, 0, 0, 0]):
+        by_hand.activate(chunk)
+        updates[chunk] += 1
+        optimizer.param_groups[0]["lr"] = max(1e-2 * min(1.0, updates[chunk] / WARMUP_UPDATES), safe)
+        trained(by_hand, optimizer, 1, step)
+    for name, value in auto.state_dict().items():
+        torch.testing.assert_close(value, by_hand.state_dict()[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 23])
+def test_a_run_under_auto_goes_on_within_the_first_sweep_a_warm_up_and_a_turn(steps: int) -> None:
+    first = compiled(chunks=2)
+    optimizer = chunkft_fx.AdamW(first, lr=1e-2)
+    trained(first, optimizer, steps)
+    saved = copy.deepcopy((first.state_dict(), optimizer.state_dict()))
     resumed = compiled(chunks=2)
     resumed.load_state_dict(saved[0])
     second = chunkft_fx.AdamW(resumed, lr=1e-2)
     second.load_state_dict(saved[1])
-    assert resumed.schedule.steps == 3 and resumed.chunk == runs[0].chunk == 1
-    for run, optimizer in ((runs[0], optimizers[0]), (runs[1], optimizers[1]), (resumed, second)):
-        trained(run, optimizer, 20)
-    for name, value in runs[0].state_dict().items():
-        assert torch.equal(value, runs[1].state_dict()[name]) and torch.equal(value, resumed.state_dict()[name])
+    for run, its in ((first, optimizer), (resumed, second)):
+        trained(run, its, 24, steps)
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name])
+
+
+def test_turns_that_were_given_do_not_warm_up() -> None:
+    module = compiled(chunks=2, interval=20)
+    optimizer = chunkft_fx.AdamW(module, lr=1e-2)
+    trained(module, optimizer, 1)
+    assert (module.chunk, module.schedule.steps, optimizer.last_rates) == (0, 1, (1e-2,))
+    assert "chunks warm up" not in str(module.plan)
+    assert "chunks warm up: the first sweep takes 2 steps" in str(compiled(chunks=2).plan)
+    assert not compiled(chunks=1).plan.warms_up
+
+
+def test_a_saved_run_of_given_turns_of_the_usual_length_is_refused_under_auto_and_taken_where_it_is_given() -> None:
+    """It had no first sweep of single steps, also in the first version of the format, which could not say so."""
+    first = compiled(chunks=2, interval=20)
+    optimizer = chunkft_fx.AdamW(first, lr=1e-2)
+    trained(first, optimizer, 3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    old = copy.deepcopy(saved)
+    old["chunkft"]["position"].pop("warms_up")
+    old["chunkft"]["position"]["version"] = 1
+    old["chunkft"]["rates"].pop("updates")
+    for state in (saved, old):
+        with pytest.raises(CheckpointMismatch, match=r"warms_up False \(now True\).* interval=20 and budget"):
+            chunkft_fx.AdamW(compiled(chunks=2), lr=1e-2).load_state_dict(copy.deepcopy(state))
+        second = compiled(chunks=2, interval=20)
+        chunkft_fx.AdamW(second, lr=1e-2).load_state_dict(copy.deepcopy(state))
+        assert second.schedule.steps == 3
 
 
 def test_a_position_within_a_turn_of_another_length_is_refused() -> None:

@@ -41,8 +41,9 @@ def test_a_position_names_what_it_counts_over() -> None:
     position = saved(order="random", seed=7, interval=2)["chunkft"]["position"]
     module = compiled(order="random", seed=7, interval=2)
     assert position == {
-        "version": 1, "sweep": 0, "position": 1, "steps": 0, "chunks": 3,
+        "version": 2, "sweep": 0, "position": 1, "steps": 0, "chunks": 3,
         "order": "random", "seed": 7, "interval": 2, "cuts": cuts_digest(module.plan.chunks),
+        "warms_up": False,
     }  # fmt: skip
 
 
@@ -131,13 +132,13 @@ def test_another_number_of_chunks_begins_a_new_sweep_and_says_so() -> None:
     assert optimizer.state
 
 
-@pytest.mark.parametrize("version", [None, 0, 2, "1"])
+@pytest.mark.parametrize("version", [None, 0, 3, "1"])
 def test_a_position_of_another_version_is_refused_before_anything_changes(version: Any) -> None:
     state = saved(2)
     state["chunkft"]["position"]["version"] = version
     for module in (compiled(3), compiled("auto")):
         optimizer = chunkft_fx.AdamW(module)
-        with pytest.raises(CheckpointMismatch, match=r"reads version 1; .* to None to begin a new sweep"):
+        with pytest.raises(CheckpointMismatch, match=r"reads versions up to 2; .* to None to begin a new sweep"):
             optimizer.load_state_dict(state)
         assert not optimizer.state
 
@@ -156,6 +157,8 @@ def test_a_position_saved_again_before_there_is_a_plan_is_not_lost() -> None:
         lambda p: [p.pop(key) for key in ("order", "seed", "interval", "cuts")],
         lambda p: p.pop("cuts"),
         lambda p: p.update(cuts=3),
+        lambda p: p.pop("warms_up"),
+        lambda p: p.update(warms_up=1),
         lambda p: p.update(order=None),
         lambda p: p.update(seed="0"),
         lambda p: p.update(interval=1.5),

@@ -22,15 +22,16 @@ PLAN = Plan(2**30, (WHOLE,) * 64, "ascending", 1, 0, predicted_step_us=334_000.0
     interval=st.integers(1, 5),
     order=st.sampled_from(ORDERS),
     seed=st.integers(0, 3),
+    warms_up=st.booleans(),
 )
 def test_updates_are_those_that_a_schedule_counts(
-    steps: int, chunks: int, interval: int, order: str, seed: int
+    steps: int, chunks: int, interval: int, order: str, seed: int, warms_up: bool
 ) -> None:
-    schedule, counts = ChunkSchedule(chunks, order, interval, seed), [0] * chunks
+    schedule, counts = ChunkSchedule(chunks, order, interval, seed, warms_up=warms_up), [0] * chunks
     for _ in range(steps):
         counts[schedule.chunk] += 1
         schedule.advance()
-    assert updates_in(steps, chunks, interval) == (min(counts), max(counts))
+    assert updates_in(steps, chunks, interval, warms_up) == (min(counts), max(counts))
 
 
 @given(chunks=st.integers(2, 9), interval=st.integers(1, 5))
@@ -40,7 +41,18 @@ def test_a_sweep_is_over_when_the_schedule_says_so(chunks: int, interval: int) -
         schedule.advance()
         steps += 1
     assert sweep_steps(chunks, interval) == steps
-    assert updates_in(steps, chunks, interval) == (interval, interval)
+    assert updates_in(steps, chunks, interval, False) == (interval, interval)
+
+
+@given(chunks=st.integers(2, 9), interval=st.integers(1, 5))
+def test_where_chunks_warm_up_the_first_sweep_alone_has_turns_of_one_step(chunks: int, interval: int) -> None:
+    schedule, seen = ChunkSchedule(chunks, interval=interval, warms_up=True), []
+    for _ in range(chunks + 2 * chunks * interval):
+        seen.append(schedule.chunk)
+        schedule.advance()
+    later = [chunk for chunk in range(chunks) for _ in range(interval)]
+    assert seen == [*range(chunks), *later, *later]
+    assert (schedule.sweep, schedule.is_at_start) == (3, True)
 
 
 def test_with_one_chunk_every_step_is_a_sweep() -> None:

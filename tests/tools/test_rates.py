@@ -80,7 +80,7 @@ def test_a_plan_tells_what_a_sweep_takes_and_what_a_run_gives_each_weight(
     chunkft("plan", str(folder), *options, "--steps", "100")
     printed = capsys.readouterr().out
     assert "a sweep of 42 steps updates every weight 7 times, predicted to take " in printed
-    assert "100 steps (6,400 tokens) update each weight 14 to 21 times; a sweep takes 2,688 tokens" in printed
+    assert "100 steps (6,400 tokens) update each weight 15 to 22 times; a sweep takes 2,688 tokens" in printed
     chunkft("plan", str(folder), *options, "--interval", "1", "--steps", "20")
     printed = capsys.readouterr().out
     assert "a sweep of 6 steps updates every weight once, predicted to take " in printed

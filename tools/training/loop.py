@@ -129,11 +129,11 @@ def _warn_of_short_run(plan: Plan, steps: int) -> None:
     fewest, _ = plan.updates_in(steps)
     if fewest:
         return
-    reached = math.ceil(steps / plan.interval)
+    turn = 1 if plan.warms_up else plan.interval
+    reached, shorter = math.ceil(steps / turn), "" if turn == 1 else " or a shorter interval"
     warnings.warn(
-        f"{steps} steps train {reached} of {len(plan.chunks)} chunks, the other weights stay as they are: a sweep "
-        f"takes {plan.sweep_steps} steps (interval={plan.interval}); train longer, or give fewer chunks or a shorter "
-        "interval",
+        f"{steps} steps train {reached} of {len(plan.chunks)} chunks, the other weights stay as they are: the first "
+        f"sweep takes {turn * len(plan.chunks)} steps (of {turn} a chunk); train longer, or give fewer chunks{shorter}",
         ChunkFTWarning,
         stacklevel=3,
     )

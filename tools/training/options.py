@@ -10,8 +10,9 @@ from typing import Any
 
 from chunkft_fx.bytes import parse_bytes
 from chunkft_fx.errors import OptionError
-from chunkft_fx.plan.schedule import ChunkSchedule, check_coverage, check_interval
+from chunkft_fx.plan.schedule import ChunkSchedule, check_interval
 from chunkft_fx.plan.state_spec import MASTERS, STATE_DTYPES, UPDATES
+from chunkft_fx.planning.coverage.asked import check_coverage
 from chunkft_fx.planning.planner import BACKENDS
 
 # The data order multiplies the seed, and torch's generators take 64 bits.

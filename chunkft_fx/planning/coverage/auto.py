@@ -17,8 +17,8 @@ from chunkft_fx.bytes import format_bytes
 from chunkft_fx.copies import host_memory
 from chunkft_fx.errors import BudgetInfeasible
 from chunkft_fx.plan.plan import Plan
-from chunkft_fx.plan.schedule import only_coverage
 from chunkft_fx.plan.state_spec import StateSpec
+from chunkft_fx.planning.coverage.asked import only_coverage
 from chunkft_fx.planning.kept_plans import known_or_made
 from chunkft_fx.planning.planner import Options
 from chunkft_fx.predict.predictor import Predictor
