@@ -50,9 +50,9 @@ def compile(
     give a sweep 40 steps, and 1 from 40 chunks on, because few chunks in turns of one step diverge at rates at which
     training all parameters at once does not. With "auto" chunks also warm up: turns of the first sweep have one step,
     and a rate above 2% of the weights' root mean square rises to its value over each chunk's first 40 updates
-    (`optimizer.last_rates` has what was used). ``backend="eager"`` runs the rewritten FX graphs as they are, ``"inductor"`` compiles them. ``device`` is where the model runs,
-    by default where its first parameter is; its weights can be anywhere: those that the budget cannot
-    hold stay in host memory and are fetched for each use.
+    (`optimizer.last_rates` has what was used). ``backend="eager"`` runs the rewritten FX graphs as they are,
+    ``"inductor"`` compiles them. ``device`` is where the model runs, by default where its first parameter is; its
+    weights can be anywhere: those that the budget cannot hold stay in host memory and are fetched for each use.
     ``batch`` is an example of the largest training batch, as the arguments of one call (a dict of keyword arguments, or
     a tuple): the plan is made for it at the first training call, whatever that call brings. Only shapes and dtypes
     count, so tensors on the device ``"meta"`` will do. A batch that is larger in any size than those planned for is
