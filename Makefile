@@ -54,7 +54,7 @@ test-gpu:
 	$(PYTHON) -m pytest tests/gpu -p no:cacheprovider
 
 bench:
-	$(PYTHON) -m benchmarks.bench_step --case 8,1024,24GB --case 8,1024,45GB --case 1,1024,24GB
+	$(PYTHON) -m benchmarks.bench_step --case 8,1024,24GB,64 --case 8,1024,45GB,48 --case 1,1024,24GB,96
 
 clean:
 	rm -rf .venv .venv-* .pytest_cache .mypy_cache .ruff_cache build *.egg-info

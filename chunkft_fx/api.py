@@ -25,7 +25,7 @@ def compile(
     model: nn.Module,
     budget: str | int,
     *,
-    coverage: str = "one",
+    coverage: str = "auto",
     chunks: int | str = "auto",
     order: str = "ascending",
     interval: int | str = "auto",
@@ -43,9 +43,9 @@ def compile(
     step trains: ``"one"`` chunk of the parameters, or ``"all"`` of them; optimizer states then pass through the device
     in pieces. ``"auto"`` chooses for the first training batch, before there is any state: all parameters, unless that
     does not fit the budget or host memory, or is predicted to take longer than a sweep over all chunks, which is taken
-    to teach as much; the plan says which, and why. ``chunks`` is a number or
-    ``"auto"``: on a GPU as many as make the predicted step fast, in a sweep that is not too long,
-    on the CPU the fewest that fit the budget. ``order`` is how a sweep visits them (``"ascending"``, ``"descending"``,
+    to teach as much; the plan says which, and why. Who gives ``chunks``, ``order`` or ``interval`` gets a chunk a step.
+    ``chunks`` is a number or ``"auto"``: on a GPU as many as make the predicted sweep short, on the CPU the fewest that
+    fit the budget. ``order`` is how a sweep visits them (``"ascending"``, ``"descending"``,
     ``"random"`` with ``seed``), ``interval`` the optimizer steps spent on each at a turn: with ``"auto"`` as many as
     give a sweep 40 steps, and 1 from 40 chunks on, because few chunks in turns of one step diverge at rates at which
     training all parameters at once does not. With "auto" chunks also warm up: turns of the first sweep have one step,

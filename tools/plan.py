@@ -32,6 +32,7 @@ NO_PROGRAM = (
     "timeline shows the memory of a program, and for another machine none is written; leave out --rates, or give "
     "--coverage all, of which a step's time is shown"
 )
+NO_TRACE = "trace writes the times of a step that covers all parameters; give --coverage all with it"
 
 
 def command(
@@ -59,7 +60,7 @@ def command(
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     backend: Annotated[str, typer.Option(help="inductor or eager.")] = "inductor",
-    coverage: Annotated[str, typer.Option(help='"one" chunk a step, "all" parameters, or "auto".')] = "one",
+    coverage: Annotated[str, typer.Option(help='"one" chunk a step, "all" parameters, or "auto".')] = "auto",
     update: Annotated[
         str, typer.Option(help='When AdamW changes weights: at the "step", from it on ("late"), or in the "backward".')
     ] = "step",
@@ -83,7 +84,7 @@ def command(
     if rates and timeline and coverage == "one":
         raise OptionError(NO_PROGRAM)
     if trace is not None and coverage == "one":
-        raise OptionError("trace writes the times of a step that covers all parameters; give --coverage all with it")
+        raise OptionError(NO_TRACE)
     if rates and device != "auto":
         raise OptionError(f"--rates are of a GPU elsewhere, which --device {device} is not; leave out one of them")
     where = torch.device("cpu") if rates else pick_device(device)
@@ -104,6 +105,8 @@ def command(
     if as_json:
         print(compiled.plan.to_json())
         return
+    if compiled.plan.coverage == "one" and (trace is not None or (rates and timeline)):
+        raise OptionError(NO_PROGRAM if trace is None else NO_TRACE)
     print(compiled.plan)
     for line in rate_lines(compiled.plan, batch_size * seq_len):
         print(line)

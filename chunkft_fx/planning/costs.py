@@ -1,7 +1,7 @@
 """Predicts what a choice of the planner costs, and which bytes it needs whatever its steps do; each found once.
 
-A choice costs `predict.step_time.sweep_cost` of its predicted steps. Where no times are known (on the CPU) choices are
-compared by whether they offload, then by streamed regions, chunks, recomputing regions and the split.
+A choice costs the predicted time of a sweep (`predict.step_time.sweep_cost`). Where no times are known (on the CPU)
+choices are compared by whether they offload, then by streamed regions, chunks, recomputing regions and the split.
 """
 
 from __future__ import annotations

@@ -16,9 +16,6 @@ from numpy.typing import NDArray
 
 from chunkft_fx.plan.policy import HIDDEN_SHARE, Policy, StepTimes
 
-# A chunk more in a sweep lets every parameter wait a step longer for its update. How much that is worth depends on
-# the training; plans pay this share of a step for it, so that twice as many chunks are taken for a gain, not for noise.
-WAIT_SHARE = 1 / 2000
 # Regions at both ends that are left out, as far as there are enough others, when streamed ones are placed: forward and
 # backward begin there, with nothing that a fetch could hide under. Links that never rest do better without.
 MARGINS = (0, 1, 2, 3)
@@ -126,8 +123,8 @@ class SweepWork:
 
 
 def sweep_cost(steps_us: NDArray[np.float64]) -> float:
-    """The mean step of a sweep with what waiting costs: the quantity that a plan minimises."""
-    return float(steps_us.mean() * (1 + WAIT_SHARE * len(steps_us)))
+    """The time of a sweep, which teaches about as much however many chunks it has: what a plan minimises."""
+    return float(steps_us.sum())
 
 
 def least_cost(times: StepTimes, state_nbytes: int, count: int) -> float:
@@ -137,7 +134,7 @@ def least_cost(times: StepTimes, state_nbytes: int, count: int) -> float:
     states = state_nbytes * times.state_us_per_byte / HIDDEN_SHARE
     # cuts at borders let backward end a region earlier: two regions of slack keep this a bound
     slack = max(times.backward_us) * min(2.0, regions / 2)
-    return max(floor - slack + sum(times.gradients_us) / count, states / count) * (1 + WAIT_SHARE * count)
+    return max(count * (floor - slack) + sum(times.gradients_us), states)
 
 
 def _spread(regions: int, count: int, margin: int) -> tuple[int, ...]:

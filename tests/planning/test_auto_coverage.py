@@ -62,11 +62,15 @@ def test_what_is_trained_is_that_of_the_coverage_that_was_chosen(options: dict[s
     assert same(found, trained(compiled(model, "1GB", coverage=coverage), **options))
 
 
-def test_the_default_is_one_chunk_a_step() -> None:
-    module = compiled(Text(), "1GB")
+def test_the_choice_is_the_default_and_one_chunk_a_step_can_be_asked_for() -> None:
+    module = chunkft_fx.compile(Text(), "1GB", backend="eager")
     module(**BATCH)
-    assert (module.plan.coverage, module.plan.coverage_reason) == ("one", "")
-    assert "a step trains" not in str(module.plan)
+    assert module.plan.coverage == "all"
+    assert "a step trains all parameters: times are not known here" in str(module.plan)
+    asked = compiled(Text(), "1GB", coverage="one")
+    asked(**BATCH)
+    assert (asked.plan.coverage, asked.plan.coverage_reason) == ("one", "")
+    assert "a step trains" not in str(asked.plan)
 
 
 def test_too_little_host_memory_leaves_a_chunk_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +141,7 @@ def decided(answers: Answers, options: Options | None = None, **more: Any) -> Pl
             raise answer
         return replace(answer, coverage=asked.coverage)
 
-    asked = options or Options(10**9, "auto", "ascending", 1, 0, coverage="auto")
+    asked = options or Options(10**9, "auto", "ascending", "auto", 0, coverage="auto")
     predictor: Callable[[], Predictor] = lambda: None  # type: ignore[assignment, return-value]  # noqa: E731
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(auto, "known_or_made", made)
@@ -180,7 +184,7 @@ def test_host_memory_of_another_machine_is_not_asked(monkeypatch: pytest.MonkeyP
     answers: Answers = {"all": timed(1, 5.0, host=10**6), "one": timed(4, 5.0, host=10**6)}
     assert decided(answers).coverage == "one"
     elsewhere: Any = object()
-    options = Options(10**9, "auto", "ascending", 1, 0, coverage="auto", rates=elsewhere)
+    options = Options(10**9, "auto", "ascending", "auto", 0, coverage="auto", rates=elsewhere)
     assert decided(answers, options).coverage == "all"
     assert decided(answers, untaken=LITTLE).coverage == "all"  # the others were taken before
 

@@ -105,7 +105,7 @@ def test_a_sweep_is_priced_as_its_steps(t: StepTimes, works: list[tuple[int, flo
     chunks = [Work(*w) for w in works]
     steps = [step_us(bare, w) for w in chunks]
     assert SweepWork.of(chunks).steps_us(bare) == pytest.approx(steps)
-    assert sweep_cost(np.array(steps)) >= np.mean(steps)
+    assert sweep_cost(np.array(steps)) == pytest.approx(sum(steps))
 
 
 @given(times(), st.integers(1, 40))

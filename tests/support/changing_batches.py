@@ -54,7 +54,9 @@ def text(rows: int, length: int, pixels: int | None = None, seed: int = 0) -> di
 
 
 def compiled(model: nn.Module, budget: int | str, **options: Any) -> CompiledModule:
-    return chunkft_fx.compile(copy.deepcopy(model).train(), budget, backend="eager", **{"interval": 1, **options})
+    """With turns of one step, unless the coverage is left open, which a given interval would decide."""
+    usual = {} if options.get("coverage") == "auto" else {"interval": 1}
+    return chunkft_fx.compile(copy.deepcopy(model).train(), budget, backend="eager", **{**usual, **options})
 
 
 def smallest(model: nn.Module, batch: dict[str, Tensor], **options: Any) -> int:

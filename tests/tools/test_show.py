@@ -155,7 +155,11 @@ def test_plan_shows_a_step_against_the_clock(
 
 def test_traces_of_steps_without_times_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "trace.json"
-    for options, why in ((["--coverage", "all"], "no times of this machine"), ([], "give --coverage all")):
+    for options, why in (
+        (["--coverage", "all"], "no times of this machine"),
+        (["--coverage", "one"], "give --coverage all"),
+        (["--chunks", "2"], "give --coverage all"),
+    ):
         with pytest.raises(SystemExit):
             chunkft("plan", "tiny:llama", *SMALL, "--trace", str(out), *options)
         assert why in capsys.readouterr().err

@@ -203,7 +203,8 @@ def test_full_coverage_trains_as_torch_does(update: str) -> None:
     [
         (["--coverage", "some"], "coverage='some'"),
         (["--coverage", "all", "--chunks", "4"], "leave chunks out"),
-        (["--update", "backward", "--max-grad-norm", "0"], "--coverage all"),
+        (["--coverage", "one", "--update", "backward", "--max-grad-norm", "0"], "--coverage all"),
+        (["--update", "backward"], "--max-grad-norm 0"),
         (["--coverage", "all", "--update", "backward"], "--max-grad-norm 0"),
         (["--update", "now"], "update is now"),
         (["--master", "half"], "master is half"),

@@ -37,7 +37,7 @@ def command(
     coverage: Annotated[
         str,
         typer.Option(help="What a step trains: one (chunk after another), all (parameters in every step) or auto."),
-    ] = "one",
+    ] = "auto",
     update: Annotated[
         str,
         typer.Option(

@@ -26,7 +26,7 @@ def only_coverage(chunks: int | str, order: str, interval: int | str, spec: Stat
         return "one", f"chunks={chunks!r} was given"
     if order != "ascending":
         return "one", f"order={order!r} was given, which a sweep over chunks has"
-    if interval not in ("auto", 1):
+    if interval != "auto":
         return "one", f"interval={interval!r} was given, which is spent on each chunk of a sweep"
     if not spec.is_kept:
         return "one", 'states="reset" begins each chunk anew'
