@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from chunkft_fx.module.model_class import ModelsClass
+
 _STATE_DICT_HOOKS = (
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
@@ -27,25 +29,38 @@ _CALL_HOOKS = (
 )
 
 
-class StandIn(nn.Module):
+# They would make copies of the model, where copies of its stand-in are asked for.
+_COPYING = ("__copy__", "__deepcopy__")
+
+
+class StandIn(nn.Module, metaclass=ModelsClass):
     """Stands in for ``model``, for ``isinstance`` too; its call is ``run``, with the signature of the model's forward.
 
     Parameters, buffers, submodules and hooks on state dicts are in the model's own registries, which are shared, not
     copied. Attributes that this module does not have itself are looked up and set on the model, and so is its mode.
+    Its class has the name and the signature of the model's, but does not inherit from it (`module.model_class`).
     """
 
     _model: nn.Module
+    _run: Callable[..., Any]
 
     def __init__(self, model: nn.Module, run: Callable[..., Any]) -> None:
         super().__init__()
         own = self.__dict__
         own["_model"] = model  # in the dictionary: nn.Module would register it as a child
+        own["_run"] = run
         own["forward"] = functools.wraps(model.forward)(run)
         own["_parameters"], own["_buffers"], own["_modules"] = model._parameters, model._buffers, model._modules
         own["_non_persistent_buffers_set"] = model._non_persistent_buffers_set
         own.update((name, model.__dict__[name]) for name in _STATE_DICT_HOOKS)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The call, where it is asked of the class; a module's own, signed as its model's, is in its dictionary."""
+        return self._run(*args, **kwargs)
+
     def __getattr__(self, name: str) -> Any:
+        if name in _COPYING:
+            raise AttributeError(name)
         model = self.__dict__.get("_model")
         if model is None:
             raise AttributeError(name)
@@ -73,7 +88,7 @@ class StandIn(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set on the model what this module does not have itself."""
-        if name in self.__dict__ or hasattr(type(self), name) or "_model" not in self.__dict__:
+        if name in self.__dict__ or type(self).has(name) or "_model" not in self.__dict__:
             super().__setattr__(name, value)
         else:
             setattr(self._model, name, value)

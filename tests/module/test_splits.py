@@ -44,7 +44,7 @@ def rows(count: int, seed: int, tokens: int = 5, ignored: Sequence[int] = ()) ->
 
 
 def adamw(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-    if type(model) is CompiledModule:  # for isinstance it passes as the model's class
+    if issubclass(type(model), CompiledModule):  # for isinstance it passes as the model's class
         return chunkft_fx.AdamW(model, lr=1e-2, weight_decay=0.1, **options)
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
 
