@@ -200,9 +200,10 @@ class Following(ABC):
         """What a function that ``to``, ``cuda`` or ``half`` applies to all tensors would do to the model.
 
         Returns the move, and the function to apply instead. Weights stay where the plan has them: on the way to the
-        device that the model runs on only buffers and what was elsewhere by the user's own doing move. Raises
-        `ModelChanged` for another dtype or another GPU once training has begun; before, the model is planned for what
-        it became (`placed`).
+        device that the model runs on only buffers and what was elsewhere by the user's own doing move, and on the way
+        from host memory to a GPU only buffers, if all weights are more than the budget. Raises `ModelChanged` for
+        another dtype or another GPU once training has begun; before, the model is planned for what it became
+        (`placed`).
         """
         self.check()
         move, device = Move.of(self.model, fn), self.residency.device
@@ -217,10 +218,17 @@ class Following(ABC):
             )
         if move.device not in (device, None):
             compute_device(self.model, move.device)  # refuses what no model can run on, before a tensor moves
-        is_placed = self._plan is not None and self._plan.batch
-        names = self.residency.streamed if is_placed else set(self._watch.parameters)
-        stay = {id(self._watch.parameters[n]) for n in names} if move.device == device else set()
+        stay = {id(p) for p in self._staying(move)}
         return move, lambda t: move.retyped(t) if id(t) in stay else fn(t)
+
+    def _staying(self, move: Move) -> list[nn.Parameter]:
+        """The weights that a move to a device leaves where they are, for the plan to put in their places."""
+        parameters, host = self._watch.parameters, torch.device("cpu")
+        if move.device == self.residency.device:
+            is_placed = self._plan is not None and self._plan.batch
+            return [parameters[n] for n in self.residency.streamed] if is_placed else list(parameters.values())
+        fits = sum(p.nbytes for p in parameters.values()) <= self.options.budget_bytes
+        return [] if fits or move.device in (host, None) else [p for p in parameters.values() if p.device == host]
 
     @contextlib.contextmanager
     def gradients_kept(self) -> Iterator[None]:
