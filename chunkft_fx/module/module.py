@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from chunkft_fx.bytes import format_bytes
 from chunkft_fx.capture.outline import Template
 from chunkft_fx.copies.residency import Residency
-from chunkft_fx.errors import NotPlanned, OptimizerMismatch, OptionError
+from chunkft_fx.errors import DistributedNotSupported, NotPlanned, OptimizerMismatch, OptionError
 from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.module.routing import through_compiled
 from chunkft_fx.module.stand_in import StandIn
@@ -81,6 +81,13 @@ class CompiledModule(StandIn):
                 super()._apply(placing, recurse)
             training.placed(move)
             return self
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """What `torch.nn.DataParallel` asks on several GPUs, around which a Trainer puts it by itself."""
+        raise DistributedNotSupported(
+            "torch.nn.DataParallel copies a model onto each GPU, and a compiled module runs on one; let the process "
+            "see one GPU (CUDA_VISIBLE_DEVICES=0), where transformers' Trainer makes no DataParallel"
+        )
 
     @property
     def plan(self) -> Plan:
