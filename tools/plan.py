@@ -102,11 +102,13 @@ def command(
     else:
         compiled._training.plan_elsewhere(inputs, known)
     assert compiled._training.optimizer is optimizer, "held until there is a plan, which is for its states"
+    if compiled.plan.coverage == "one" and (trace is not None or (rates and timeline)):
+        raise OptionError(NO_PROGRAM if trace is None else NO_TRACE)
+    if trace is not None:
+        write_trace(compiled.spans, trace)
     if as_json:
         print(compiled.plan.to_json())
         return
-    if compiled.plan.coverage == "one" and (trace is not None or (rates and timeline)):
-        raise OptionError(NO_PROGRAM if trace is None else NO_TRACE)
     print(compiled.plan)
     for line in rate_lines(compiled.plan, batch_size * seq_len):
         print(line)
@@ -117,8 +119,6 @@ def command(
         show(compiled.timeline)
     if timeline and compiled.spans:
         print(clock.table(compiled.spans))
-    if trace is not None:
-        write_trace(compiled.spans, trace)
 
 
 def rate_lines(plan: Plan, tokens: int) -> list[str]:

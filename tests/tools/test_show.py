@@ -141,7 +141,9 @@ def test_plan_shows_a_step_against_the_clock(
     out = tmp_path / "trace.json"
     chunkft("plan", *options, "--timeline", "--trace", str(out))
     printed = capsys.readouterr().out
-    chunkft("plan", *options, "--json")
+    beside = tmp_path / "beside.json"
+    chunkft("plan", *options, "--json", "--trace", str(beside))
+    assert beside.read_text() == out.read_text()
     link = json.loads(capsys.readouterr().out)["link"]
     assert f"brings {format_bytes(link['incoming_nbytes'])} to the device" in " ".join(printed.split())
     assert ("hides from" in printed) == (update == "backward")
