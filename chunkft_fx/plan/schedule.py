@@ -1,11 +1,11 @@
 """Decides which chunk is active: the schedule of a sweep, and its position as checkpoints have it.
 
-``{"sweep", "position", "steps", "chunks"}`` are counts; ``{"order", "seed", "interval", "cuts"}`` name what they were
-counted over, ``cuts`` being `cuts_digest` of the plan's chunks; ``"version"`` is that of this format. The same counts
-over other cuts, or in another order, would train some slices twice in a sweep and others not at all, so they are
-refused. Counts mean the same with another seed unless the order is random, and at the start of a chunk's interval with
-another interval; one that nobody gave ("auto") is refused there, too, since the run would go on as another one unasked.
-Version 1 of the format had no ``"warms_up"``, and no run that did.
+``{"sweep", "position", "steps", "chunks"}`` are counts; ``{"order", "seed", "interval", "cuts", "warms_up"}`` name
+what they were counted over, ``cuts`` being `cuts_digest` of the plan's chunks; ``"version"`` is that of this format.
+The same counts over other cuts, or in another order, would train some slices twice in a sweep and others not at all, so
+they are refused. Counts mean the same with another seed unless the order is random, and at the start of a chunk's turn
+with another interval; one that nobody gave ("auto") is refused there, too, since the run would go on as another one
+unasked. Version 1 of the format had no ``"warms_up"``, and no run that did.
 """
 
 from __future__ import annotations
