@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -37,6 +36,16 @@ DEPTHS = (DEPTH, DEPTH + 1)
 LATER = "larger steps later in the sweep"
 
 
+def coarse_to_fine(count: int) -> list[int]:
+    """The numbers below ``count``: its ends, what halves it, quarters it and so on.
+
+    What is found at the first of them bounds the ones between, most of which need not be looked at then.
+    """
+    steps = itertools.takewhile(bool, (count >> power for power in itertools.count(1)))
+    halved = (number for step in steps for number in range(step, count, step))
+    return list(dict.fromkeys([count - 1, 0, *halved]))
+
+
 class Search:
     """Finds the cheapest choice that fits; ``considered`` tells of the others, with the bytes that they need."""
 
@@ -58,14 +67,16 @@ class Search:
         self.smallest: Fit | None = None
         # by number of chunks and policy of the steps, what no step of a sweep exceeds, where that was looked at
         self._sweeps: dict[tuple[int, Policy], Moment] = {}
-        # by number of chunks, or 0 for the smallest chunk there is, and what steps depend on
-        self._moments: dict[tuple[int, int, int, int], Moment] = {}
+        # by number of chunks the one whose steps are looked at: the first, until another is seen to need more
+        self._largest: dict[int, Chunk] = {}
+        # by number of chunks, how the head is split and whether regions offload: by the region saved from, the moments
+        self._moments: dict[tuple[int, int, bool], dict[int, Moment]] = {}
         self.finest = chunks or cut(parameters, min(max_chunks(parameters), MOST_CHUNKS))
         self.times = predictor.times(self.finest[0])
         self.costs = ChoiceCosts(model, parameters, predictor, self.times, spec)
         self.regions = self.costs.regions
-        # where cuts of many counts are compared, what every first chunk holds at least
-        self._least_chunk = None if chunks or self.times is None else Stream(parameters).chunk(0, 1)
+        # where cuts of many counts are compared, the most saving moments of what every first chunk holds at least
+        self._least = None if chunks or self.times is None else self._least_moments(Stream(parameters).chunk(0, 1))
 
     def like(self, base: Policy) -> Search:
         """The same search, but for what is decided before."""
@@ -77,42 +88,78 @@ class Search:
         return self._settled(self._cheapest)
 
     def _settled(self, find: Callable[[], Fit | None]) -> Fit | None:
-        """Find again, with room for what other steps of a sweep need more than its first, until all steps fit."""
+        """Find again, by the step of a sweep that needs most in place of its first, until all steps fit."""
         while True:
             self.smallest = None
             found = find()
             checked = found or self.smallest
             assert checked is not None
-            key, first = key_of(checked.choice), self._first(checked.choice)
+            count, key = len(checked.choice.chunks), key_of(checked.choice)
             is_known = key in self._sweeps
             if not is_known:
-                room = 0 if found is None else self.budget - checked.nbytes + first.nbytes
-                self._sweeps[key] = self.predictor.sweep_peak(checked.choice.chunks, checked.choice.policy, room)
+                moment = self._moment(checked.choice)
+                room = 0 if found is None else self.budget - checked.nbytes + moment.nbytes
+                chunk, self._sweeps[key] = self.predictor.sweep_peak(checked.choice.chunks, checked.choice.policy, room)
             exact = self._exactly(checked.choice, self._sweeps[key])
             if found is not None and exact.nbytes <= self.budget:
                 return exact
             if found is None and (is_known or exact.nbytes <= checked.nbytes):
                 self.smallest = exact
                 return None
+            if not is_known:
+                self._look_at(count, chunk)
+
+    def _look_at(self, count: int, chunk: Chunk) -> None:
+        """Tell what choices of that many chunks need by this chunk's steps from now on."""
+        self._largest[count] = chunk
+        self._moments = {key: moments for key, moments in self._moments.items() if key[0] != count}
 
     def _cheapest(self) -> Fit | None:
         best: Fit | None = None
+        postponed: list[tuple[int, int, tuple[Chunk, ...]]] = []
         for least, make in self._numbers():
             if best is not None and least >= best.cost:
                 continue
             chunks = make()
-            # streaming costs by itself; it only makes room to recompute less
-            bare = [
-                self.costs.cost(Choice(chunks, m, replace(self.base, depth=DEPTHS[-1])))[0]
-                for m in range(self.regions + 1)
-            ]
-            for streamed in range(self.regions + 1):
-                if best is not None and bare[streamed] >= best.cost:
-                    continue
-                for depth, offloads in itertools.product(DEPTHS if streamed else DEPTHS[:1], (False, True)):
-                    fit = self._border(chunks, streamed, depth, offloads, best)
-                    if fit is not None and (best is None or fit.cost < best.cost):
-                        best = fit
+            floor = self._floor(chunks)
+            if floor > self.budget:
+                postponed.append((floor, len(chunks), chunks))
+            else:
+                best = self._cheapest_of(chunks, best)
+        if best is not None:
+            return best
+        for floor, _, chunks in sorted(postponed, key=lambda p: p[:2]):  # to tell what the least is that is needed
+            if self.smallest is None or floor < self.smallest.nbytes:
+                self._cheapest_of(chunks, None)
+        return None
+
+    def _floor(self, chunks: tuple[Chunk, ...]) -> int:
+        """Bytes that any choice of these chunks needs at least."""
+        if self._least is None:
+            return 0
+        wheres = itertools.product(range(self.regions + 1), DEPTHS)
+        fixed = (self.costs.fixed_terms(Choice(chunks, m, replace(self.base, depth=d))) for m, d in wheres)
+        return min(sum(terms.values()) for terms in fixed) + self._least
+
+    def _least_moments(self, chunk: Chunk) -> int:
+        """Bytes of the smallest of the most saving moments of a step on this chunk."""
+        ways = itertools.product((False, True), self.head.splits)
+        policies = (self._policy(self.regions, offloads, split, DEPTH) for offloads, split in ways)
+        return min(self.predictor.peak(chunk, policy).nbytes for policy in policies)
+
+    def _cheapest_of(self, chunks: tuple[Chunk, ...], best: Fit | None) -> Fit | None:
+        """The cheapest fitting choice of these chunks, or ``best`` if none costs less."""
+        # streaming costs by itself; it only makes room to recompute less
+        bare = [
+            self.costs.cost(Choice(chunks, m, replace(self.base, depth=DEPTHS[-1])))[0] for m in range(self.regions + 1)
+        ]
+        for streamed in coarse_to_fine(self.regions + 1):
+            if best is not None and bare[streamed] >= best.cost:
+                continue
+            for depth, offloads in itertools.product(DEPTHS if streamed else DEPTHS[:1], (False, True)):
+                fit = self._border(chunks, streamed, depth, offloads, best)
+                if fit is not None and (best is None or fit.cost < best.cost):
+                    best = fit
         return best
 
     def with_streamed(self, known: Policy) -> Fit:
@@ -168,8 +215,7 @@ class Search:
     def _can(self, chunks: tuple[Chunk, ...], streamed: int, policy: Policy) -> bool:
         """Whether this fits with some split of the head, in every step of the sweep."""
         for split in self.head.splits:
-            fit = self._fit(Choice(chunks, streamed, replace(policy, head_split=split)))
-            self._note(fit)
+            fit = self._noted(Choice(chunks, streamed, replace(policy, head_split=split)))
             if fit.nbytes <= self.budget:
                 return True
         return False
@@ -199,67 +245,55 @@ class Search:
         def choice(save_from: int) -> Choice:
             return Choice(chunks, streamed, self._policy(save_from, offloads, split, depth))
 
-        if best is not None and self.costs.cost(choice(0))[0] >= best.cost:  # costs rise with what is recomputed
-            return None, None
-        all_saved = self._least(choice(0))  # asked first: where it fits, no recomputing variant has to be made
-        if all_saved.nbytes <= self.budget:
-            all_saved = self._fit(choice(0))
-        self._note(all_saved)
-        if all_saved.nbytes <= self.budget:
-            return all_saved, None
-        low, high = 1, self.regions
-        found = self._fit(choice(high))
-        self._note(found)
+        hopeless = self._known_hopeless(choice)
+        low = 0 if hopeless is None else hopeless.choice.policy.save_from + 1
+        if best is not None and self.costs.cost(choice(low))[0] >= best.cost:  # costs rise with what is recomputed
+            return None, hopeless
+        if low == 0:  # asked first: where all can be saved, no recomputing variant has to be made
+            all_saved = self._noted(choice(0))
+            if all_saved.nbytes <= self.budget:
+                return all_saved, None
+            low = 1
+            hopeless = all_saved
+        high = self.regions
+        found = self._noted(choice(high))
         if self.smallest is None or found.nbytes < self.smallest.nbytes:
             self.smallest = found
         if found.nbytes > self.budget:
             return None, found
-        low += bisect_left(range(low, high), True, key=lambda s: self._fits_at_least(choice(s)))
-        too_large = self._least(choice(low - 1))
-        middle = low
+        too_large = hopeless
         while low < high:
             if best is not None and self.costs.cost(choice(low))[0] >= best.cost:
                 return None, too_large
-            tried = self._fit(choice(middle))
-            self._note(tried)
+            middle = (low + high) // 2
+            tried = self._noted(choice(middle))
             if tried.nbytes <= self.budget:
                 high, found = middle, tried
             else:
                 low, too_large = middle + 1, tried
-            middle = (low + high) // 2
         return found, too_large
+
+    def _known_hopeless(self, choice: Callable[[int], Choice]) -> Fit | None:
+        """Of choices that are known not to fit, by moments looked at before, the one that recomputes most."""
+        room = self.budget - sum(self.costs.fixed_terms(choice(0)).values())
+        known = self._moments.get(self._group(choice(0)), {})
+        too_large = [save_from for save_from, moment in known.items() if moment.nbytes > room]
+        return self._exactly(choice(max(too_large)), known[max(too_large)]) if too_large else None
 
     def _policy(self, save_from: int, offloads: bool, split: int, depth: int) -> Policy:
         below = save_from if offloads else 0
         return replace(self.base, save_from=save_from, offload_below=below, head_split=split, depth=depth)
 
-    def _least(self, choice: Choice) -> Fit:
-        """A choice as if its first chunk were the smallest there is, which demands no more than its own.
-
-        Those programs serve choices of all numbers of chunks, so that few others have to be written.
-        """
-        return self._exactly(choice, self._least_moment(choice))
-
-    def _fits_at_least(self, choice: Choice) -> bool:
-        """Whether a choice fits as `_least` has it; told without its cost."""
-        fixed = self.costs.fixed_terms(choice)
-        return sum(fixed.values()) + self._least_moment(choice).nbytes <= self.budget
-
-    def _least_moment(self, choice: Choice) -> Moment:
-        if self._least_chunk is None:
-            return self._first(choice)
-        return self._moment(0, self._least_chunk, choice.policy)
-
     def _fit(self, choice: Choice) -> Fit:
-        """A choice by the first chunk's step, with what is known to be needed more by others.
+        """A choice by one step of its sweep, with what is known to be needed more by others.
 
         Where few cuts are compared that is found out for every choice that seems to fit; else only for the best one,
         and those that are the best then (`_settled`).
         """
-        moment, key = self._first(choice), key_of(choice)
+        moment, key = self._moment(choice), key_of(choice)
         has_few_cuts = self.times is None or self.given is not None
         if has_few_cuts and key not in self._sweeps and self._exactly(choice, moment).nbytes <= self.budget:
-            self._sweeps[key] = self.predictor.sweep_peak(choice.chunks, choice.policy)
+            _, self._sweeps[key] = self.predictor.sweep_peak(choice.chunks, choice.policy)
         more = self._sweeps[key].nbytes - moment.nbytes if key in self._sweeps else 0
         return self._exactly(choice, Moment(moment.label, moment.terms | ({LATER: more} if more else {})))
 
@@ -267,17 +301,21 @@ class Search:
         fixed = self.costs.fixed_terms(choice)
         return Fit(choice, fixed | moment.terms, moment.label, *self.costs.cost(choice))
 
-    def _first(self, choice: Choice) -> Moment:
-        """The largest moment of the first chunk's step."""
-        return self._moment(len(choice.chunks), choice.chunks[0], choice.policy)
+    def _group(self, choice: Choice) -> tuple[int, int, bool]:
+        """What choices have in common whose moments fall with the region that is saved from."""
+        policy = choice.policy
+        return len(choice.chunks), policy.head_split, policy.offload_below > 0
 
-    def _moment(self, count: int, chunk: Chunk, policy: Policy) -> Moment:
-        """The largest moment of a chunk's step, looked up by plain numbers: chunks and policies are slow to hash."""
-        key = count, policy.save_from, policy.offload_below, policy.head_split
-        found = self._moments.get(key)
-        if found is None:
-            found = self._moments[key] = self.predictor.peak(chunk, policy)
-        return found
+    def _moment(self, choice: Choice) -> Moment:
+        """The largest moment of a step, looked up by plain numbers: chunks and policies are slow to hash."""
+        known = self._moments.setdefault(self._group(choice), {})
+        save_from = choice.policy.save_from
+        if save_from not in known:
+            chunk = self._largest.get(len(choice.chunks), choice.chunks[0])
+            known[save_from] = self.predictor.peak(chunk, choice.policy)
+        return known[save_from]
 
-    def _note(self, fit: Fit) -> None:
+    def _noted(self, choice: Choice) -> Fit:
+        fit = self._fit(choice)
         self.considered.append(fit.considered())
+        return fit

@@ -123,8 +123,8 @@ def sweep_peak(
     peak: Callable[[Chunk], Moment],
     enough: int = 0,
     can_join: bool = True,
-) -> Moment:
-    """The largest moment of the steps of a sweep; the first chunk's unless another needs more.
+) -> tuple[Chunk, Moment]:
+    """The chunk of a sweep whose step has the largest moment, and this; the first unless another needs more.
 
     Where it has up to ``enough`` bytes it can be a joined chunk's, which none of the sweep exceeds. ``can_join`` says
     that a longer slice of a gradient never needs less than a shorter one.
@@ -132,18 +132,19 @@ def sweep_peak(
     groups: dict[tuple[Where, ...], list[Example]] = {}
     for example in sorted(kinds.examples(chunks, policy), key=lambda e: e.kind.order):
         groups.setdefault(example.kind.regions, []).append(example)
-    largest = peak(chunks[0])
+    largest, most = peak(chunks[0]), chunks[0]
     waiting = list(groups.values())
     while waiting:
         group = waiting.pop()
         if len(group) > 1 and not can_join:
             waiting += [[e] for e in group]
             continue
-        found = peak(kinds.joined(group) if len(group) > 1 else group[0].chunk)
+        chunk = kinds.joined(group) if len(group) > 1 else group[0].chunk
+        found = peak(chunk)
         if len(group) > 1 and found.nbytes > max(enough, largest.nbytes):
             # neighbours demand much the same
             middle = len(group) // 2
             waiting += [group[:middle], group[middle:]]
         elif found.nbytes > largest.nbytes:
-            largest = found
-    return largest
+            largest, most = found, chunk
+    return most, largest

@@ -114,8 +114,8 @@ class Predictor:
             self._peaks[key] = Moment(largest.label, largest.terms | besides)
         return self._peaks[key]
 
-    def sweep_peak(self, chunks: Sequence[Chunk], policy: Policy, enough: int = 0) -> Moment:
-        """The largest moment of the steps of a sweep, the first chunk's unless another needs more.
+    def sweep_peak(self, chunks: Sequence[Chunk], policy: Policy, enough: int = 0) -> tuple[Chunk, Moment]:
+        """The chunk of a sweep whose step has the largest moment, and this; the first unless another needs more.
 
         Where that fits into ``enough`` bytes it can be a moment that no step exceeds, which is found sooner.
         """

@@ -78,8 +78,8 @@ class Predicted:
         head = Moment("head", terms | {"workspace": self.logits // saving.head_split})
         return max(top, head, key=lambda m: m.nbytes)
 
-    def sweep_peak(self, chunks: Sequence[Chunk], saving: Policy, enough: int = 0) -> Moment:
-        return max((self.peak(c, saving) for c in chunks), key=lambda m: m.nbytes)
+    def sweep_peak(self, chunks: Sequence[Chunk], saving: Policy, enough: int = 0) -> tuple[Chunk, Moment]:
+        return max(((c, self.peak(c, saving)) for c in chunks), key=lambda found: found[1].nbytes)
 
     def times(self, deepest: Chunk) -> StepTimes | None:
         count = len(self.names)

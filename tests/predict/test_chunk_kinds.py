@@ -59,9 +59,10 @@ def test_the_steps_that_are_looked_at_tell_what_all_need(
     saving = {"save": Policy(0), "recompute": Policy(2 * half + 2), "offload half": Policy(half, half)}[handling]
     chunks = cut(parameter_specs(model), count)
     each = [predictor.peak(chunk, saving).nbytes for chunk in chunks]
-    assert predictor.sweep_peak(chunks, saving).nbytes == max(each)
+    chunk, most = predictor.sweep_peak(chunks, saving)
+    assert most.nbytes == max(each) == each[chunks.index(chunk)]
     for enough in (max(each) - 1, max(each) * 2):
-        bound = predictor.sweep_peak(chunks, saving, enough).nbytes
+        bound = predictor.sweep_peak(chunks, saving, enough)[1].nbytes
         assert max(each) <= bound <= max(enough, max(each))
     by_regions: dict[object, list[Example]] = {}
     for example in kinds.examples(chunks, saving):
@@ -87,5 +88,5 @@ def test_where_a_length_decides_who_computes_each_kind_is_looked_at(
         asked.append(chunk)
         return Moment("", {"": 2 if chunk == examples[-1] else 1})
 
-    assert sweep_peak(kinds, chunks, Policy(0), peak, can_join=False).nbytes == 2
+    assert sweep_peak(kinds, chunks, Policy(0), peak, can_join=False)[1].nbytes == 2
     assert {*asked} == {*examples, chunks[0]}
