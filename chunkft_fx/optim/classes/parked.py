@@ -6,6 +6,7 @@ an update is, on the CPU and on CUDA, where torch's classes take their foreach f
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,12 @@ class OptimizerClass:
         """A new optimizer of the class with one group, with the options of it, over parameters in these memories."""
         parameters = [nn.Parameter(w.detach()) for w in weights]
         return self.kind([options_of(options) | {"params": parameters}], **self.given)
+
+    def checked(self, weight: Tensor, options: Mapping[str, Any]) -> Optimizer:
+        """The same over one weight; the class looks at a group's options as at its own, which it does not otherwise."""
+        known = inspect.signature(self.kind.__init__).parameters
+        own = {key: value for key, value in options_of(options).items() if key in known}
+        return OptimizerClass(self.kind, {**self.given, **own}).over([weight], options)
 
     def step(
         self,

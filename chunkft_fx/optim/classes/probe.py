@@ -69,15 +69,17 @@ def find(kind: OptimizerClass, options: Mapping[str, Any], dimensions: int, dtyp
     raises.
     """
     large = _inputs(dimensions, dtype, 0, LARGE_NUMEL)
-    _kept(_plain(kind, options, [(large[0], large[1][:1])]).states[0], large[0].shape)
+    of_large = _kept(_plain(kind, options, [(large[0], large[1][:1])]).states[0], large[0].shape)
     one, other = (_inputs(dimensions, dtype, seed) for seed in (0, 1))
     plain = _plain(kind, options, [one])
     (state,) = plain.states
     tensors, numbers = _kept(state, one[0].shape)
+    if of_large != (tensors, numbers):
+        raise OptimizerNotSupported("it keeps states of large parameters in another form or dtype than of small ones")
     if not _same(_parked(kind, options, one), plain):
         raise OptimizerNotSupported("it keeps something from step to step that is not in its state")
-    beside = _plain(kind, options, [one, other])
-    if not _same(_Track(beside.weights[:1], beside.states[:1]), plain):
+    beside = _plain(kind, options, [other, one])
+    if not _same(_Track(beside.weights[1:], beside.states[1:]), plain):
         raise OptimizerNotSupported("its update of one parameter depends on the others, or is random")
     is_whole = not all(_is_cut(kind, options, one, plain, dim) for dim in range(dimensions))
     return Findings(tensors, numbers, is_whole)

@@ -148,7 +148,7 @@ class TorchOptimizer(PartsOptimizer):
         errors = []
         for dimensions, dtype in [*self._forms] or [(1, torch.float32)]:
             try:
-                return self._kind.over([torch.zeros((1,) * dimensions, dtype=dtype)], options)
+                return self._kind.checked(torch.zeros((1,) * dimensions, dtype=dtype), options)
             except (TypeError, ValueError, RuntimeError) as error:
                 errors.append(error)
         raise OptionError(f"{self._kind.name} refuses its options: {errors[0]}") from errors[0]
