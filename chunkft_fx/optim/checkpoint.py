@@ -13,7 +13,7 @@ numbers. One that no update reads (``exp_avg`` where ``betas[0]`` is 0) may be m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -80,12 +80,12 @@ def exported(
     states: Mapping[int, Mapping[str, Any]],
     parameters: Sequence[Tensor],
     spec: StateSpec,
-    numbers: tuple[Number, ...] = (),
+    numbers_of: Callable[[Tensor], tuple[Number, ...]] = lambda _: (),
 ) -> dict[int, dict[str, Any]]:
     """The states of updated parameters as a checkpoint has them: steps as torch counts them, runs as lists.
 
-    ``numbers`` are those that the optimizer keeps of runs: they stand behind the counts of each, and once as torch has
-    them, from the run with most updates.
+    ``numbers_of`` a parameter are those that the optimizer keeps of runs: they stand behind the counts of each, and
+    once as torch has them, from the run with most updates.
 
     Masters that are kept as remainders are put together in host memory, 4 bytes an element while the checkpoint lives.
     """
@@ -95,7 +95,8 @@ def exported(
         if most.step:
             runs = [list(run) if run.numbers else list(run[:3]) for run in state["slice_steps"]]
             counted = {"step": torch.tensor(float(most.step))} if spec.saves_steps else {}
-            counted |= {n.name: n.made(dict(most.numbers)[n.name]) for n in numbers}
+            numbers = dict(most.numbers)
+            counted |= {n.name: n.made(numbers[n.name]) for n in numbers_of(parameters[index])}
             found[index] = {**counted, **_with_master(state, parameters[index]), "slice_steps": runs}
     return found
 
@@ -114,7 +115,8 @@ class Loads(Protocol):
     param_groups: list[dict[str, Any]]
     defaults: dict[str, Any]
     switches: tuple[str, ...]
-    numbers: tuple[Number, ...]
+
+    def numbers_of(self, parameter: Tensor) -> tuple[Number, ...]: ...
 
     def check_options(self, options: Mapping[str, Any]) -> None: ...
 
@@ -150,7 +152,7 @@ def read(state_dict: Mapping[str, Any], optimizer: Loads) -> Checkpoint:
         )
     unread = [optimizer.unread(options) for options, g in zip(taken, groups, strict=True) for _ in g["params"]]
     states = {
-        i: _state(*named[i], dims[i], state_dict["state"][key], spec, optimizer.numbers, unread[i])
+        i: _state(*named[i], dims[i], state_dict["state"][key], spec, optimizer.numbers_of(named[i][1]), unread[i])
         for key, i in indices.items()
         if key in state_dict["state"]
     }

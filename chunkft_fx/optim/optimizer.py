@@ -89,9 +89,8 @@ class ChunkedOptimizer(Optimizer, ABC):
     `NoTrainableParameters`.
     """
 
-    # Options of torch's optimizer of this name that this one has not, and numbers that it keeps beside step counts.
+    # Options of torch's optimizer of this name that this one has not.
     switches: tuple[str, ...] = ("maximize", "amsgrad", "differentiable")
-    numbers: tuple[Number, ...] = ()
 
     def __init__(
         self,
@@ -141,6 +140,10 @@ class ChunkedOptimizer(Optimizer, ABC):
     def unread(self, options: Mapping[str, Any]) -> frozenset[str]:
         """The states that updates with a group's options do not read, so that a checkpoint may lack them."""
         return frozenset()
+
+    def numbers_of(self, parameter: Tensor) -> tuple[Number, ...]:
+        """The numbers that are kept of runs of a parameter's indices, beside step counts."""
+        return ()
 
     @abstractmethod
     def prepare(
@@ -444,6 +447,6 @@ def _export(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     assert isinstance(optimizer, ChunkedOptimizer)
     position, rates = optimizer._model.schedule_position(), optimizer._sweep_rates
     entry = describe(optimizer.param_groups, position, optimizer._updates, rates)
-    parameters, spec, numbers = optimizer._parameters(), optimizer.spec, optimizer.numbers
-    states = exported(state_dict["state"], parameters, spec, numbers) if spec.is_kept else {}
+    parameters, spec = optimizer._parameters(), optimizer.spec
+    states = exported(state_dict["state"], parameters, spec, optimizer.numbers_of) if spec.is_kept else {}
     return state_dict | {"state": states, ENTRY: entry}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,8 @@ from chunkft_fx.errors import OptimizerMismatch, OptimizerNotSupported, OptionEr
 from chunkft_fx.optim.states.numbers import Number
 from tests.support.slice_twin import SliceTwin
 from tests.support.small_net import compiled, feed, net
+
+LIMITS = Path(__file__).parents[2] / "docs" / "limits.md"
 
 
 class Own(torch.optim.Optimizer):
@@ -84,7 +88,7 @@ def test_elementwise_classes_run_over_slices(kind: type[Own], dtype: torch.dtype
     twin = SliceTwin(module, lambda p: kind(p, lr=0.1))
     for step in range(45):
         twin.step(optimizer, step)
-    assert optimizer.numbers == ((Number("count", "int"),) if kind is Lion else ())
+    assert optimizer.numbers_of(module.wide) == ((Number("count", "int"),) if kind is Lion else ())
 
 
 @pytest.mark.parametrize("kind", [TrustRatio, RowWise])
@@ -106,6 +110,35 @@ def test_a_class_that_needs_whole_parameters_comes_too_late() -> None:
     first.step()
     with pytest.raises(OptimizerMismatch, match=r"optimizer\(model, .*TrustRatio\) updates a parameter by numbers of"):
         chunkft_fx.optimizer(module, TrustRatio)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_class_of_the_page_of_limits_runs_muon_for_matrices_and_adamw_for_the_rest(dtype: torch.dtype) -> None:
+    (code,) = (c for c in re.findall(r"```python\n(.*?)```", LIMITS.read_text(), re.DOTALL) if "MuonAndAdamW" in c)
+    known: dict[str, Any] = {"torch": torch, "chunkft_fx": chunkft_fx, "model": compiled(nn.Linear(8, 8))}
+    exec(code, known)
+    kind = known["MuonAndAdamW"]
+
+    def made() -> tuple[Any, Any]:
+        torch.manual_seed(0)
+        layers = (nn.Linear(8, 12), nn.LayerNorm(12), nn.Linear(12, 8))
+        module = compiled(nn.Sequential(*layers).to(dtype), 4)
+        return module, chunkft_fx.optimizer(module, kind, lr=0.1)
+
+    module, optimizer = made()
+    kept = {t.name: t.of for t in optimizer.spec.tensors}
+    assert kept == {"momentum_buffer": "matrices", "exp_avg": "vectors", "exp_avg_sq": "vectors"}
+    twin = SliceTwin(module, lambda p: kind(p, lr=0.1))
+    for step in range(9):
+        twin.step(optimizer, step)
+    again, other = made()
+    again.load_state_dict(module.state_dict())
+    other.load_state_dict(optimizer.state_dict())
+    for step in range(9, 14):
+        for trained, stepped in ((module, optimizer), (again, other)):
+            feed(trained, step)
+            stepped.step()
+    assert all(torch.equal(p, q) for p, q in zip(module.parameters(), again.parameters(), strict=True))
 
 
 class GlobalNorm(Own):
@@ -243,3 +276,22 @@ def test_states_in_8_bits_of_other_libraries_name_those_of_this_one(library: str
     kind = getattr(pytest.importorskip(library), name)
     with pytest.raises(OptimizerNotSupported, match=r'use chunkft_fx.AdamW\(model, state_dtype="8bit"\)'):
         chunkft_fx.optimizer(compiled(net()), kind)
+
+
+def test_a_parameter_of_a_new_form_is_refused_or_followed() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    for linear in model:
+        linear.bias.requires_grad_(False)
+    for kind in (torch.optim.Muon, torch.optim.Adam):
+        module = compiled(model)
+        optimizer: Any = chunkft_fx.optimizer(module, kind)
+        model[0].bias.requires_grad_(True)
+        if kind is torch.optim.Muon:
+            with pytest.raises(OptimizerNotSupported, match=r"Muon cannot train '0.bias' of shape \[8\]"):
+                module(torch.ones(1, 8))
+            model[0].bias.requires_grad_(False)
+            del module, optimizer
+            continue
+        module(torch.ones(1, 8)).sum().backward()
+        optimizer.step()
+        assert len(optimizer.state_dict()["state"]) == 3

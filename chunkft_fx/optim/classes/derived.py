@@ -28,18 +28,22 @@ from chunkft_fx.plan.state_spec import CODES, MASTER, REMAINDER, SCALES, StateTe
 Form = tuple[int, torch.dtype]
 EIGHT_BITS = 'for states in 8 bits use chunkft_fx.AdamW(model, state_dtype="8bit"), which has the codes of torchao'
 ANOTHER = "use another class"
-FREEZE = "freeze such parameters (requires_grad_(False) before chunkft_fx.compile), or use another class"
+FREEZE = (
+    "freeze such parameters (requires_grad_(False) before chunkft_fx.compile), use another class, or one of your own "
+    "that hands them to another (docs/limits.md has one for Muon)"
+)
 
 
 @dataclass(frozen=True)
 class Derived:
     """A class as it is run: the states and numbers it keeps, whether it needs whole parameters and spoils gradients.
 
-    ``moved_nbytes`` is what an update of an element moves in memory, its master included.
+    ``numbers`` are by the number of dimensions of a parameter. ``moved_nbytes`` is what an update of an element moves
+    in memory, its master included.
     """
 
     tensors: tuple[StateTensor, ...]
-    numbers: tuple[Number, ...]
+    numbers: Mapping[int, tuple[Number, ...]]
     is_whole: bool
     spoils_gradients: bool
     moved_nbytes: int
@@ -62,6 +66,7 @@ def derive(kind: OptimizerClass, options: Mapping[str, Any], forms: Mapping[Form
         require_closureless(kind)
     except OptimizerNotSupported as error:
         raise OptimizerNotSupported(f"{kind.name} cannot be run over slices: {error}; use another class") from error
+    options = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in options.items()}
     found: dict[Form, Findings] = {}
     refused: list[tuple[Form, Exception]] = []
     for form in forms:
@@ -73,14 +78,15 @@ def derive(kind: OptimizerClass, options: Mapping[str, Any], forms: Mapping[Form
         form, why = refused[0]
         raise OptimizerNotSupported(_refusal(kind, *forms[form], why, is_all=not found)) from why
     known = found | _beside(kind, options, found)
-    tensors = tuple(_tensor(kind, name, known, forms) for name in _names(known))
-    numbers: dict[str, Number] = {}
-    for findings in known.values():
-        numbers |= {n: number for n, number in findings.numbers.items() if n not in _names(known)}
+    names = _names(known)
+    tensors = tuple(_tensor(kind, name, known, forms) for name in names)
+    numbers = {
+        d: tuple(n for n in findings.numbers.values() if n.name not in names) for (d, _), findings in found.items()
+    }
     dimensions, dtype = next((f for f in found if f[0]), next(iter(found)))
     return Derived(
         tensors,
-        tuple(numbers.values()),
+        numbers,
         any(findings.is_whole for findings in found.values()),
         writes_gradients(kind, options, dimensions, dtype),
         moved_nbytes(kind, options, dimensions) + MASTER_NBYTES,

@@ -103,6 +103,15 @@ def moved_nbytes(kind: OptimizerClass, options: Mapping[str, Any], dimensions: i
     return traffic.nbytes // weight.numel()
 
 
+def placed_numbers(
+    kind: OptimizerClass, options: Mapping[str, Any], dimensions: int, dtype: torch.dtype, device: torch.device
+) -> frozenset[str]:
+    """The numbers that the class keeps in the memory of a GPU where parameters are there."""
+    weight, gradients = _inputs(dimensions, dtype, 0)
+    plain = _plain(kind, options, [(weight.to(device), [gradients[0].to(device)])])
+    return frozenset(k for k, v in plain.states[0].items() if isinstance(v, Tensor) and v.device.type == device.type)
+
+
 def _foreach(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options with which the class does on the CPU what it does by default on CUDA."""
     is_free = "foreach" in options and options["foreach"] is None and not isinstance(options.get("lr"), Tensor)

@@ -12,11 +12,12 @@ from torch.optim.optimizer import Optimizer
 
 from chunkft_fx.errors import OptimizerNotSupported, OptionError
 from chunkft_fx.module.module import training_of
-from chunkft_fx.optim.classes.derived import Derived, derive, forms_of
+from chunkft_fx.optim.classes.derived import Derived, Form, derive, forms_of
 from chunkft_fx.optim.classes.parked import OptimizerClass, options_of
+from chunkft_fx.optim.classes.probe import placed_numbers
 from chunkft_fx.optim.optimizer import ChunkedOptimizer
 from chunkft_fx.optim.parts import PartsOptimizer
-from chunkft_fx.optim.states.numbers import numbers_in
+from chunkft_fx.optim.states.numbers import Number, numbers_in
 from chunkft_fx.optim.update import Part
 from chunkft_fx.plan.state_spec import StateSpec
 
@@ -84,19 +85,19 @@ class TorchOptimizer(PartsOptimizer):
         training = training_of(model, f"chunkft_fx.optimizer(model, {kind.name})")
         self._kind = kind
         self._checked: list[dict[str, Any]] = []
+        self._placed: dict[torch.device, frozenset[str]] = {}
         self._forms = forms_of((n, p) for n, p in training.named_parameters() if p.requires_grad)
         defaults = self._defaults()
         if no_decay and "weight_decay" not in defaults:
             raise OptionError(f"no_decay={tuple(no_decay)!r} was given, but {kind.name} has no weight_decay")
-        derived = self._derived(defaults)
-        self.numbers = derived.numbers
+        derived = self._first = self._derived(defaults, self._forms)
         spec = StateSpec(
             f"optimizer(model, {kind.name})",
             derived.tensors,
             states,
             derived.moved_nbytes,
             derived.is_whole,
-            saves_steps=any(n.name == "step" for n in derived.numbers),
+            saves_steps=any(n.name == "step" for numbers in derived.numbers.values() for n in numbers),
         )
         super().__init__(model, spec, defaults, no_decay=no_decay, **options)
 
@@ -105,30 +106,65 @@ class TorchOptimizer(PartsOptimizer):
         if any(_is_alike(given, known) for known in self._checked):
             return
         self._made(given)
-        derived = self._derived(given)
-        kept, needed = self._derived(self.defaults) if hasattr(self, "defaults") else derived, derived
-        if (kept.tensors, kept.numbers) != (needed.tensors, needed.numbers) or needed.is_whole > kept.is_whole:
-            raise OptionError(
-                f"options of a parameter group decide which states {self._kind.name} keeps, and they are not those of "
-                f"the options that it was made with ({[t.name for t in kept.tensors]}, now "
-                f"{[t.name for t in needed.tensors]}); make a new optimizer"
-            )
+        self._require_same(self._derived(given, self._forms))
         self._checked = [*self._checked[-7:], given]
 
+    def follow(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        forms = forms_of((n, p) for n, p in parameters.items() if p.requires_grad)
+        if forms.keys() - self._forms.keys():
+            found = self._derived(self.defaults, forms)
+            self._require_same(found)
+            self._first, self._forms = found, forms
+        super().follow(parameters)
+
+    def numbers_of(self, parameter: Tensor) -> tuple[Number, ...]:
+        known = self._first.numbers
+        return known.get(parameter.ndim) or known.get(0, ())  # updates see a scalar as a vector
+
+    def _require_same(self, found: Derived) -> None:
+        """Raise `OptionError` for what does not go with the states that there are."""
+        first = self._first
+        differ = any(found.numbers[d] != numbers for d, numbers in first.numbers.items() if d in found.numbers)
+        if found.tensors != first.tensors or differ or found.is_whole > first.is_whole:
+            raise OptionError(
+                f"options of a parameter group, or new parameters, decide which states {self._kind.name} keeps; they "
+                f"are not those that it was made with ({[t.name for t in first.tensors]}, now "
+                f"{[t.name for t in found.tensors]}); make a new optimizer"
+            )
+
     def update(self, parts: Sequence[Part], options: Mapping[str, Any]) -> None:
-        spoils = self._derived(options).spoils_gradients
-        before = [None if part.step == 1 else self._state(part) for part in parts]
+        spoils = self._derived(options, self._forms).spoils_gradients
+        placed = self._placed_on(parts[0].weight.device, options)
+        before = [None if part.step == 1 else self._state(part, placed) for part in parts]
         gradients = [part.gradient.clone() if spoils else part.gradient for part in parts]
         after = self._kind.step(options, [part.weight for part in parts], gradients, before)
         for part, state in zip(parts, after, strict=True):
+            numbers = self.numbers_of(part.weight)
+            expected = {*part.states, *(n.name for n in numbers)}
+            if state.keys() != expected:
+                raise OptimizerNotSupported(
+                    f"{self._kind.name} keeps {sorted(state)} of a part of shape {list(part.weight.shape)}, and kept "
+                    f"{sorted(expected)} of small parameters with as many dimensions; it may depend on nothing else"
+                )
             for name, kept in part.states.items():
                 if state[name] is not kept:
                     kept.copy_(state[name])
-            part.after.update(numbers_in(state, self.numbers))
+            part.after.update(numbers_in(state, numbers))
 
-    def _state(self, part: Part) -> dict[str, Any]:
-        """What the class kept of a part."""
-        return dict(part.states) | {n.name: n.made(part.numbers[n.name]) for n in self.numbers}
+    def _state(self, part: Part, placed: frozenset[str]) -> dict[str, Any]:
+        """What the class kept of a part; numbers that are ``placed`` lie where the part does."""
+        device, known = part.weight.device, self.numbers_of(part.weight)
+        numbers = {n.name: n.made(part.numbers[n.name], device if n.name in placed else None) for n in known}
+        return dict(part.states) | numbers
+
+    def _placed_on(self, device: torch.device, options: Mapping[str, Any]) -> frozenset[str]:
+        """The numbers that the class keeps on a device, if it is a GPU."""
+        if device.type == "cpu":
+            return frozenset()
+        if device not in self._placed:
+            each = (placed_numbers(self._kind, options, *form, device) for form in self._forms)
+            self._placed[device] = frozenset().union(*each)
+        return self._placed[device]
 
     def _defaults(self) -> dict[str, Any]:
         """The class's options with their defaults, once it has taken those that were given."""
@@ -153,15 +189,15 @@ class TorchOptimizer(PartsOptimizer):
                 errors.append(error)
         raise OptionError(f"{self._kind.name} refuses its options: {errors[0]}") from errors[0]
 
-    def _derived(self, options: Mapping[str, Any]) -> Derived:
+    def _derived(self, options: Mapping[str, Any], forms: Mapping[Form, tuple[str, Tensor]]) -> Derived:
         """What is known of the class with options that decide the same."""
         decisive = {**self._kind.given, **options_of(options)}
-        key = {k: _decides(v) for k, v in decisive.items() if k not in _RATES} | {"forms": [*self._forms]}
+        key = {k: _decides(v) for k, v in decisive.items() if k not in _RATES} | {"forms": [*forms]}
         known = _KNOWN.setdefault(self._kind.kind, [])
         for decided, derived in known:
             if decided == key:
                 return derived
-        derived = derive(self._kind, options, self._forms)
+        derived = derive(self._kind, options, forms)
         known.append((key, derived))
         return derived
 

@@ -21,11 +21,11 @@ class Number(NamedTuple):
     name: str
     kind: str
 
-    def made(self, value: float) -> Any:
-        """This number as the class makes it; a tensor is 0-d and on the CPU."""
+    def made(self, value: float, device: torch.device | None = None) -> Any:
+        """This number as the class makes it; a tensor is 0-d, and on the CPU if no device is given."""
         if self.kind in ("int", "float", "bool"):
             return {"int": int, "float": float, "bool": bool}[self.kind](value)
-        return torch.tensor(value, dtype=getattr(torch, self.kind))
+        return torch.tensor(value, dtype=getattr(torch, self.kind), device=device)
 
 
 def number_of(name: str, value: Any) -> Number | None:
