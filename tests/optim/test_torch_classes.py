@@ -314,3 +314,16 @@ def test_the_example_of_the_readme_trains_all_parameters() -> None:
     train_step(model, known["optimizer"], 0, torch.float32)
     before = dict(plain.named_parameters())
     assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n != "unused")
+
+
+def test_slices_of_one_parameter_with_as_many_steps_keep_numbers_of_their_own() -> None:
+    module = compiled(net(torch.float64), 20)
+    optimizer = chunkft_fx.optimizer(module, torch.optim.ASGD, schedule_by="step")
+    rates = {"lr": 0.1}
+    twin = SliceTwin(module, lambda p: torch.optim.ASGD(p, lr=rates["lr"]))
+    for step in range(50):
+        rates["lr"] = 0.1 / (1 + step)
+        for torchs in (optimizer, *(o for _, o in twin.known.values())):
+            torchs.param_groups[0].update(rates)
+        twin.step(optimizer, step)
+    assert any(len(state["slice_steps"]) > 1 for state in optimizer.state_dict()["state"].values())
