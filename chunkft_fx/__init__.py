@@ -4,6 +4,7 @@ from chunkft_fx import errors
 from chunkft_fx.api import compile
 from chunkft_fx.logs import enable_logs
 from chunkft_fx.module.module import CompiledModule
+from chunkft_fx.optim.classes.torch_optimizer import optimizer
 from chunkft_fx.optim.rules.adafactor import Adafactor
 from chunkft_fx.optim.rules.adamw import AdamW
 from chunkft_fx.optim.rules.sgd import SGD
@@ -11,6 +12,6 @@ from chunkft_fx.plan.chunk import Chunk, Slice
 from chunkft_fx.plan.plan import Plan
 
 __version__ = "0.1.0"
-__all__ = ["SGD", "Adafactor", "AdamW", "Chunk", "CompiledModule", "Plan", "Slice", "compile", "errors"]
+__all__ = ["SGD", "Adafactor", "AdamW", "Chunk", "CompiledModule", "Plan", "Slice", "compile", "errors", "optimizer"]
 
 enable_logs()  # as $CHUNKFT_LOGS says

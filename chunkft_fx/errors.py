@@ -69,6 +69,10 @@ class OptimizerMismatch(ChunkFTError, TypeError):
     """The optimizer was given something other than a module returned by ``chunkft_fx.compile``."""
 
 
+class OptimizerNotSupported(ChunkFTError, TypeError):
+    """A class of torch optimizers cannot be run over the slices of a compiled module."""
+
+
 class HostMemoryExceeded(ChunkFTError, MemoryError):
     """Optimizer states or gradients need more host memory (``needed_bytes``) than they may take (``limit_bytes``)."""
 

@@ -229,6 +229,31 @@ def before_every_optimizer_step(hook: Callable[[Optimizer, Any, Any], None]) -> 
     return end
 
 
+def step_without_hooks(optimizer: Optimizer) -> None:
+    """An optimizer's step without the hooks that torch calls around those of all optimizers."""
+    step = type(optimizer).step
+    if getattr(step, "hooked", False):  # as `Optimizer._patch_step_function` marks what it has wrapped
+        step = step.__wrapped__  # type: ignore[attr-defined]
+    step(optimizer)
+
+
+class CountedTraffic(python_dispatch.TorchDispatchMode):
+    """While inside, adds up in ``nbytes`` what operators read and write of tensors with ``numel`` elements or more."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.numel, self.nbytes = numel, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not returns_view(func) or writes_memory(func):
+            moved = [*tree_leaves((args, kwargs)), *tree_leaves(result)]
+            if writes_memory(func) and result is None:  # a foreach function, which writes its first list
+                moved += tree_leaves(args[0])
+            self.nbytes += sum(t.nbytes for t in moved if isinstance(t, Tensor) and t.numel() >= self.numel)
+        return result
+
+
 def flop_formula(packet: Any) -> Callable[..., int] | None:
     """The formula of torch's FLOP counter for an operator (all overloads of one name); None if it has none.
 

@@ -2,17 +2,18 @@
 
 The layout is that of torch's optimizer of the same name, for AdamW ``{"state": {index: {"step", "exp_avg",
 "exp_avg_sq"}}, "param_groups": [...]}``. This library adds ``master`` (float32 weights of low-precision parameters,
-in whatever format the optimizer keeps them) and ``slice_steps`` (``[start, length, step]`` along the cut dimension) per
-parameter, and a top-level entry ``chunkft`` with names, shapes and cut dimensions of the parameters, the schedule's
-position, the learning rates of its sweep (`optim.sweep_rates`), and the number of updates made, which seeds stochastic
-rounding. States are in the format in which the optimizer keeps them, those in 8 bits as ``exp_avg_codes`` (uint8, in
-the parameter's shape) and ``exp_avg_scales`` (float32, a row for each index of the cut dimension): names that torch's
-optimizer does not take for numbers. One that no update reads (``exp_avg`` where ``betas[0]`` is 0) may be missing.
+in whatever format the optimizer keeps them) and ``slice_steps`` (``[start, length, step]`` along the cut dimension, and
+behind them the numbers that the optimizer keeps, if any) per parameter, and a top-level entry ``chunkft`` with names,
+shapes and cut dimensions of the parameters, the schedule's position, the learning rates of its sweep
+(`optim.sweep_rates`), and the number of updates made, which seeds stochastic rounding. States are in the format in
+which the optimizer keeps them, those in 8 bits as ``exp_avg_codes`` (uint8, in the parameter's shape) and
+``exp_avg_scales`` (float32, a row for each index of the cut dimension): names that torch's optimizer does not take for
+numbers. One that no update reads (``exp_avg`` where ``betas[0]`` is 0) may be missing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ from chunkft_fx.errors import CheckpointMismatch, OptionError
 from chunkft_fx.graph.layout import front, size_along
 from chunkft_fx.kernels.masters import join_master, reconcile
 from chunkft_fx.optim.saved_states import SavedState, checked
+from chunkft_fx.optim.states.numbers import Number
 from chunkft_fx.optim.states.step_counts import Counts, Run, is_partition, uniform
 from chunkft_fx.optim.sweep_rates import SweepRates
 from chunkft_fx.plan.cuts import cut_dim
@@ -34,11 +36,9 @@ ENTRY = "chunkft"
 VERSION = 2
 READABLE = (1, 2)
 # Switches of torch's optimizers that choose an implementation; ours is chosen by the device.
-_IGNORED_OPTIONS = {"params", "param_names", "foreach", "capturable", "differentiable", "fused"} | {
-    "decoupled_weight_decay",
-    "amsgrad",
-    "maximize",
-}
+_IGNORED_OPTIONS = {"params", "param_names", "foreach", "capturable", "differentiable", "fused"}
+# Switches of what is computed, which most optimizers of this library have not; torch's of older versions lack them too.
+_SWITCHES = {"decoupled_weight_decay", "amsgrad", "maximize"}
 
 
 @dataclass(frozen=True)
@@ -77,18 +77,26 @@ def fill_masters(states: Mapping[Tensor, Mapping[str, Any]]) -> None:
 
 
 def exported(
-    states: Mapping[int, Mapping[str, Any]], parameters: Sequence[Tensor], spec: StateSpec
+    states: Mapping[int, Mapping[str, Any]],
+    parameters: Sequence[Tensor],
+    spec: StateSpec,
+    numbers_of: Callable[[Tensor], tuple[Number, ...]] = lambda _: (),
 ) -> dict[int, dict[str, Any]]:
     """The states of updated parameters as a checkpoint has them: steps as torch counts them, runs as lists.
+
+    ``numbers_of`` a parameter are those that the optimizer keeps of runs: they stand behind the counts of each, and
+    once as torch has them, from the run with most updates.
 
     Masters that are kept as remainders are put together in host memory, 4 bytes an element while the checkpoint lives.
     """
     found: dict[int, dict[str, Any]] = {}
     for index, state in states.items():
-        step = max(run.step for run in state["slice_steps"])
-        if step:
-            runs = [list(run) for run in state["slice_steps"]]
-            counted = {"step": torch.tensor(float(step))} if spec.saves_steps else {}
+        most = max(state["slice_steps"], key=lambda run: run.step)
+        if most.step:
+            runs = [list(run) if run.numbers else list(run[:3]) for run in state["slice_steps"]]
+            counted = {"step": torch.tensor(float(most.step))} if spec.saves_steps else {}
+            numbers = dict(most.numbers)
+            counted |= {n.name: n.made(numbers[n.name]) for n in numbers_of(parameters[index])}
             found[index] = {**counted, **_with_master(state, parameters[index]), "slice_steps": runs}
     return found
 
@@ -106,6 +114,9 @@ class Loads(Protocol):
     spec: StateSpec
     param_groups: list[dict[str, Any]]
     defaults: dict[str, Any]
+    switches: tuple[str, ...]
+
+    def numbers_of(self, parameter: Tensor) -> tuple[Number, ...]: ...
 
     def check_options(self, options: Mapping[str, Any]) -> None: ...
 
@@ -127,7 +138,7 @@ def read(state_dict: Mapping[str, Any], optimizer: Loads) -> Checkpoint:
             "make the optimizer with the same no_decay patterns"
         )
     pairs = enumerate(zip(saved_groups, groups, strict=True))
-    taken = [_options(i, saved, group, spec.optimizer, tuple(optimizer.defaults)) for i, (saved, group) in pairs]
+    taken = [_options(i, saved, group, optimizer) for i, (saved, group) in pairs]
     for i, options in enumerate(taken):
         _check_values(i, options, optimizer)
     named = [(n, p) for g in groups for n, p in zip(g["param_names"], g["params"], strict=True)]
@@ -141,7 +152,7 @@ def read(state_dict: Mapping[str, Any], optimizer: Loads) -> Checkpoint:
         )
     unread = [optimizer.unread(options) for options, g in zip(taken, groups, strict=True) for _ in g["params"]]
     states = {
-        i: _state(named[i][0], named[i][1], dims[i], state_dict["state"][key], spec, unread[i])
+        i: _state(*named[i], dims[i], state_dict["state"][key], spec, optimizer.numbers_of(named[i][1]), unread[i])
         for key, i in indices.items()
         if key in state_dict["state"]
     }
@@ -161,14 +172,13 @@ def _check_values(index: int, options: Mapping[str, Any], optimizer: Loads) -> N
         raise CheckpointMismatch(f"parameter group {index} of the checkpoint: {error}") from error
 
 
-def _options(
-    index: int, saved: Mapping[str, Any], group: Mapping[str, Any], optimizer: str, options: Sequence[str]
-) -> dict[str, Any]:
+def _options(index: int, saved: Mapping[str, Any], group: Mapping[str, Any], optimizer: Loads) -> dict[str, Any]:
     """A saved group's options, once its parameters are known to be this group's."""
-    where = f"parameter group {index} of the checkpoint"
-    missing = [key for key in ("params", *options) if key not in saved]
+    where, name = f"parameter group {index} of the checkpoint", optimizer.spec.optimizer
+    optional = (_IGNORED_OPTIONS | _SWITCHES) - {"params"}
+    missing = [key for key in ("params", *optimizer.defaults) if key not in saved and key not in optional]
     if missing:
-        raise CheckpointMismatch(f"{where} lacks {', '.join(missing)}; it was not saved by an {optimizer} optimizer")
+        raise CheckpointMismatch(f"{where} lacks {', '.join(missing)}; it was not saved by an {name} optimizer")
     if len(saved["params"]) != len(group["params"]):
         raise CheckpointMismatch(
             f"{where} has {len(saved['params'])} parameters, the optimizer's has {len(group['params'])}: "
@@ -178,9 +188,10 @@ def _options(
         if theirs != ours:
             raise CheckpointMismatch(f"{where} has parameter {theirs!r} where this model has {ours!r}")
     for switch in ("amsgrad", "maximize"):
-        if saved.get(switch):
+        if saved.get(switch) and switch in optimizer.switches:
             raise CheckpointMismatch(f"{where} was trained with {switch}=True, which this optimizer does not do")
-    return {key: deepcopy(value) for key, value in saved.items() if key not in _IGNORED_OPTIONS}
+    ignored = _IGNORED_OPTIONS | (_SWITCHES - optimizer.defaults.keys())
+    return {key: deepcopy(value) for key, value in saved.items() if key not in ignored}
 
 
 def _check_entry(entry: Any, named: Sequence[tuple[str, Tensor]]) -> list[int]:
@@ -208,10 +219,38 @@ def _check_entry(entry: Any, named: Sequence[tuple[str, Tensor]]) -> list[int]:
 
 
 def _state(
-    name: str, parameter: Tensor, dim: int, saved: Mapping[str, Any], spec: StateSpec, unread: frozenset[str]
+    name: str,
+    parameter: Tensor,
+    dim: int,
+    saved: Mapping[str, Any],
+    spec: StateSpec,
+    numbers: tuple[Number, ...],
+    unread: frozenset[str],
 ) -> SavedState:
     counts = _counts(name, parameter, dim, saved, spec)
+    if numbers:
+        counts = tuple(_numbered(name, run, saved, numbers) for run in counts)
+        saved = {key: value for key, value in saved.items() if key not in [n.name for n in numbers]}
     return SavedState(checked(name, parameter, dim, saved, spec, unread), counts, dim)
+
+
+def _numbered(name: str, run: Run, saved: Mapping[str, Any], numbers: tuple[Number, ...]) -> Run:
+    """A run with the numbers that were saved behind it or, by torch, once for the parameter."""
+    if not run.step:
+        return run._replace(numbers=())
+    known = {**saved, "step": run.step, **dict(run.numbers)}
+    try:
+        return run._replace(numbers=tuple((n.name, _number(known[n.name])) for n in numbers))
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointMismatch(f"the numbers of {name!r} are not readable: {error!r}") from error
+
+
+def _number(value: Any) -> float:
+    """A number that was saved as itself or as a tensor."""
+    found = value.item() if isinstance(value, Tensor) else value
+    if not isinstance(found, int | float):
+        raise TypeError(f"{found!r} is no number")
+    return found
 
 
 def _require_masters(states: Sequence[tuple[str, Tensor, SavedState]]) -> None:
@@ -231,7 +270,7 @@ def _counts(name: str, parameter: Tensor, dim: int, saved: Mapping[str, Any], sp
     try:
         if "slice_steps" not in saved:
             return _whole(name, saved["step"] if spec.saves_steps else 1, size)
-        runs = tuple(Run(*run) for run in saved["slice_steps"])
+        runs = tuple(_run(*run) for run in saved["slice_steps"])
     except (TypeError, ValueError, KeyError) as error:
         raise CheckpointMismatch(f"the step counts of {name!r} are not readable: {error!r}") from error
     if not is_partition(runs, size_along(parameter, dim) if dim < max(parameter.ndim, 1) else -1):
@@ -244,7 +283,11 @@ def _counts(name: str, parameter: Tensor, dim: int, saved: Mapping[str, Any], sp
         return runs
     if len(runs) > 1:
         raise CheckpointMismatch(f"{name!r} was cut along dimension {dim} when it was saved, now it is along {ours}")
-    return uniform(size, runs[0].step)
+    return uniform(size, runs[0].step, runs[0].numbers)
+
+
+def _run(start: int, length: int, step: int, numbers: Sequence[tuple[str, float]] = ()) -> Run:
+    return Run(start, length, step, tuple((str(name), value) for name, value in numbers))
 
 
 def _whole(name: str, step: Any, size: int) -> Counts:

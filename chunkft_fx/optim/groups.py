@@ -32,9 +32,9 @@ def require_at_least_0(options: Mapping[str, Any], *names: str) -> None:
             raise OptionError(f"{name}={options[name]!r} must be a number, 0 or more")
 
 
-def refuse_switches(group: Mapping[str, Any], optimizer: str) -> None:
+def refuse_switches(group: Mapping[str, Any], switches: Sequence[str], optimizer: str) -> None:
     """Raise `OptionError` for an option of a group that only torch's optimizer of this name has."""
-    for key in ("maximize", "amsgrad", "differentiable"):
+    for key in switches:
         if group.get(key):
             raise OptionError(f"{key}={group[key]!r} was set in a parameter group, but {optimizer} has no {key}")
 

@@ -39,6 +39,7 @@ from chunkft_fx.optim.refusals import (
     refuse_strangers,
     warn_without_gradient,
 )
+from chunkft_fx.optim.states.numbers import Number
 from chunkft_fx.optim.states.pieces import Apply, PieceUpdates
 from chunkft_fx.optim.states.staging import StagedStates
 from chunkft_fx.optim.sweep_rates import SweepRates, check_schedule_by, rates_now, turn
@@ -87,6 +88,9 @@ class ChunkedOptimizer(Optimizer, ABC):
     `HostMemoryExceeded` if it cannot hold the states (``smaller`` are options with which they take less),
     `NoTrainableParameters`.
     """
+
+    # Options of torch's optimizer of this name that this one has not.
+    switches: tuple[str, ...] = ("maximize", "amsgrad", "differentiable")
 
     def __init__(
         self,
@@ -137,6 +141,10 @@ class ChunkedOptimizer(Optimizer, ABC):
         """The states that updates with a group's options do not read, so that a checkpoint may lack them."""
         return frozenset()
 
+    def numbers_of(self, parameter: Tensor) -> tuple[Number, ...]:
+        """The numbers that are kept of runs of a parameter's indices, beside step counts."""
+        return ()
+
     @abstractmethod
     def prepare(
         self, entries: Sequence[StagedSlice], options: Mapping[str, Any], scale: Tensor | None, seed: int
@@ -175,7 +183,7 @@ class ChunkedOptimizer(Optimizer, ABC):
         for group in self.param_groups:
             check_rate(group["lr"])
             self.check_options(group)
-            refuse_switches(group, f"chunkft_fx.{self.spec.optimizer}")
+            refuse_switches(group, self.switches, f"chunkft_fx.{self.spec.optimizer}")
             refuse_strangers(group, self._states)
         check_clipping(self.max_grad_norm)
         check_schedule_by(self.schedule_by)
@@ -215,8 +223,8 @@ class ChunkedOptimizer(Optimizer, ABC):
         for update in updates:
             update.apply()
         self._updates += 1
-        for s in graded:
-            self._states.count(s)
+        for s, entry in zip(graded, entries, strict=True):
+            self._states.count(s, entry.after)
         written = after_host_weights(graded, self.stage.device)
         self._sweep_rates, self.last_rates = taken.after, taken.rates or rates_now(self.param_groups)
         if self._model.advance(taken.takes_turn):
@@ -439,5 +447,6 @@ def _export(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     assert isinstance(optimizer, ChunkedOptimizer)
     position, rates = optimizer._model.schedule_position(), optimizer._sweep_rates
     entry = describe(optimizer.param_groups, position, optimizer._updates, rates)
-    states = exported(state_dict["state"], optimizer._parameters(), optimizer.spec) if optimizer.spec.is_kept else {}
+    parameters, spec = optimizer._parameters(), optimizer.spec
+    states = exported(state_dict["state"], parameters, spec, optimizer.numbers_of) if spec.is_kept else {}
     return state_dict | {"state": states, ENTRY: entry}

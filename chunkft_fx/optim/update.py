@@ -8,7 +8,7 @@ their masters.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +18,8 @@ from torch.nn.utils import get_total_norm
 from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.graph.layout import front, wide_dtype
 from chunkft_fx.kernels.masters import reconcile
-from chunkft_fx.optim.states.step_counts import Counts, within
+from chunkft_fx.optim.states.numbers import Numbers
+from chunkft_fx.optim.states.step_counts import Counts, Run, within
 from chunkft_fx.plan.chunk import Slice
 from chunkft_fx.plan.state_spec import MASTER, StateSpec
 
@@ -30,7 +31,8 @@ PART_NUMEL = 2**24
 class StagedSlice:
     """A slice that is to be updated: its weight, by its gradient, with its staged states by name.
 
-    ``counts`` are the step counts of its whole ``parameter`` so far.
+    ``counts`` are the step counts of its whole ``parameter`` so far. An update that keeps numbers of runs puts the new
+    ones into ``after``, by the start of the run.
     """
 
     slice: Slice
@@ -39,6 +41,7 @@ class StagedSlice:
     gradient: Tensor
     states: Mapping[str, Tensor]
     counts: Counts
+    after: dict[int, Numbers] = field(default_factory=dict)
 
 
 class Update(Protocol):
@@ -55,13 +58,16 @@ class Part:
     All tensors are contiguous, in float32 (float64 for float64 parameters) and on one device; the weight is the master
     of a low-precision one. An optimizer that updates elements alone sees the cut dimension in front; one whose spec
     ``is_whole`` sees parameters as they are (states of one that is not cut along dimension 0 are then views). ``step``
-    counts the updates of these elements, this one included.
+    counts the updates of these elements, this one included. ``numbers`` are what an optimizer keeps of them beside
+    tensors, from the update before; it puts those from this one into ``after``.
     """
 
     weight: Tensor
     gradient: Tensor
     states: Mapping[str, Tensor]
     step: int
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    after: dict[str, float] = field(default_factory=dict)
 
 
 # An optimizer's arithmetic: one step on these parts in place, with a parameter group's options.
@@ -70,19 +76,23 @@ Rule = Callable[[Sequence[Part], Mapping[str, Any]], None]
 
 @dataclass(frozen=True)
 class _Piece:
-    """A part before it is made ready: the weight where it lives, and its master where that is another tensor."""
+    """A part before it is made ready: the weight where it lives, and its master where that is another tensor.
+
+    ``run`` has the counts of it before the update, ``after`` is that of its slice.
+    """
 
     home: Tensor
     master: Tensor | None
     gradient: Tensor
     states: Mapping[str, Tensor]
-    step: int
+    run: Run
+    after: dict[int, Numbers]
 
     def cut(self, start: int, length: int) -> _Piece:
         home, gradient = self.home.narrow(0, start, length), self.gradient.narrow(0, start, length)
         master = None if self.master is None else self.master.narrow(0, start, length)
         states = {key: t.narrow(0, start, length) for key, t in self.states.items()}
-        return _Piece(home, master, gradient, states, self.step)
+        return _Piece(home, master, gradient, states, self.run, self.after)
 
     def ready(self, scale: Tensor | None) -> Part:
         """The part where the gradient is, the master brought up to date."""
@@ -95,12 +105,14 @@ class _Piece:
         else:
             weight = self.master
             reconcile(*(t if t.ndim else t.view(1) for t in (weight, self.home)))
-        return Part(weight, gradient.contiguous(), self.states, self.step)
+        return Part(weight, gradient.contiguous(), self.states, self.run.step + 1, dict(self.run.numbers))
 
-    def take(self, weight: Tensor) -> None:
-        """Have the updated weight where it lives; waits for it if that is host memory."""
-        if weight is not self.home:
-            self.home.copy_(weight.to(self.home.dtype))
+    def take(self, part: Part) -> None:
+        """Have the updated weight where it lives, and the new numbers; waits for it if that is host memory."""
+        if part.weight is not self.home:
+            self.home.copy_(part.weight.to(self.home.dtype))
+        if part.after:
+            self.after[self.run.start] = tuple(part.after.items())
 
 
 class PartsUpdate:
@@ -129,7 +141,7 @@ class PartsUpdate:
             parts = [piece.ready(self._scale) for piece in batch]
             self._rule(parts, self._options)
             for piece, part in zip(batch, parts, strict=True):
-                piece.take(part.weight)
+                piece.take(part)
 
     def _whole(self, entry: StagedSlice) -> Iterator[_Piece]:
         """A parameter as it is."""
@@ -140,16 +152,17 @@ class PartsUpdate:
 
         states = {key: uncut(t) if layouts[key].is_sliced else t for key, t in entry.states.items()}
         (run,) = entry.counts
-        yield _Piece(entry.weight, states.pop(MASTER, None), entry.gradient.detach(), states, run.step + 1)
+        yield _Piece(entry.weight, states.pop(MASTER, None), entry.gradient.detach(), states, run, entry.after)
 
     def _runs(self, entry: StagedSlice) -> Iterator[_Piece]:
         """A slice with the cut dimension in front, cut where step counts differ."""
         s = entry.slice
         home = front(entry.weight, s.dim)
         states = {key: t.view(home.shape) for key, t in entry.states.items()}
-        whole = _Piece(home, states.pop(MASTER, None), front(entry.gradient, s.dim), states, 0)
-        for run in within(entry.counts, s.start, s.length):
-            yield replace(whole.cut(run.start - s.start, run.length), step=run.step + 1)
+        runs = within(entry.counts, s.start, s.length)
+        whole = _Piece(home, states.pop(MASTER, None), front(entry.gradient, s.dim), states, runs[0], entry.after)
+        for run in runs:
+            yield replace(whole.cut(run.start - s.start, run.length), run=run)
 
     def _batches(self) -> Iterator[list[_Piece]]:
         """The pieces a few at a time, taken apart where they are large and may be."""

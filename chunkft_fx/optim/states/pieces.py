@@ -312,8 +312,8 @@ class PieceUpdates:
             entries.append(StagedSlice(s.slice, s.parameter, weight, gradient, states, self._states.counts(s)))
         self._done[piece] = tuple(e.slice.name for e in entries)  # from now on, should the update fail halfway
         apply(entries, piece)
-        for s, _ in graded:
-            self._states.count(s)
+        for (s, _), entry in zip(graded, entries, strict=True):
+            self._states.count(s, entry.after)
 
     def _travelling(self, s: ActiveSlice) -> list[Tensor]:
         """What of a slice passes through the ring: its states, behind its weight if that stays in host memory."""

@@ -17,6 +17,7 @@ from chunkft_fx.module.training import Training
 from chunkft_fx.optim.checkpoint import fill_masters
 from chunkft_fx.optim.saved_states import SavedState, take
 from chunkft_fx.optim.states.host_states import HostStates, require_room
+from chunkft_fx.optim.states.numbers import Numbers
 from chunkft_fx.optim.states.step_counts import Counts, counted, uniform
 from chunkft_fx.plan.chunk import Slice
 from chunkft_fx.plan.cuts import cut_dim
@@ -87,9 +88,9 @@ class StagedStates:
         """A parameter's state tensors by name."""
         return self._spec.layouts(parameter)
 
-    def count(self, s: ActiveSlice) -> None:
-        """Count an update of a slice."""
-        self._known[s.parameter]["slice_steps"] = counted(self.counts(s), s.start, s.length)
+    def count(self, s: ActiveSlice, after: Mapping[int, Numbers] | None = None) -> None:
+        """Count an update of a slice; ``after`` are the new numbers of its runs, by their start."""
+        self._known[s.parameter]["slice_steps"] = counted(self.counts(s), s.start, s.length, after)
 
     def announce(self, active: Sequence[ActiveSlice]) -> None:
         """Have the states of these slices brought to where the model runs, unless they are there.
