@@ -18,7 +18,7 @@ from chunkft_fx.checkpoints.disk.tensor_file import read_tensors
 from chunkft_fx.checkpoints.plain import unpacked
 from chunkft_fx.checkpoints.random_states import check_random, restore_random
 from chunkft_fx.checkpoints.save import EXTRAS
-from chunkft_fx.checkpoints.weights import read_weights
+from chunkft_fx.checkpoints.weights import matched, saved_weights
 from chunkft_fx.errors import CheckpointMismatch, OptimizerMismatch
 from chunkft_fx.module.module import training_of
 from chunkft_fx.optim.checkpoint import ENTRY
@@ -39,6 +39,7 @@ class SavedTraining:
     """A checkpoint in the folder ``path`` as it was saved: whole, but not looked at further.
 
     ``optimizer`` is a state dict, whose tensors lie in files. Where one is None (also ``random``) there was none.
+    ``weights`` is the model's, None where files in ``path`` have it.
     """
 
     path: Path
@@ -47,6 +48,7 @@ class SavedTraining:
     scheduler: Mapping[str, Any] | None
     random: Mapping[str, Any] | None
     extra: Any
+    weights: Mapping[str, Tensor] | None = None
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, scheduler: Any) -> None:
         """Continue from here. Raises `CheckpointMismatch`, before anything changes, where that cannot be."""
@@ -61,7 +63,8 @@ class SavedTraining:
             self._restore(training.plain, optimizer, scheduler)
 
     def _restore(self, plain: nn.Module, optimizer: ChunkedOptimizer | None, scheduler: Any) -> None:
-        weights = read_weights(plain, self.path)
+        saved = self.weights if self.weights is not None else saved_weights(plain, self.path)
+        weights = matched(saved, plain.state_dict(), self.path)
         if self.random is not None:
             check_random(self.random, str(self.path))
         try:
@@ -132,6 +135,9 @@ def find(folder: Path) -> Path:
 def read(path: Path) -> SavedTraining:
     """Read a checkpoint and compare it with its checksums; raises `CheckpointMismatch` for one that is damaged."""
     record = read_record(path)
+    step = record.get("step")
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise CheckpointMismatch(f"{path} says that {step!r} steps were done, which is no count of steps")
     for name, sums in record["files"].items():
         check_file(path / name, sums)
     shards = [path / name for name in sorted(record["files"]) if name.startswith("states-")]
@@ -140,7 +146,7 @@ def read(path: Path) -> SavedTraining:
     try:
         plain = {key: unpacked(record[key], extras) for key in ("optimizer", "scheduler", "random", "extra", "states")}
         optimizer = plain["optimizer"] | {"state": _states(plain["optimizer"], plain["states"], tensors)}
-        return SavedTraining(path, int(record["step"]), optimizer, plain["scheduler"], plain["random"], plain["extra"])
+        return SavedTraining(path, step, optimizer, plain["scheduler"], plain["random"], plain["extra"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointMismatch(f"{path / RECORD} does not name what is in its files: {error!r}") from error
 
@@ -150,12 +156,12 @@ def _states(
 ) -> dict[int, dict[str, Any]]:
     """The states of a state dict, by the numbers of their parameters: views of files."""
     found: dict[int, dict[str, Any]] = {}
-    for index, (name, shape, dim) in enumerate(optimizer[ENTRY]["parameters"]):
-        if name in described:
-            own = described[name]
-            kept = {key: (tensors[f"{name}.{key}"], is_turned) for key, is_turned in own["tensors"].items()}
-            state = {key: _turned_back(t, shape, dim) if is_turned else t for key, (t, is_turned) in kept.items()}
-            found[index] = state | {"slice_steps": own["slice_steps"]}
+    parameters = {name: (i, shape, dim) for i, (name, shape, dim) in enumerate(optimizer[ENTRY]["parameters"])}
+    for name, own in described.items():
+        index, shape, dim = parameters[name]
+        kept = {key: (tensors[f"{name}.{key}"], is_turned) for key, is_turned in own["tensors"].items()}
+        state = {key: _turned_back(t, shape, dim) if is_turned else t for key, (t, is_turned) in kept.items()}
+        found[index] = state | {"slice_steps": own["slice_steps"]}
     return found
 
 

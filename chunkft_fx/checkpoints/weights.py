@@ -59,31 +59,38 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def read_weights(model: nn.Module, folder: Path) -> dict[str, Tensor]:
-    """The state dict of a model that was saved in a folder, as far as it can be without a copy.
+def saved_weights(model: nn.Module, folder: Path) -> Mapping[str, Tensor]:
+    """The weights that were saved in a folder, by the names that the model has for them."""
+    saved = read_tensors(weight_files(folder))
+    if not saved.keys() <= model.state_dict().keys() and hasattr(type(model), "from_pretrained"):
+        # transformers keeps some models under other names, or in other pieces, than it runs them
+        return _through_transformers(model, folder)
+    return saved
+
+
+def matched(saved: Any, ours: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:
+    """Saved weights by all the names of a state dict, tied ones under each of theirs.
 
     Raises `CheckpointMismatch` when names, shapes or dtypes are not this model's.
     """
-    ours: dict[str, Tensor] = model.state_dict()
-    saved = read_tensors(weight_files(folder))
-    if not saved.keys() <= ours.keys() and hasattr(type(model), "from_pretrained"):
-        # transformers keeps some models under other names, or in other pieces, than it runs them
-        saved = _through_transformers(model, folder)
+    if not isinstance(saved, Mapping):
+        raise CheckpointMismatch(f"{where} is of another model: it has no weights")
     by_memory = {memory_of(t): name for name, t in ours.items() if t.numel() and name in saved}
     taken = {name: saved.get(by_memory.get(memory_of(t), name)) for name, t in ours.items()}
-    wrong = sorted(saved.keys() - ours.keys()) + [name for name, t in taken.items() if t is None and ours[name].numel()]
+    missing = [name for name, t in taken.items() if t is None and ours[name].numel()]
+    wrong = sorted(saved.keys() - ours.keys()) + missing
     if wrong:
-        raise CheckpointMismatch(f"{folder} is of another model: it differs in {', '.join(wrong[:3])}")
+        raise CheckpointMismatch(f"{where} is of another model: it differs in {', '.join(map(str, wrong[:3]))}")
     found = {name: t for name, t in taken.items() if t is not None}
     for name, theirs in found.items():
-        if theirs.shape != ours[name].shape:
+        if not isinstance(theirs, Tensor) or theirs.shape != ours[name].shape:
             raise CheckpointMismatch(
-                f"{folder} is of another model: {name} has another shape than {tuple(ours[name].shape)}"
+                f"{where} is of another model: {name} has another shape than {tuple(ours[name].shape)}"
             )
         if theirs.dtype != ours[name].dtype:
             raise CheckpointMismatch(
-                f"{folder} is of a run in {theirs.dtype}, and this one is in {ours[name].dtype} ({name}); resume with "
-                "the same --dtype"
+                f"{where} is of a run in {theirs.dtype}, and this one is in {ours[name].dtype} ({name}); resume with "
+                "the same dtype (chunkft train: --dtype)"
             )
     return found
 

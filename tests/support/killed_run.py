@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 import chunkft_fx
+from chunkft_fx.tools.training.checkpoint import newest_checkpoint
 from chunkft_fx.tools.training.data import pack
-from chunkft_fx.tools.training.folder import CHECKPOINT, claimed, save_model
+from chunkft_fx.tools.training.folder import claimed, save_model
 from chunkft_fx.tools.training.loop import train
 from chunkft_fx.tools.training.options import TrainOptions
 from chunkft_fx.tools.zoo import tiny
@@ -64,10 +65,12 @@ def run(out: Path, fuse: int, mode: str) -> None:
     module = chunkft_fx.compile(model, "1GB", backend="eager", **compiling)
     options = TrainOptions(STEPS, 2, lr=1e-2, warmup=2, save_every=2, **training)
     with claimed(out, ""):
-        resume = out if (out / CHECKPOINT).exists() else None
+        resume = None if newest_checkpoint(out) is None else out
         text = pack([TEXT], character_tokenizer(), 16)
-        train(module, text, options, out=out, resume=resume, on_step=lambda i: say("step", i.step))
-        save_model(out, module, character_tokenizer())
+        tokenizer = character_tokenizer()
+        told = {"on_step": lambda info: say("step", info.step), "tokenizer": tokenizer}
+        train(module, text, options, out=out, resume=resume, **told)
+        save_model(out, module, tokenizer)
 
 
 def main() -> None:
