@@ -23,6 +23,8 @@ from chunkft_fx.plan.state_spec import MASTER, REMAINDER, StateSpec
 
 # Bytes of a file of states, at most, unless a single tensor has more.
 SHARD_NBYTES = 2 * 2**30
+# Elements of masters that are put together at once.
+JOINED_NUMEL = 2**18
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,13 @@ class Block:
         """What is to be written."""
         if self._weight is None:
             return as_bytes(self._rows)
-        weight = self._weight()[self.first : self.first + self.count].to("cpu")
-        return as_bytes(join_master(weight, self._rows))
+        weight = self._weight()[self.first : self.first + self.count]
+        whole = torch.empty(self._rows.shape, dtype=torch.float32)
+        step = max(1, JOINED_NUMEL * self.count // self._rows.numel())
+        for first in range(0, self.count, step):  # for what is computed in between
+            rows = slice(first, first + step)
+            whole[rows] = join_master(weight[rows].to("cpu"), self._rows[rows])
+        return as_bytes(whole)
 
     def drop(self) -> None:
         """Let go of what it holds."""
