@@ -43,8 +43,12 @@ def loaded(training: Made, folder: Path) -> chunkft_fx.Loaded:
 def test_what_is_saved_is_what_was_there_at_the_call_and_goes_on_to_the_same_bits(
     tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    save_and_go_on(tmp_path, way, monkeypatch)
+
+
+def save_and_go_on(tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch, device: str = "cpu") -> None:
     """Saved before the next step, and beside steps, in which the writer stands still behind its third block."""
-    training = made(way)
+    training = made(way, device=device)
     training.steps(0, 4)
     extra = {"epoch": (1, 2)}
     now, beside = tmp_path / "now", tmp_path / "beside"
@@ -59,7 +63,7 @@ def test_what_is_saved_is_what_was_there_at_the_call_and_goes_on_to_the_same_bit
     gate.open()
     chunkft_fx.wait_for_saves()
     after = training.values()
-    again = made(way)
+    again = made(way, device=device)
     for folder, given in ((now, extra), (beside, None)):
         assert loaded(again, folder) == chunkft_fx.Loaded(folder / "checkpoint-4", 4, given)
         assert torch.equal(torch.get_rng_state(), random)

@@ -49,10 +49,11 @@ class Made:
     model: Any
     optimizer: Any
     scheduler: Any
+    device: str = "cpu"
 
     def step(self, number: int) -> None:
         x = torch.randn(4, 8, generator=torch.Generator().manual_seed(number))
-        self.model(x.to(self.model.wide.dtype)).backward()
+        self.model(x.to(self.device, self.model.wide.dtype)).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.scheduler.step()
@@ -69,14 +70,14 @@ class Made:
         )
 
 
-def made(way: str, adafactor: bool = False) -> Made:
+def made(way: str, adafactor: bool = False, device: str = "cpu") -> Made:
     """A new training, the same for the same way."""
     compiling, options, dtype = WAYS[way]
     torch.manual_seed(0)
-    compiled = chunkft_fx.compile(Net().to(dtype), "1GB", backend="eager", **compiling)
+    compiled = chunkft_fx.compile(Net().to(device, dtype), "8GB", backend="eager", **compiling)
     kind: Any = chunkft_fx.Adafactor if adafactor else chunkft_fx.AdamW
     optimizer = kind(compiled, lr=1e-2, **options)
-    return Made(compiled, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20))
+    return Made(compiled, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20), device)
 
 
 def assert_equal(a: Any, b: Any, where: str = "") -> None:
