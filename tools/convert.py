@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from chunkft_fx.checkpoints.export import export
+from chunkft_fx.checkpoints.dense.export import export
 from chunkft_fx.tools.console import quiet, run_command
 
 

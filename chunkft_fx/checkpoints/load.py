@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chunkft_fx.checkpoints.dense import OPTIMIZER, SCHEDULER, is_dense, read_file, read_steps, regrouped
+from chunkft_fx.checkpoints.dense.trainer import OPTIMIZER, SCHEDULER, is_dense, read_file, read_steps, regrouped
 from chunkft_fx.checkpoints.disk.folders import OLD, RECORD, newest, read_record
 from chunkft_fx.checkpoints.disk.sums import check_file
 from chunkft_fx.checkpoints.disk.tensor_file import read_tensors

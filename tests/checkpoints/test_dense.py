@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import chunkft_fx
-from chunkft_fx.checkpoints.dense import decay_groups
+from chunkft_fx.checkpoints.dense.trainer import decay_groups
 from chunkft_fx.errors import CheckpointMismatch, ChunkFTWarning, OptionError
 from chunkft_fx.tools import convert
 from tests.support.checkpointed import Net

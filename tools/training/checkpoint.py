@@ -1,4 +1,4 @@
-"""Saves a run so that it can go on, and puts it back once all of a checkpoint is known to belong to the run."""
+"""Writes a run so that it can go on, and puts it back once all of a checkpoint is known to belong to the run."""
 
 from __future__ import annotations
 

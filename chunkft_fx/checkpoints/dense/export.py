@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chunkft_fx.checkpoints.dense import OPTIMIZER, PROGRESS, SCHEDULER, decay_groups
+from chunkft_fx.checkpoints.dense.trainer import OPTIMIZER, PROGRESS, SCHEDULER, decay_groups
 from chunkft_fx.checkpoints.disk.folders import RECORD, Target
 from chunkft_fx.checkpoints.disk.places import os_failure
 from chunkft_fx.checkpoints.load import SavedTraining, find, read
