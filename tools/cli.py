@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from chunkft_fx.tools import console, convert, demo, inspect, plan
+from chunkft_fx.tools import console, demo, inspect, plan
+from chunkft_fx.tools.saved import convert
 from chunkft_fx.tools.training import train
 
 app = typer.Typer(help="Full-parameter fine-tuning inside a byte budget.", no_args_is_help=True, add_completion=False)

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 import chunkft_fx
 from chunkft_fx.checkpoints.dense.trainer import decay_groups
 from chunkft_fx.errors import CheckpointMismatch, ChunkFTWarning, OptionError
-from chunkft_fx.tools import convert
+from chunkft_fx.tools.saved import convert
 from tests.support.checkpointed import Net
 
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1}
