@@ -2,6 +2,9 @@
 
 from chunkft_fx import errors
 from chunkft_fx.api import compile
+from chunkft_fx.checkpoints.load import Loaded, load
+from chunkft_fx.checkpoints.save import save
+from chunkft_fx.checkpoints.saving import wait_for_saves
 from chunkft_fx.logs import enable_logs
 from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.optim.classes.torch_optimizer import optimizer
@@ -12,6 +15,9 @@ from chunkft_fx.plan.chunk import Chunk, Slice
 from chunkft_fx.plan.plan import Plan
 
 __version__ = "0.1.0"
-__all__ = ["SGD", "Adafactor", "AdamW", "Chunk", "CompiledModule", "Plan", "Slice", "compile", "errors", "optimizer"]
+__all__ = [
+    "SGD", "Adafactor", "AdamW", "Chunk", "CompiledModule", "Loaded", "Plan", "Slice", "compile", "errors", "load",
+    "optimizer", "save", "wait_for_saves",
+]  # fmt: skip
 
 enable_logs()  # as $CHUNKFT_LOGS says

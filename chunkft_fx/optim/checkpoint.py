@@ -66,6 +66,14 @@ def describe(
     }
 
 
+def without_states(groups: Sequence[Mapping[str, Any]], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's groups, with parameters counted over all of them, and its entry: plain data and rates."""
+    sizes = [len(g["params"]) for g in groups]
+    first = [sum(sizes[:i]) for i in range(len(sizes))]
+    packed = [dict(g) | {"params": [*range(f, f + n)]} for g, f, n in zip(groups, first, sizes, strict=True)]
+    return {"param_groups": packed, ENTRY: entry}
+
+
 def fill_masters(states: Mapping[Tensor, Mapping[str, Any]]) -> None:
     """Give the masters of slices that were never updated, so far without values, those of the weights."""
     for parameter, state in states.items():

@@ -21,7 +21,7 @@ from chunkft_fx.following import ownership
 from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.gradients.used import drop_used
 from chunkft_fx.module.module import training_of
-from chunkft_fx.optim.checkpoint import ENTRY, describe, exported, read
+from chunkft_fx.optim.checkpoint import ENTRY, describe, exported, read, without_states
 from chunkft_fx.optim.groups import (
     check_clipping,
     check_rate,
@@ -388,6 +388,15 @@ class ChunkedOptimizer(Optimizer, ABC):
         self._states.drop_stage()
         self._pieces = None
 
+    def snapshot(self) -> tuple[dict[str, Any], StagedStates]:
+        """All of a checkpoint but the states, and what holds these: host memory has them as they are now."""
+        _settle(self)
+        return without_states(self.param_groups, self._entry()), self._states
+
+    def _entry(self) -> dict[str, Any]:
+        position = self._model.schedule_position()
+        return describe(self.param_groups, position, self._updates, self._sweep_rates)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this optimizer, cut into any number of chunks, or of torch's of the same name.
 
@@ -445,8 +454,6 @@ def _export(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     States that are not kept are left out: they start anew at each activation.
     """
     assert isinstance(optimizer, ChunkedOptimizer)
-    position, rates = optimizer._model.schedule_position(), optimizer._sweep_rates
-    entry = describe(optimizer.param_groups, position, optimizer._updates, rates)
     parameters, spec = optimizer._parameters(), optimizer.spec
     states = exported(state_dict["state"], parameters, spec, optimizer.numbers_of) if spec.is_kept else {}
-    return state_dict | {"state": states, ENTRY: entry}
+    return state_dict | {"state": states, ENTRY: optimizer._entry()}

@@ -86,7 +86,7 @@ def take(saved: SavedState, state: dict[str, Any], dim: int, spec: StateSpec) ->
             front(state[name + CODES], dim).copy_(codes)
             state[name + SCALES].copy_(scales)
         else:
-            state[name].copy_(_floats(saved, name, signed.get(name, True)))
+            state[name].copy_(floats(saved, name, signed.get(name, True)))
     state["slice_steps"] = saved.counts
 
 
@@ -115,8 +115,8 @@ def _check_dtype(key: str, dtype: torch.dtype, what: str, wide: torch.dtype) -> 
         )
 
 
-def _floats(saved: SavedState, name: str, signed: bool) -> Tensor:
-    """A saved moment as floats, in the parameter's shape."""
+def floats(saved: SavedState, name: str, signed: bool) -> Tensor:
+    """A saved state as floats, in the parameter's shape."""
     if name in saved.tensors:
         return saved.tensors[name]
     codes = front(saved.tensors[name + CODES], saved.dim)
@@ -127,4 +127,4 @@ def _codes(saved: SavedState, name: str, dim: int, signed: bool) -> tuple[Tensor
     """A saved moment as codes, the cut dimension ``dim`` in front, and their scales."""
     if name + CODES in saved.tensors and saved.dim == dim:
         return front(saved.tensors[name + CODES], dim), saved.tensors[name + SCALES]
-    return from_floats(front(_floats(saved, name, signed), dim).float(), signed)
+    return from_floats(front(floats(saved, name, signed), dim).float(), signed)

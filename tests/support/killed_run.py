@@ -1,8 +1,8 @@
 """A program that tests kill: it forks a training run for each line it is given, after imports, which take longest.
 
-A line is a JSON object: ``out`` is the folder, ``mode`` a key of `MODES`, ``fuse`` after how many steps of saving
-(``fsync`` and ``rename``) the run kills itself, 0 for never. Each run says ``start PID``, ``step N`` after every step,
-and ``end STATUS``.
+A line is a JSON object: ``out`` is the folder, ``mode`` a key of `MODES`, ``fuse`` after how many calls that
+change something on the disk (`CALLS`) the run kills itself, 0 for never. Each run says ``start PID``, ``step N`` after
+every step, and ``end STATUS``.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from typing import Any
 import torch
 
 import chunkft_fx
+from chunkft_fx.tools.training.checkpoint import newest_checkpoint
 from chunkft_fx.tools.training.data import pack
-from chunkft_fx.tools.training.folder import CHECKPOINT, claimed, save_model
+from chunkft_fx.tools.training.folder import claimed, save_model
 from chunkft_fx.tools.training.loop import train
 from chunkft_fx.tools.training.options import TrainOptions
 from chunkft_fx.tools.zoo import tiny
 from tests.support.tiny_text import character_tokenizer
 
 STEPS = 8
+CALLS = ("mkdir", "pwrite", "fsync", "replace", "unlink")
 # What of compile and of a run differs: a chunk a step, or all parameters at the step or in the backward.
 MODES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "chunks": ({"chunks": 3, "order": "random", "interval": 1}, {}),
@@ -42,16 +44,16 @@ def say(what: str, value: object) -> None:
 
 
 def light(fuse: int) -> None:
-    """Have the process end before its ``fuse``-th call that makes something lasting."""
+    """Have the process end before its ``fuse``-th call that changes something on the disk, from whichever thread."""
     left = [fuse]
-    for name in ("fsync", "replace"):
+    for name in CALLS:
         call = getattr(os, name)
 
-        def counted(*arguments: Any, call: Any = call) -> Any:
+        def counted(*arguments: Any, call: Any = call, **more: Any) -> Any:
             left[0] -= 1
             if left[0] == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return call(*arguments)
+            return call(*arguments, **more)
 
         setattr(os, name, counted)
 
@@ -64,10 +66,12 @@ def run(out: Path, fuse: int, mode: str) -> None:
     module = chunkft_fx.compile(model, "1GB", backend="eager", **compiling)
     options = TrainOptions(STEPS, 2, lr=1e-2, warmup=2, save_every=2, **training)
     with claimed(out, ""):
-        resume = out if (out / CHECKPOINT).exists() else None
+        resume = None if newest_checkpoint(out) is None else out
         text = pack([TEXT], character_tokenizer(), 16)
-        train(module, text, options, out=out, resume=resume, on_step=lambda i: say("step", i.step))
-        save_model(out, module, character_tokenizer())
+        tokenizer = character_tokenizer()
+        told = {"on_step": lambda info: say("step", info.step), "tokenizer": tokenizer}
+        train(module, text, options, out=out, resume=resume, **told)
+        save_model(out, module, tokenizer)
 
 
 def main() -> None:

@@ -1,17 +1,16 @@
-"""Checkpoints on disk: whole or not there, damage found, and nothing run that a file brings along."""
+"""Checkpoint files of version 1: what is in them, damage is found, and nothing is run that a file brings along."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from chunkft_fx.errors import CheckpointMismatch, SaveFailed
-from chunkft_fx.tools.training import checkpoint_file
-from chunkft_fx.tools.training.checkpoint_file import UNFINISHED, read, write
+from chunkft_fx.errors import CheckpointMismatch
+from chunkft_fx.tools.training.checkpoint_file import read, read_old
+from tests.support.old_checkpoint import write_old
 
 STATE: dict[str, Any] = {"step": 3, "weights": torch.arange(1000.0)}
 
@@ -19,7 +18,7 @@ STATE: dict[str, Any] = {"step": 3, "weights": torch.arange(1000.0)}
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     path = tmp_path / "checkpoint.pt"
-    write(path, STATE)
+    write_old(path, STATE)
     return path
 
 
@@ -27,7 +26,6 @@ def assert_is_as_written(path: Path) -> None:
     found = read(path)
     assert found["step"] == 3
     assert torch.equal(found["weights"], STATE["weights"])
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 def test_what_was_written_is_read(path: Path) -> None:
@@ -58,11 +56,24 @@ def test_a_foreign_file_is_refused(path: Path) -> None:
     torch.save(STATE, path)
     with pytest.raises(CheckpointMismatch, match="not a checkpoint"):
         read(path)
-    write(path, [1, 2])  # type: ignore[arg-type]
+    write_old(path, [1, 2])
     with pytest.raises(CheckpointMismatch, match="holds a list"):
         read(path)
     with pytest.raises(CheckpointMismatch, match="cannot be read"):
         read(path.parent)
+
+
+@pytest.mark.parametrize("version", [None, 0, 2])
+def test_a_file_of_another_version_is_refused(path: Path, version: Any) -> None:
+    write_old(path, STATE | {"version": version})
+    with pytest.raises(CheckpointMismatch, match=rf"version {version} of the format.*reads files of version 1"):
+        read_old(path)
+
+
+def test_a_file_with_something_missing_is_refused(path: Path) -> None:
+    write_old(path, STATE | {"version": 1})
+    with pytest.raises(CheckpointMismatch, match="has no options, model, optimizer"):
+        read_old(path)
 
 
 class Payload:
@@ -77,61 +88,8 @@ class Payload:
 
 def test_nothing_is_run_that_a_file_brings_along(path: Path, tmp_path: Path) -> None:
     made = tmp_path / "made"
-    write(path, {"step": Payload(made)})
+    write_old(path, {"step": Payload(made)})
     with pytest.raises(CheckpointMismatch, match="not loaded") as caught:
         read(path)
     assert not made.exists()
     assert "weights_only" not in str(caught.value)  # torch's own message tells how to run it
-
-
-def test_a_full_disk_is_named_and_the_last_checkpoint_stays(path: Path) -> None:
-    path.with_name(path.name + UNFINISHED).symlink_to("/dev/full")  # what is written there finds no space
-    with pytest.raises(SaveFailed, match=r"disk mounted at /.* is full \(.* free\): .*checkpoint\.pt was not written"):
-        write(path, {"step": 4, "weights": torch.zeros(100_000)})
-    assert_is_as_written(path)
-
-
-def test_another_failure_leaves_the_last_checkpoint(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(descriptor: int) -> None:
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(SaveFailed, match=r"checkpoint\.pt was not written.*Input/output error"):
-        write(path, {"step": 4})
-    assert_is_as_written(path)
-
-
-def test_an_interrupted_write_leaves_the_last_checkpoint(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        write(path, {"step": 4})
-    assert_is_as_written(path)
-
-
-def test_the_file_is_on_the_disk_before_it_has_its_name_and_the_folder_after(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    done: list[str] = []
-    fsync, replace = os.fsync, os.replace
-
-    def synced(descriptor: int) -> None:
-        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
-        fsync(descriptor)
-
-    def replaced(source: Path, target: Path) -> None:
-        done.append("replace")
-        replace(source, target)
-
-    monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(os, "replace", replaced)
-    write(path, STATE)
-    assert done == [path.name + UNFINISHED, "replace", path.parent.name]
-
-
-def test_the_disk_of_a_path_is_where_it_is_mounted(tmp_path: Path) -> None:
-    error = OSError(28, "No space left on device")
-    assert "mounted at /proc is full" in str(checkpoint_file.save_failed(Path("/proc/self/absent"), error))
-    assert "was not written" in str(checkpoint_file.save_failed(tmp_path, RuntimeError("Io error: (os error 13)")))

@@ -14,9 +14,10 @@ import pytest
 import torch
 import transformers
 
+from chunkft_fx.checkpoints.disk.folders import OLD, write_record
+from chunkft_fx.checkpoints.disk.places import REPLACED, UNFINISHED
 from chunkft_fx.errors import FolderInUse, OptionError, SaveFailed, TrainingDiverged
-from chunkft_fx.tools.training.checkpoint_file import UNFINISHED
-from chunkft_fx.tools.training.folder import CHECKPOINT, LOCK, MODEL, claimed, save_model
+from chunkft_fx.tools.training.folder import LOCK, MODEL, claimed, save_model
 from chunkft_fx.tools.zoo import tiny
 from tests.support.tiny_text import character_tokenizer
 
@@ -53,10 +54,14 @@ def test_a_folder_is_free_again_after_use_and_after_an_error(tmp_path: Path) -> 
 def test_what_a_killed_run_left_half_written_is_removed(tmp_path: Path) -> None:
     (tmp_path / MODEL).mkdir()
     (tmp_path / MODEL / "model.safetensors").touch()
-    (tmp_path / f"{CHECKPOINT}{UNFINISHED}").touch()
-    (tmp_path / CHECKPOINT).touch()
+    (tmp_path / f"{OLD}{UNFINISHED}").touch()
+    (tmp_path / OLD).touch()
+    for name in ("checkpoint-2", f"checkpoint-2{REPLACED}", f"checkpoint-4{REPLACED}", f"checkpoint-6{UNFINISHED}"):
+        (tmp_path / name).mkdir()
+        write_record(tmp_path / name, {"version": 2})
     with claimed(tmp_path, "model"):
-        assert {p.name for p in tmp_path.iterdir()} == {CHECKPOINT, LOCK}
+        # of step 4 there is no other: it was to be replaced when the run was killed
+        assert {p.name for p in tmp_path.iterdir()} == {OLD, LOCK, "checkpoint-2", f"checkpoint-4{REPLACED}"}
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:

@@ -17,8 +17,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from chunkft_fx.checkpoints.disk.folders import checkpoints
+from chunkft_fx.checkpoints.load import read
 from tests.support.killed_run import MODES, STEPS
+from tests.support.tiny_text import character_tokenizer
 
 KILLED = -signal.SIGKILL
 
@@ -81,17 +85,30 @@ def assert_equal(out: Path, whole: dict[str, Tensor]) -> None:
     assert all(torch.equal(found[name], value) for name, value in whole.items())
 
 
+def assert_whole(out: Path) -> int:
+    """Every checkpoint in a folder is whole, and a model and a tokenizer for transformers; gives how many there are."""
+    found = checkpoints(out)
+    for path in found:
+        read(path)
+        model = AutoModelForCausalLM.from_pretrained(path)
+        assert all(p.isfinite().all() for p in model.parameters())
+        assert len(AutoTokenizer.from_pretrained(path)) == len(character_tokenizer())
+    return len(found)
+
+
 def test_a_run_killed_between_steps_and_while_saving_equals_one_that_never_stopped(
     runs: Runs, whole: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    status, _ = runs.run(tmp_path, kill_after=3)
-    assert status == KILLED
-    # of its second checkpoint the file is on the disk, but does not have its name yet
-    status, _ = runs.run(tmp_path, fuse=5)
-    assert status == KILLED
-    assert (tmp_path / "checkpoint.pt.unfinished").exists()
+    assert runs.run(tmp_path, kill_after=3)[0] == KILLED
+    before = assert_whole(tmp_path)
+    # in the middle of what it writes of a checkpoint
+    assert runs.run(tmp_path, fuse=30)[0] == KILLED
+    assert list(tmp_path.glob("checkpoint-*.unfinished"))
+    assert assert_whole(tmp_path) >= before
     assert runs.run(tmp_path)[0] == 0
     assert_equal(tmp_path, whole)
+    assert assert_whole(tmp_path) == 2
+    assert not list(tmp_path.glob("*.unfinished"))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +119,7 @@ def test_a_run_with_full_coverage_killed_between_steps_and_while_saving(runs: Ru
     never_stopped, killed = tmp_path / "whole", tmp_path / "killed"
     assert runs.run(never_stopped, mode=mode) == (0, STEPS)
     assert runs.run(killed, kill_after=3, mode=mode)[0] == KILLED
-    assert runs.run(killed, fuse=5, mode=mode)[0] == KILLED
+    assert runs.run(killed, fuse=30, mode=mode)[0] == KILLED
     for delay in (0.0, 0.03):  # at any moment of a forward, a backward with its updates, or a step
         again = tmp_path / str(delay)
         shutil.copytree(killed, again)
@@ -112,32 +129,39 @@ def test_a_run_with_full_coverage_killed_between_steps_and_while_saving(runs: Ru
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
-def test_a_run_killed_at_random_moments_equals_one_that_never_stopped(
-    runs: Runs, whole: dict[str, Tensor], tmp_path: Path, seed: int
+def test_a_run_killed_thirty_times_at_random_moments_equals_one_that_never_stopped(
+    runs: Runs, whole: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    draw = random.Random(seed)
-    for _ in range(3):
-        if draw.random() < 0.5:
-            runs.run(tmp_path, kill_after=draw.randint(1, STEPS), delay=draw.random() * 0.2)
+    draw = random.Random(0)
+    kills, finished = 0, 0
+    while kills < 30 or not finished:
+        out = tmp_path / str(finished)
+        # half of them between steps, a third anywhere in what is written
+        if draw.random() < 0.6:
+            status, _ = runs.run(out, kill_after=draw.randint(1, STEPS), delay=draw.random() * 0.2)
         else:
-            runs.run(tmp_path, fuse=draw.randint(1, 20))
-    assert runs.run(tmp_path)[0] == 0
-    assert_equal(tmp_path, whole)
+            status, _ = runs.run(out, fuse=draw.randint(1, 250))
+        kills += status == KILLED
+        assert_whole(out)
+        if status == 0:
+            assert_equal(out, whole)
+            finished += 1
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_each_moment_of_its_last_save_can_be_finished(
     runs: Runs, whole: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    assert runs.run(tmp_path, fuse=13)[0] == KILLED  # three calls for each of four checkpoints, then the model
-    fuse = 1
-    while True:
-        status, step = runs.run(tmp_path, fuse=fuse)
-        assert step == 0
-        if status == 0:
-            break
-        assert status == KILLED
-        fuse += 1
-    assert fuse > 4
-    assert_equal(tmp_path, whole)
+    """Behind the last step: its checkpoint, the removal of an older one, then the model."""
+    assert runs.run(tmp_path, kill_after=STEPS - 1)[0] == KILLED
+    fuse, status = 1, KILLED
+    while status == KILLED:
+        out = tmp_path.with_name(f"{tmp_path.name}-{fuse}")
+        shutil.copytree(tmp_path, out)
+        status, _ = runs.run(out, fuse=fuse)
+        assert assert_whole(out) in (1, 2)
+        assert runs.run(out)[0] == 0
+        assert_equal(out, whole)
+        shutil.rmtree(out)
+        fuse += 5
+    assert fuse > 50

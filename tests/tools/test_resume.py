@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import chunkft_fx
+from chunkft_fx.checkpoints.disk.folders import read_record, write_record
+from chunkft_fx.checkpoints.disk.sums import file_sums
+from chunkft_fx.checkpoints.saving import Saving, wait_for_saves
 from chunkft_fx.errors import CheckpointMismatch, ChunkFTWarning, SaveFailed, TrainingDiverged
 from chunkft_fx.module.module import CompiledModule
-from chunkft_fx.tools.training import checkpoint_file
-from chunkft_fx.tools.training.checkpoint_file import UNFINISHED
+from chunkft_fx.tools.training.checkpoint import require_checkpoint
 from chunkft_fx.tools.training.data import pack
-from chunkft_fx.tools.training.folder import CHECKPOINT
 from chunkft_fx.tools.training.loop import StepInfo, train
 from chunkft_fx.tools.training.options import TrainOptions
 from chunkft_fx.tools.zoo import tiny
+from tests.support.old_checkpoint import old_state, write_old
 from tests.support.tiny_text import character_tokenizer
 
 TEXT = "the quick brown fox jumps over the lazy dog. "
@@ -41,26 +46,31 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def states(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, dict[str, Any]]:
-    """The state in a checkpoint of a run in each dtype."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, Path]:
+    """The folder of a run in each dtype."""
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
-        folder = tmp_path_factory.mktemp("run")
+        found[dtype] = tmp_path_factory.mktemp("run")
         with pytest.warns(ChunkFTWarning, match="2 steps train 2 of 3 chunks"):
-            train(compiled(dtype), sequences(), OPTIONS, out=folder)
-        found[dtype] = checkpoint_file.read(folder / CHECKPOINT)
+            train(compiled(dtype), sequences(), OPTIONS, out=found[dtype])
     return found
 
 
 @pytest.fixture
-def saved(states: dict[torch.dtype, dict[str, Any]], tmp_path: Path) -> Callable[..., Path]:
-    """Write a checkpoint with some entries changed; gives its folder."""
+def saved(runs: dict[torch.dtype, Path], tmp_path: Path) -> Callable[..., Path]:
+    """Copy the folder of a run, with some entries of its checkpoint changed."""
 
-    def write(dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
-        checkpoint_file.write(tmp_path / CHECKPOINT, states[dtype] | changes)
-        return tmp_path
+    def copied(dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+        out = tmp_path / "copy"
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(runs[dtype], out)
+        checkpoint = require_checkpoint(out)
+        record = read_record(checkpoint)
+        extra = {name: changes.pop(name) for name in ("options", "batches") if name in changes}
+        write_record(checkpoint, record | changes | {"extra": record["extra"] | extra})
+        return out
 
-    return write
+    return copied
 
 
 def refused(folder: Path, message: str, model: CompiledModule | None = None, **arguments: Any) -> None:
@@ -107,10 +117,11 @@ def test_other_options_are_refused_rather_than_ignored(saved: Callable[..., Path
     ("changes", "message"),
     [
         ({"batches": {}}, "other data"),
-        ({"model": {}}, "another model: it differs in"),
         ({"options": {}}, "does not name the options"),
-        ({"optimizer": {}}, "no optimizer checkpoint"),
-        ({"random": torch.zeros(3)}, "random numbers"),
+        ({"optimizer": {}}, "does not name what is in its files"),
+        ({"optimizer": None}, "does not name what is in its files"),
+        ({"states": {"x": {"tensors": {}}}}, "does not name what is in its files"),
+        ({"random": {"torch": 1}}, "random numbers"),
     ],
 )
 def test_a_state_with_something_missing_is_refused(
@@ -120,9 +131,9 @@ def test_a_state_with_something_missing_is_refused(
 
 
 def test_a_position_in_the_data_that_is_no_count_is_refused(
-    saved: Callable[..., Path], states: dict[torch.dtype, dict[str, Any]]
+    saved: Callable[..., Path], runs: dict[torch.dtype, Path]
 ) -> None:
-    batches = states[torch.float32]["batches"]
+    batches = read_record(require_checkpoint(runs[torch.float32]))["extra"]["batches"]
     for position in (-1, 0.5, None):
         refused(saved(batches=batches | {"position": position}), "not a count of batches")
 
@@ -131,20 +142,46 @@ def test_another_order_is_refused(saved: Callable[..., Path]) -> None:
     refused(saved(), r"order ascending \(now descending\)", compiled(order="descending"))
 
 
-@pytest.mark.parametrize("version", [None, 0, 2])
+@pytest.mark.parametrize("version", [None, 0, 1, 3])
 def test_a_checkpoint_in_another_version_of_the_format_is_refused(saved: Callable[..., Path], version: Any) -> None:
-    refused(
-        saved(version=version), rf"version {version} of the format of checkpoints, and this chunkft reads version 1"
-    )
+    refused(saved(version=version), rf"version {version} of the format of checkpoints, and .* reads version 2")
 
 
-def test_a_checkpoint_without_the_options_of_its_run_is_refused(
-    saved: Callable[..., Path], states: dict[torch.dtype, dict[str, Any]]
-) -> None:
+def test_a_checkpoint_that_no_run_saved_is_refused(saved: Callable[..., Path]) -> None:
     folder = saved()
-    old = {key: value for key, value in states[torch.float32].items() if key != "options"}
-    checkpoint_file.write(folder / CHECKPOINT, old)
-    refused(folder, "has no options")
+    record = read_record(require_checkpoint(folder))
+    write_record(require_checkpoint(folder), record | {"extra": None})
+    refused(folder, "has no options, batches: no run of chunkft wrote it")
+
+
+def test_weights_of_another_model_are_refused(saved: Callable[..., Path]) -> None:
+    folder = saved()
+    checkpoint = require_checkpoint(folder)
+    weights = load_file(checkpoint / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, checkpoint / "model.safetensors")
+    record = read_record(checkpoint)
+    sums = {"model.safetensors": file_sums(checkpoint / "model.safetensors")}
+    write_record(checkpoint, record | {"files": record["files"] | sums})
+    refused(folder, "another model: it differs in lm_head.weight")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_checkpoint_of_version_1_is_gone_on_from(
+    saved: Callable[..., Path], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    options = dataclasses.replace(OPTIONS, steps=4)
+    folder, old = saved(dtype), tmp_path / "old"
+    old.mkdir()
+    write_old(old / "checkpoint.pt", old_state(require_checkpoint(folder), compiled(dtype)))
+    found = []
+    for out in (folder, old):
+        model = compiled(dtype)
+        train(model, sequences(), options, out=out, resume=out)
+        found.append(weights(model))
+        assert require_checkpoint(out).name == "checkpoint-4"
+    assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
+    refused(old, "did 4 steps, more than --steps 2")
 
 
 def test_a_finished_run_has_nothing_left_to_do(saved: Callable[..., Path]) -> None:
@@ -157,7 +194,7 @@ def test_a_finished_run_has_nothing_left_to_do(saved: Callable[..., Path]) -> No
 
 def test_the_last_step_is_saved_whatever_the_interval(tmp_path: Path) -> None:
     train(compiled(), sequences(), dataclasses.replace(OPTIONS, save_every=100), out=tmp_path)
-    assert checkpoint_file.read(tmp_path / CHECKPOINT)["step"] == 2
+    assert read_record(require_checkpoint(tmp_path))["step"] == 2
 
 
 def poisoned(model: CompiledModule, at: int, value: float) -> Callable[[StepInfo], None]:
@@ -182,7 +219,7 @@ def test_a_loss_that_is_not_a_number_leaves_the_last_checkpoint_and_the_weights(
 
     with pytest.raises(TrainingDiverged, match="the loss of step 4 is nan"):
         train(model, sequences(), options, out=tmp_path, on_step=spoil)
-    assert checkpoint_file.read(tmp_path / CHECKPOINT)["step"] == 2
+    assert read_record(require_checkpoint(tmp_path))["step"] == 2
     spoilt, *others = model.parameters()
     assert spoilt.isnan().all()
     assert all(p.isfinite().all() for p in others)  # the step of that loss changed nothing
@@ -194,15 +231,39 @@ def test_weights_that_are_not_numbers_are_not_saved(tmp_path: Path, value: float
     model = compiled()
     with pytest.raises(TrainingDiverged, match=r"weight holds values that are not finite numbers"):
         train(model, sequences(), OPTIONS, out=tmp_path, on_step=poisoned(model, 2, value))
-    assert checkpoint_file.read(tmp_path / CHECKPOINT)["step"] == 1
+    assert read_record(require_checkpoint(tmp_path))["step"] == 1
 
 
-def test_a_disk_that_fills_up_ends_the_run_with_the_last_checkpoint(tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_ends_the_run_with_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fill(info: StepInfo) -> None:
         if info.step == 2:
-            (tmp_path / f"{CHECKPOINT}{UNFINISHED}").symlink_to("/dev/full")
+            wait_for_saves()
+            monkeypatch.setattr(os, "pwrite", write_to_full_disk)
 
     with pytest.raises(SaveFailed, match="is full"):
-        train(compiled(), sequences(), OPTIONS, out=tmp_path, on_step=fill)
-    assert checkpoint_file.read(tmp_path / CHECKPOINT)["step"] == 1
-    assert [p.name for p in tmp_path.iterdir()] == [CHECKPOINT]
+        train(compiled(), sequences(), dataclasses.replace(OPTIONS, steps=4), out=tmp_path, on_step=fill)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_a_failure_of_the_last_save_is_told_beside_what_ends_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(info: StepInfo) -> None:
+        if info.step == 1:
+            monkeypatch.setattr(os, "pwrite", write_to_full_disk)
+        if info.step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Saving, "before_step", lambda self: self.finish())
+    with pytest.warns(ChunkFTWarning, match="is full"), pytest.raises(KeyboardInterrupt):
+        train(compiled(), sequences(), dataclasses.replace(OPTIONS, steps=4), out=tmp_path, on_step=end)
+
+
+def write_to_full_disk(descriptor: int, data: Any, start: int) -> int:
+    full = os.open("/dev/full", os.O_WRONLY)
+    try:
+        return os.write(full, data)
+    finally:
+        os.close(full)

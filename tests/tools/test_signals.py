@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from chunkft_fx.tools import console
-from chunkft_fx.tools.training import checkpoint_file, signals
+from chunkft_fx.tools.training import signals
 from chunkft_fx.tools.training import train as train_program
-from chunkft_fx.tools.training.folder import CHECKPOINT
+from chunkft_fx.tools.training.checkpoint import require_checkpoint
 from chunkft_fx.tools.training.loop import StepInfo
 from tests.support.tiny_text import tiny_folder
 from tests.tools.test_tools import EAGER, TEXT, chunkft
@@ -68,9 +68,8 @@ def test_a_run_that_is_told_to_stop_saves_and_can_be_continued_to_the_bit(
         chunkft(*arguments, "--out", str(stopped), "--chunks", "3")
     assert ended.value.code == 128 + signal.SIGTERM
     said = capsys.readouterr().err.splitlines()[-1]
-    assert (
-        said == f"stopped by SIGTERM after step 2 of 3, saved in {stopped / CHECKPOINT}; go on with --resume {stopped}"
-    )
+    saved = stopped / "checkpoint-2"
+    assert said == f"stopped by SIGTERM after step 2 of 3, saved in {saved}; go on with --resume {stopped}"
     assert not (stopped / "model.safetensors").exists()
     chunkft(*arguments, "--out", str(stopped), "--chunks", "3", "--resume", str(stopped))
     expected, found = (load_file(out / "model.safetensors") for out in (whole, stopped))
@@ -98,11 +97,11 @@ def test_a_run_killed_in_its_last_save_is_finished_also_when_chunks_are_chosen(
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
         patched.setattr(train_program, "save_model", killed)
         chunkft(*arguments, *chunks)
-    state = checkpoint_file.read(out / CHECKPOINT)
-    assert state["step"] == 3
+    saved = require_checkpoint(out)
+    assert saved.name == "checkpoint-3"
     chunkft(*arguments, *chunks, "--resume", str(out))
-    found = load_file(out / "model.safetensors")
-    assert all(torch.equal(value, state["model"][name]) for name, value in found.items())
+    expected, found = (load_file(folder / "model.safetensors") for folder in (saved, out))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -21,7 +21,6 @@ from chunkft_fx.plan.plan import VERSION
 from chunkft_fx.tools import cli, console, demo, inspect
 from chunkft_fx.tools.load import pick_device, pick_dtype, source
 from chunkft_fx.tools.training.data import Batches, pack
-from chunkft_fx.tools.training.folder import CHECKPOINT
 from chunkft_fx.tools.training.loop import evaluate, make_scheduler, train
 from chunkft_fx.tools.training.options import TrainOptions
 from chunkft_fx.tools.zoo import tiny
@@ -163,7 +162,7 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
 def test_a_missing_or_unreadable_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointMismatch, match="there is no checkpoint"):
         train(compiled(), sequences(), TrainOptions(2, 2), resume=tmp_path)
-    (tmp_path / CHECKPOINT).write_bytes(b"not a checkpoint")
+    (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(CheckpointMismatch, match="cut short, or not a checkpoint"):
         train(compiled(), sequences(), TrainOptions(2, 2), resume=tmp_path)
 

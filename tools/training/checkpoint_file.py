@@ -1,4 +1,4 @@
-"""Writes and reads a checkpoint file: ``torch.save`` with a checksum behind it, replaced as a whole or not at all.
+"""Reads a checkpoint of version 1, a file: ``torch.save`` with a checksum behind it.
 
 The SHA-256 of all bytes before stands at the end, behind a mark; ``torch.load`` does not mind it. Nothing is unpickled
 before the sum is right, and then only tensors and plain values.
@@ -6,62 +6,37 @@ before the sum is right, and then only tensors and plain values.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import os
-import re
-import shutil
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
-from chunkft_fx.bytes import format_bytes
-from chunkft_fx.errors import CheckpointMismatch, SaveFailed
+from chunkft_fx.checkpoints.load import SavedTraining
+from chunkft_fx.errors import CheckpointMismatch
 
 MARK = b"chunkft-sha256:"
 TRAILER = len(MARK) + hashlib.sha256().digest_size
-UNFINISHED = ".unfinished"
 PIECE = 1 << 20
+VERSION = 1
+_ENTRIES = ("step", "options", "model", "optimizer", "scheduler", "batches", "random", "random_cuda")
 
 
-class _Hashed:
-    """What ``torch.save`` writes to: the file, and the sum of all that went into it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.sum = hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        self.sum.update(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def write(path: Path, state: dict[str, Any]) -> None:
-    """Put a checkpoint where an earlier one may be, which stays until this one is whole and on the disk.
-
-    Raises `SaveFailed` when it cannot be written; nothing of it is then left, and an earlier one is as it was.
-    """
-    unfinished = path.with_name(path.name + UNFINISHED)
-    try:
-        with open(unfinished, "wb") as file:
-            hashed = _Hashed(file)
-            torch.save(state, hashed)  # type: ignore[arg-type]  # it asks for no more than these methods
-            file.write(MARK + hashed.sum.digest())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        _remove(unfinished)  # before it is asked how much space there is
-        raise save_failed(path, error) from error
-    except BaseException:
-        _remove(unfinished)
-        raise
+def read_old(path: Path) -> SavedTraining:
+    """The run in a file; raises `CheckpointMismatch` for one that is not whole, or of another version."""
+    state = read(path)
+    if state.get("version") != VERSION:
+        raise CheckpointMismatch(
+            f"{path} is in version {state.get('version')!r} of the format of checkpoints, and this chunkft reads files "
+            f"of version {VERSION} and folders; resume with the chunkft that wrote it, or begin a new run"
+        )
+    missing = [name for name in _ENTRIES if name not in state]
+    if missing:
+        raise CheckpointMismatch(f"{path} has no {', '.join(missing)}: no run of chunkft wrote it")
+    random = {"torch": state["random"], "cuda": state["random_cuda"]}
+    extra = {"options": state["options"], "batches": state["batches"]}
+    return SavedTraining(path, state["step"], state["optimizer"], state["scheduler"], random, extra, state["model"])
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -95,42 +70,3 @@ def _check_sum(path: Path) -> None:
         raise CheckpointMismatch(
             f"{path} is damaged: its checksum is not that of its contents; resume from a copy of it, or begin anew"
         )
-
-
-def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the disk know which files a folder holds."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def save_failed(path: Path, error: Exception) -> SaveFailed:
-    """Why something was not written, a full disk with its name."""
-    number = getattr(error, "errno", None)
-    if number is None and (code := re.search(r"os error (\d+)", str(error))):
-        number = int(code[1])  # as Rust's libraries have it in their message
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        disk = _mount_point(path)
-        free = format_bytes(shutil.disk_usage(disk).free)
-        return SaveFailed(
-            f"the disk mounted at {disk} is full ({free} free): {path} was not written, and what was there before is "
-            "as it was; free more space and resume"
-        )
-    reason = os.strerror(number) if number is not None else str(error)
-    return SaveFailed(f"{path} was not written, and what was there before is as it was: {reason}")
-
-
-def _mount_point(path: Path) -> Path:
-    place = path.resolve()
-    while not place.exists() or not os.path.ismount(place):
-        if place == place.parent:
-            break
-        place = place.parent
-    return place

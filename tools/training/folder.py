@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from chunkft_fx.checkpoints.disk.folders import OLD, clear_unfinished
+from chunkft_fx.checkpoints.disk.places import UNFINISHED, save_failed, sync, sync_files
 from chunkft_fx.errors import FolderInUse, OptionError, TrainingDiverged
-from chunkft_fx.tools.training.checkpoint_file import UNFINISHED, save_failed, sync_folder
 
-CHECKPOINT = "checkpoint.pt"
 LOCK = ".chunkft.lock"
 MODEL = f"model{UNFINISHED}"
 # The weights of a model, whole or in shards, and which of the shards holds what.
@@ -43,7 +43,8 @@ def claimed(out: Path, model: str) -> Iterator[None]:
     try:
         _hold(lock, out)
         shutil.rmtree(out / MODEL, ignore_errors=True)
-        (out / f"{CHECKPOINT}{UNFINISHED}").unlink(missing_ok=True)
+        (out / f"{OLD}{UNFINISHED}").unlink(missing_ok=True)
+        clear_unfinished(out)
         yield
     finally:
         os.close(lock)
@@ -91,8 +92,7 @@ def save_model(out: Path, model: Any, tokenizer: Any) -> None:
     try:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
-        for file in new.iterdir():
-            _sync(file)
+        sync_files(new)
         _install(new, out)
     except Exception as error:
         shutil.rmtree(new, ignore_errors=True)
@@ -100,14 +100,6 @@ def save_model(out: Path, model: Any, tokenizer: Any) -> None:
             raise save_failed(out, error) from error
         raise
     shutil.rmtree(new, ignore_errors=True)
-
-
-def _sync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _install(new: Path, out: Path) -> None:
@@ -121,4 +113,4 @@ def _install(new: Path, out: Path) -> None:
         if (out / name).is_dir():
             shutil.rmtree(out / name)
         os.replace(new / name, out / name)
-    sync_folder(out)
+    sync(out)

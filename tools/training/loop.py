@@ -21,9 +21,8 @@ from chunkft_fx.errors import ChunkFTWarning, OptionError, TrainingDiverged
 from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.optim.rules.adamw import AdamW
 from chunkft_fx.plan.plan import Plan
-from chunkft_fx.tools.training.checkpoint import Run
+from chunkft_fx.tools.training.checkpoint import Run, saves_finished
 from chunkft_fx.tools.training.data import Batches
-from chunkft_fx.tools.training.folder import CHECKPOINT
 from chunkft_fx.tools.training.options import TrainOptions
 from chunkft_fx.tools.training.signals import Stopped
 
@@ -50,6 +49,7 @@ class TrainReport:
     peak_nbytes: int
 
 
+@saves_finished
 def train(
     model: CompiledModule,
     sequences: Tensor,
@@ -58,14 +58,17 @@ def train(
     on_step: Callable[[StepInfo], None] = lambda _: None,
     out: Path | None = None,
     resume: Path | None = None,
+    tokenizer: Any = None,
+    keep: int = 2,
     stop: Callable[[], int | None] = lambda: None,
 ) -> TrainReport:
     """Train a compiled causal language model on ``sequences`` (``i64[count, length]``) with AdamW.
 
-    ``out`` is the folder for checkpoints, ``resume`` a folder with one: the run then continues at its
-    step, as if it had never stopped. ``stop`` is asked after each step: given the number of a signal, the run is saved
-    in ``out`` and `Stopped` raised, unless that step was the last. Raises `OptionError` for a schedule that does not
-    exist, `DataError` for too few sequences, `CheckpointMismatch` for a checkpoint of another run or a damaged one,
+    ``out`` is the folder for checkpoints, which have the ``tokenizer`` and of which the last ``keep`` stay; they are
+    written while training goes on, and there when this returns. ``resume`` is a folder with one: the run then continues
+    at its step, as if it had never stopped. ``stop`` is asked after each step: given the number of a signal, the run is
+    saved in ``out`` and `Stopped` raised, unless that step was the last. Raises `OptionError` for a schedule that does
+    not exist, `DataError` for too few sequences, `CheckpointMismatch` for a checkpoint of another run or a damaged one,
     `TrainingDiverged`, with the latest checkpoint as it was, for a loss or weights that are not finite numbers.
     """
     if options.save_every and out is None:
@@ -82,7 +85,8 @@ def train(
         state_dtype=options.state_dtype,
     )
     scheduler = make_scheduler(optimizer, options)
-    run = Run(model, optimizer, scheduler, Batches(sequences, options.batch_size, options.seed), options)
+    batches = Batches(sequences, options.batch_size, options.seed)
+    run = Run(model, optimizer, scheduler, batches, options, tokenizer, keep)
     first = 0 if resume is None else run.load(resume)
     losses: list[float] = []
     model.train()
@@ -151,8 +155,7 @@ def _stopped(signal: int, run: Run, out: Path | None, step: int) -> Stopped:
     done = f"after step {step} of {run.options.steps}"
     if out is None:
         return Stopped(signal, f"{done}; nothing was saved")
-    run.save(out, step)
-    return Stopped(signal, f"{done}, saved in {out / CHECKPOINT}; go on with --resume {out}")
+    return Stopped(signal, f"{done}, saved in {run.save(out, step, wait=True)}; go on with --resume {out}")
 
 
 def check_schedule(options: TrainOptions) -> None:

@@ -70,6 +70,7 @@ def command(
     ] = "inductor",
     field: Annotated[str, typer.Option(help="The field of a jsonl line that holds the text.")] = "text",
     save_every: Annotated[int, typer.Option(help="Optimizer steps between checkpoints; 0 writes none.")] = 0,
+    keep: Annotated[int, typer.Option(help="How many of the last checkpoints stay.")] = 2,
     resume: Annotated[Path | None, typer.Option(help="The --out folder of a run to continue.")] = None,
 ) -> None:
     """Fine-tune all parameters of MODEL on DATA and save it in the folder given by --out."""
@@ -83,6 +84,7 @@ def command(
     check_compile_options(budget, order, turn, backend, coverage, count)
     if update != "step" and coverage == "one":
         raise OptionError(f"update={update} updates all parameters in every step; give --coverage all with it")
+    at_least("keep", keep, 1)
     at_least("seq_len", seq_len, 2)  # a token is learnt from those before it
     check_schedule(options)
     if resume is not None:
@@ -98,7 +100,17 @@ def command(
         print(f"{sequences.numel():,} tokens in {len(sequences):,} sequences; training on {where}")
         with signals.between_steps() as stop:
             with progress("training", steps) as on_step:
-                report = train(compiled, sequences, options, on_step=on_step, out=out, resume=resume, stop=stop)
+                report = train(
+                    compiled,
+                    sequences,
+                    options,
+                    on_step=on_step,
+                    out=out,
+                    resume=resume,
+                    tokenizer=tokenizer,
+                    keep=keep,
+                    stop=stop,
+                )
             if report.losses:
                 print(compiled.plan)
             save_model(out, compiled, tokenizer)

@@ -181,6 +181,7 @@ class PieceUpdates:
         """Begin a step; `PartialStep` if the step before was left halfway, `WaitingGradientError` for a spoiled sum."""
         self.refuse_broken()
         self._model.late.finish()
+        self._states.before_step()
         self._waiting = self._model.waiting if any(waiting(s.parameter.grad) for s in self._all()) else None
         if self._waiting is not None:
             self._waiting.check()
@@ -310,6 +311,7 @@ class PieceUpdates:
                 weight, tensors = tensors[0].movedim(0, s.dim) if weight.ndim else tensors[0].view(()), tensors[1:]
             states = dict(zip(self._states.layouts(s.parameter), tensors, strict=True))
             entries.append(StagedSlice(s.slice, s.parameter, weight, gradient, states, self._states.counts(s)))
+        self._states.before_change([e.slice for e in entries])
         self._done[piece] = tuple(e.slice.name for e in entries)  # from now on, should the update fail halfway
         apply(entries, piece)
         for (s, _), entry in zip(graded, entries, strict=True):

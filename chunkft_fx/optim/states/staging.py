@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,19 @@ from chunkft_fx.plan.chunk import Slice
 from chunkft_fx.plan.cuts import cut_dim
 from chunkft_fx.plan.pieces import piece_nbytes
 from chunkft_fx.plan.state_spec import MASTER, StateLayout, StateSpec, stage_capacity_nbytes
+
+
+class Watch(Protocol):
+    """Who reads states in host memory while training goes on, and must be told before they change there."""
+
+    def before_step(self) -> None:
+        """Called before a step changes anything; what it raises is the step's error."""
+
+    def before_change(self, slices: Sequence[Slice]) -> None:
+        """Called before the states of these slices change in host memory; raises nothing."""
+
+    def finish(self) -> None:
+        """Return when no states are read any more."""
 
 
 class StagedStates:
@@ -51,6 +64,7 @@ class StagedStates:
         self._ring: PieceRing | None = None
         self.travelling: frozenset[str] = frozenset()  # weights that have room in the ring beside their states
         self._depth = 0  # buffers of the ring
+        self.watch: Watch | None = None
 
     def ring(self) -> PieceRing:
         """The ring that the pieces of the model's plan pass through, on the device where it runs."""
@@ -115,12 +129,26 @@ class StagedStates:
         return {s.name: {key: next(rest) for key in self._spec.layouts(s.parameter)} for s in active}
 
     def will_change(self) -> None:
-        """From now on the stage holds newer values than host memory."""
+        """From now on the stage holds newer values than host memory; on the CPU it is host memory."""
+        self.before_step()
+        if self.stage.device.type == "cpu":
+            self.before_change(self._staged)
         self._modified = True
+
+    def before_step(self) -> None:
+        """Tell who reads states that a step is about to change something."""
+        if self.watch is not None:
+            self.watch.before_step()
+
+    def before_change(self, slices: Sequence[Slice]) -> None:
+        """Tell who reads states that those of these slices are about to change in host memory."""
+        if self.watch is not None and self._spec.is_kept:
+            self.watch.before_change(slices)
 
     def write_back(self) -> None:
         """Begin to copy what has changed on the stage to host memory."""
         if self._modified:
+            self.before_change(self._staged)
             self.stage.write_back()
             self._modified = False
 
@@ -154,6 +182,8 @@ class StagedStates:
 
     def settle(self) -> None:
         """Bring host memory up to date, masters of slices that were never active included."""
+        if self.watch is not None:
+            self.watch.finish()
         self.write_back()
         self.synchronize()
         self.settle_ties()
@@ -161,6 +191,8 @@ class StagedStates:
 
     def begin_anew(self, parameters: Sequence[Tensor]) -> None:
         """Forget all states and have places for those of these parameters, of which the stage must hold none."""
+        if self.watch is not None:
+            self.watch.finish()
         self._known.clear()
         self._ties.clear()
         self._kept = []

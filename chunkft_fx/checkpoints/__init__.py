@@ -1,0 +1,1 @@
+"""Checkpoints of a training: one folder each, saved beside training, and read again. Internal."""

@@ -1,0 +1,1 @@
+"""Checkpoints of dense training with torch's AdamW: read, and written. Internal."""

@@ -1,0 +1,1 @@
+"""What checkpoints are on the disk: folders, files of tensors, and checksums. Internal."""

@@ -1,0 +1,177 @@
+"""Takes all that a training needs to continue, as it is at one moment, and has it saved."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chunkft_fx.bytes import format_bytes
+from chunkft_fx.checkpoints.disk.folders import VERSION, Target, name_of, next_serial, write_record
+from chunkft_fx.checkpoints.disk.sums import Sum, file_sums
+from chunkft_fx.checkpoints.disk.tensor_file import write_tensors
+from chunkft_fx.checkpoints.plain import packed
+from chunkft_fx.checkpoints.random_states import random_states
+from chunkft_fx.checkpoints.saving import Saving
+from chunkft_fx.checkpoints.states import SHARD_NBYTES, SavedTensor, into_files, saved_tensors, weight_rows
+from chunkft_fx.checkpoints.weights import Copies, write_weights
+from chunkft_fx.copies.host_memory import available_nbytes
+from chunkft_fx.errors import ChunkFTWarning, OptimizerMismatch, OptionError
+from chunkft_fx.module.module import training_of
+from chunkft_fx.module.training import Training
+from chunkft_fx.optim.optimizer import ChunkedOptimizer
+
+# The tensors among plain data.
+EXTRAS = "training.safetensors"
+
+
+def save(
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    *,
+    scheduler: Any = None,
+    tokenizer: Any = None,
+    extra: Any = None,
+    keep: int | None = None,
+    best: int | None = None,
+    wait: bool = True,
+) -> Path:
+    """Save a training as ``checkpoint-STEP`` in ``folder``; returns the path of that.
+
+    It has the model as ``save_pretrained`` writes it, with a ``tokenizer`` if one is given, and so is read by
+    ``from_pretrained``; of a model without that method its ``state_dict``. Beside it are the optimizer's states in
+    files of up to 2 GiB, written from where they are kept, the place in the sweep, the plan, the ``scheduler``'s state,
+    those of random number generators, and ``extra``: numbers, strings, tensors, and lists, tuples and dictionaries.
+    The folder gets its name when all of it is on the disk. Of other checkpoints in ``folder`` those stay that are
+    among the last ``keep`` (None: all), and that of step ``best``.
+
+    Without ``wait`` training goes on meanwhile. What is saved is what was there at the call, to the bit: weights are
+    copied in host memory, states that a step is about to change are copied or written first. An error comes with the
+    next step of the optimizer, the next save or `wait_for_saves`; the process ends when everything is written.
+
+    Raises `SaveFailed` when it cannot be written, on a full disk or in a read-only folder: what was saved before is
+    as it was, and nothing of this one is left. Raises `OptimizerMismatch` for another model or optimizer, `OptionError`
+    for what a checkpoint cannot hold, `PartialStep` for a step that was left halfway.
+    """
+    training = training_of(model, "save")
+    own: object = training.optimizer
+    if not isinstance(optimizer, ChunkedOptimizer) or optimizer is not own:
+        raise OptimizerMismatch("save was given another optimizer than the one that was made last for this model")
+    _check_counts(step, keep)
+    with training.lock:
+        groups, states = optimizer.snapshot()
+        if states.watch is not None:
+            states.watch.before_step()  # has ended: the error of a save that nobody has seen
+        taken = {
+            "optimizer": groups,
+            "scheduler": None if scheduler is None else scheduler.state_dict(),
+            "extra": extra,
+            "random": random_states(),
+        }
+        weights = training.plain.state_dict()
+        copies = None if wait or not _has_room(weights.values()) else Copies()
+        tensors = _state_tensors(optimizer, copies)
+        layouts, blocks = into_files(tensors, SHARD_NBYTES)
+        taken["states"] = _described(optimizer, tensors)
+        moment = _Moment(training.plain, _taken(weights, copies), tokenizer, *_record(step, training, taken))
+        target = Target(Path(folder) / name_of(step), keep, best)
+        target.begin()
+        names = [f"states-{i:05}-of-{len(layouts):05}.safetensors" for i in range(1, len(layouts) + 1)]
+        saving = Saving(target, [*zip(names, layouts, strict=True)], blocks, moment.write)
+        states.watch = saving
+        if copies is None:
+            saving.run()
+        else:
+            saving.start()
+    return target.place
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """All of a checkpoint but the states, as it was at one moment."""
+
+    model: nn.Module
+    weights: Mapping[str, Tensor]
+    tokenizer: Any
+    record: Mapping[str, Any]
+    extras: Mapping[str, Tensor]
+
+    def write(self, folder: Path, sums: Mapping[str, Sequence[Sum]]) -> None:
+        """Write it beside the states, whose files have these ``sums``."""
+        write_weights(self.model, self.weights, folder, SHARD_NBYTES)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+        write_tensors(folder / EXTRAS, self.extras)
+        files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        all_sums = {name: sums[name] if name in sums else file_sums(path) for name, path in files.items()}
+        write_record(folder, {**self.record, "files": all_sums, "serial": next_serial(folder.parent)})
+
+
+def _record(step: int, training: Training, taken: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a checkpoint says of itself, and the tensors in it."""
+    extras: dict[str, Tensor] = {}
+    record = {name: packed(value, name, extras) for name, value in taken.items()}
+    plan = None if training.known_plan is None else json.loads(training.known_plan.to_json())
+    return {"version": VERSION, "step": step, "plan": plan, **record}, extras
+
+
+def _check_counts(step: Any, keep: Any) -> None:
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise OptionError(f"step={step!r} must be the number of steps done, 0 or more")
+    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
+        raise OptionError(f"keep={keep!r} must be a number of checkpoints, 1 or more, or None to keep all")
+
+
+def _has_room(weights: Iterable[Tensor]) -> bool:
+    """Whether host memory has room for copies of these; warns where it has none, so that a save does not go beside."""
+    needed = sum({(t.data_ptr(), t.nbytes): t.nbytes for t in weights}.values())
+    if needed <= available_nbytes():
+        return True
+    warnings.warn(
+        f"host memory has no room for a copy of the weights ({format_bytes(needed)}), so training waits until the "
+        "checkpoint is written",
+        ChunkFTWarning,
+        stacklevel=3,
+    )
+    return False
+
+
+def _taken(weights: Mapping[str, Tensor], copies: Copies | None) -> Mapping[str, Tensor]:
+    return weights if copies is None else {name: copies.of(t) for name, t in weights.items()}
+
+
+def _parameters(optimizer: ChunkedOptimizer) -> list[tuple[str, Tensor]]:
+    return [(n, p) for g in optimizer.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)]
+
+
+def _state_tensors(optimizer: ChunkedOptimizer, copies: Copies | None) -> list[SavedTensor]:
+    """The states of all parameters that were updated so far, of which host memory keeps any."""
+    if not optimizer.spec.is_kept:
+        return []
+
+    def weight_of(p: Tensor) -> Callable[[], Tensor]:
+        return weight_rows(p if copies is None else copies.of(p), p.shape)
+
+    kept = optimizer.state
+    updated = [(n, p) for n, p in _parameters(optimizer) if p in kept and any(r.step for r in kept[p]["slice_steps"])]
+    return [*saved_tensors(updated, kept, optimizer.spec, weight_of)]
+
+
+def _described(optimizer: ChunkedOptimizer, tensors: Sequence[SavedTensor]) -> dict[str, Any]:
+    """By parameter: its step counts, and for each of its states whether the cut dimension is in front."""
+    found: dict[str, Any] = {}
+    parameters = dict(_parameters(optimizer))
+    for t in tensors:
+        counts = [list(run) for run in optimizer.state[parameters[t.name]]["slice_steps"]]
+        own = found.setdefault(t.name, {"slice_steps": counts, "tensors": {}})
+        own["tensors"][t.key.removeprefix(f"{t.name}.")] = t.is_turned
+    return found

@@ -1,0 +1,102 @@
+"""Copies a model's weights, writes them as the model itself does, and reads them back into it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chunkft_fx.checkpoints.disk.tensor_file import read_tensors, write_tensors
+from chunkft_fx.errors import CheckpointMismatch
+
+FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class Copies:
+    """Copies of tensors in host memory, one for all tensors that are the same memory."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[object, ...], Tensor] = {}
+
+    def of(self, t: Tensor) -> Tensor:
+        """The copy of a tensor; another tensor without memory has one of its own."""
+        own = memory_of(t) if t.numel() else (id(t),)
+        if own not in self._made:
+            self._made[own] = t.detach().to("cpu", copy=True)
+        return self._made[own]
+
+
+def memory_of(t: Tensor) -> tuple[object, ...]:
+    """What tells whether two tensors are the same memory, seen alike."""
+    return t.device, t.data_ptr(), t.shape, t.stride(), t.dtype
+
+
+def write_weights(model: nn.Module, weights: Mapping[str, Tensor], folder: Path, shard_nbytes: int) -> None:
+    """Write a model's state dict: with ``save_pretrained`` if it has that as transformers' do, else each tensor."""
+    write = getattr(model, "save_pretrained", None)
+    if write is not None and {"state_dict", "max_shard_size"} <= inspect.signature(write).parameters.keys():
+        write(folder, state_dict=dict(weights), max_shard_size=shard_nbytes)
+        return
+    first = {memory_of(t) if t.numel() else (name,): name for name, t in reversed([*weights.items()])}
+    write_tensors(folder / FILE, {name: weights[name] for name in sorted(first.values())})
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of a saved model; raises `CheckpointMismatch` where there are none."""
+    if (folder / FILE).is_file():
+        return [folder / FILE]
+    try:
+        names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+    except OSError as error:
+        raise CheckpointMismatch(f"{folder} holds no {FILE}") from error
+    except (ValueError, KeyError, AttributeError) as error:
+        raise CheckpointMismatch(f"{folder / INDEX} cannot be read") from error
+    return [folder / name for name in sorted(names)]
+
+
+def saved_weights(model: nn.Module, folder: Path) -> Mapping[str, Tensor]:
+    """The weights that were saved in a folder, by the names that the model has for them."""
+    saved = read_tensors(weight_files(folder))
+    if not saved.keys() <= model.state_dict().keys() and hasattr(type(model), "from_pretrained"):
+        # transformers keeps some models under other names, or in other pieces, than it runs them
+        return _through_transformers(model, folder)
+    return saved
+
+
+def matched(saved: Any, ours: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:
+    """Saved weights by all the names of a state dict, tied ones under each of theirs.
+
+    Raises `CheckpointMismatch` when names, shapes or dtypes are not this model's.
+    """
+    if not isinstance(saved, Mapping):
+        raise CheckpointMismatch(f"{where} is of another model: it has no weights")
+    by_memory = {memory_of(t): name for name, t in ours.items() if t.numel() and name in saved}
+    taken = {name: saved.get(by_memory.get(memory_of(t), name)) for name, t in ours.items()}
+    missing = [name for name, t in taken.items() if t is None and ours[name].numel()]
+    wrong = sorted(saved.keys() - ours.keys()) + missing
+    if wrong:
+        raise CheckpointMismatch(f"{where} is of another model: it differs in {', '.join(map(str, wrong[:3]))}")
+    found = {name: t for name, t in taken.items() if t is not None}
+    for name, theirs in found.items():
+        if not isinstance(theirs, Tensor) or theirs.shape != ours[name].shape:
+            raise CheckpointMismatch(
+                f"{where} is of another model: {name} has another shape than {tuple(ours[name].shape)}"
+            )
+        if theirs.dtype != ours[name].dtype:
+            raise CheckpointMismatch(
+                f"{where} is of a run in {theirs.dtype}, and this one is in {ours[name].dtype} ({name}); resume with "
+                "the same dtype (chunkft train: --dtype)"
+            )
+    return found
+
+
+def _through_transformers(model: Any, folder: Path) -> dict[str, Tensor]:
+    """The state dict by transformers' own way of reading, which takes memory for all weights."""
+    dtype = next(model.parameters()).dtype
+    with torch.random.fork_rng():
+        return type(model).from_pretrained(folder, dtype=dtype, local_files_only=True).state_dict()

@@ -1,0 +1,1 @@
+"""``chunkft convert``: what is done with saved checkpoints. Internal."""
