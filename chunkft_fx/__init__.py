@@ -9,8 +9,9 @@ from chunkft_fx.optim.rules.adamw import AdamW
 from chunkft_fx.optim.rules.sgd import SGD
 from chunkft_fx.plan.chunk import Chunk, Slice
 from chunkft_fx.plan.plan import Plan
+from chunkft_fx.trainers.attach import attach
 
 __version__ = "0.1.0"
-__all__ = ["SGD", "Adafactor", "AdamW", "Chunk", "CompiledModule", "Plan", "Slice", "compile", "errors"]
+__all__ = ["SGD", "Adafactor", "AdamW", "Chunk", "CompiledModule", "Plan", "Slice", "attach", "compile", "errors"]
 
 enable_logs()  # as $CHUNKFT_LOGS says
