@@ -12,6 +12,7 @@ import chunkft_fx
 from chunkft_fx.errors import OutsideGradient
 from chunkft_fx.module.module import CompiledModule, training_of
 from chunkft_fx.module.training import Training
+from chunkft_fx.optim.optimizer import ChunkedOptimizer
 from chunkft_fx.trainers.fused_head import traceable_head
 from chunkft_fx.trainers.reference import budget_beside, hold_reference
 from chunkft_fx.trainers.refusals import refuse_optimizer, refuse_trainer
@@ -55,6 +56,8 @@ def attach(
     hold_reference(trainer, compiled)
     trainer.model = trainer.model_wrapped = trainer.callback_handler.model = compiled
     trainer.optimizer = made
+    if isinstance(made, ChunkedOptimizer) and made.spec.in_backward:
+        trainer._get_grad_norm = _no_norm
     trainer.callback_handler.callbacks.insert(0, TrainerLog())
     return compiled
 
@@ -68,6 +71,11 @@ def _adamw(trainer: Any, compiled: CompiledModule, own: Mapping[str, Any]) -> Op
         "no_decay": [escape(n) for n, p in compiled.named_parameters() if p.requires_grad and n not in decayed],
     }
     return chunkft_fx.AdamW(compiled, **{**asked, **own})
+
+
+def _no_norm(model: Any, grad_norm: Any = None) -> Any:
+    """What a Trainer logs as the norm of gradients that the backward has used: nothing. By itself it asks for it."""
+    return grad_norm
 
 
 def _refuse_bypass(training: Training) -> Callable[..., None]:

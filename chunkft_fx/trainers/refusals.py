@@ -37,9 +37,10 @@ def refuse_optimizer(trainer: Any, own: Mapping[str, Any]) -> None:
         )
     kind, _ = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
     if kind is not torch.optim.AdamW:
+        asked = getattr(args.optim, "value", args.optim)
         raise OptionError(
-            f'optim="{args.optim}" asks for another optimizer than AdamW; leave it out, or give attach one of this '
-            "library, optimizer=lambda model: chunkft_fx.SGD(model, ...)"
+            f'optim="{asked}" asks for another optimizer than AdamW; leave it out, or give attach one of this library, '
+            "optimizer=lambda model: chunkft_fx.SGD(model, ...)"
         )
     if own.get("update") == "backward" and args.max_grad_norm:
         raise OptionError(
