@@ -235,7 +235,7 @@ class SlicedAdamW(torch.optim.Optimizer):
         super().__init__(model.parameters(), {"lr": 1e-2})
         self.reference, self.chunks, self.max_norm, self.steps = Reference(model, decay=0.1), chunks, max_norm, 0
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         active = self.chunks[self.steps % len(self.chunks)]
         self.steps += 1
         self.reference.lr = self.param_groups[0]["lr"]

@@ -23,6 +23,9 @@ from tests.support.tiny_trainers import (
     tokenizer,
 )
 
+# TRL calls them by names that transformers has new ones for
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
+
 DENSE: Any = {"backend": "eager", "coverage": "all"}
 ONE: Any = {"backend": "eager", "coverage": "one", "chunks": 1}
 TURNS: Any = {"backend": "eager", "coverage": "one", "chunks": 3, "interval": 1}
