@@ -43,7 +43,8 @@ def attach(
     not tested is warned of, once.
     """
     refuse_trainer(trainer)
-    from chunkft_fx.trainers.log import TrainerLog  # needs transformers, which a trainer brings
+    from chunkft_fx.trainers.log import TrainerLog  # these need transformers, which a trainer brings
+    from chunkft_fx.trainers.noise import TraceableNoise
 
     if not callable(optimizer):
         refuse_optimizer(trainer, optimizer or {})
@@ -58,7 +59,7 @@ def attach(
     trainer.optimizer = made
     if isinstance(made, ChunkedOptimizer) and made.spec.in_backward:
         trainer._get_grad_norm = _no_norm
-    trainer.callback_handler.callbacks.insert(0, TrainerLog())
+    trainer.callback_handler.callbacks[:0] = [TrainerLog(), TraceableNoise()]
     return compiled
 
 

@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import chunkft_fx
 from chunkft_fx.head import log_probs as head
 from chunkft_fx.head.memory import head_workspace
 from tests.head.test_log_probs import ALL, drawn, formula
@@ -52,3 +55,46 @@ def test_memory_is_what_is_predicted(kind: str) -> None:
     peak = torch.cuda.max_memory_allocated() - before
     predicted = head_workspace(node_of(target, args)) + sum(t.nbytes for t in results)
     assert predicted == pytest.approx(peak, rel=0.03)
+
+
+class Scored(nn.Module):
+    """A language model that gives its tokens' log-probabilities and entropies, as TRL's trainers have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        shape: Any = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8}
+        self.lm = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=49152, use_cache=False)).to(CUDA, torch.bfloat16)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.lm.model(ids).last_hidden_state[:, :-1].reshape(-1, 512)
+        found = head.forward(hidden, self.lm.lm_head.weight, None, ids[:, 1:].reshape(-1), 1.0, None, ALL)
+        return found[0], found[1]
+
+
+@pytest.mark.parametrize("coverage", ["all", "one"])
+def test_a_model_with_such_a_head_trains_under_its_budget(coverage: str) -> None:
+    """The logits alone would be 0.8 GB in bfloat16, and three times more in float32 with their softmax and gradient."""
+    ids = torch.randint(0, 49152, (8, 1024), device=CUDA, generator=torch.Generator(CUDA).manual_seed(0))
+    plain = Scored()
+    with torch.no_grad():
+        expected = -plain(ids)[0].mean()
+    del plain
+    torch.cuda.empty_cache()
+    options: Any = {"coverage": "all"} if coverage == "all" else {"coverage": "one", "chunks": 4, "interval": 1}
+    compiled = chunkft_fx.compile(Scored(), "1.5GB", **options)
+    torch.cuda.reset_peak_memory_stats()
+    optimizer = chunkft_fx.AdamW(compiled, lr=1e-3)
+    before = [p.detach().clone().cpu() for p in compiled.parameters()]
+    losses = []
+    for _ in range(8):
+        loss = -compiled(ids)[0].mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    torch.testing.assert_close(losses[0], float(expected), rtol=0, atol=2e-2)
+    assert losses[-1] < losses[0] - 0.3
+    assert torch.cuda.max_memory_reserved() <= 1.5e9
+    changed = [not torch.equal(p.detach().cpu(), q) for p, q in zip(compiled.parameters(), before, strict=True)]
+    assert sum(changed) >= len(changed) - 9  # norms of ones round a change of 1e-3 away

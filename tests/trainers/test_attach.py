@@ -16,7 +16,7 @@ import chunkft_fx
 from chunkft_fx.errors import ChunkFTWarning, OptionError, OutsideGradient
 from chunkft_fx.trainers import versions
 from chunkft_fx.trainers.log import TrainerLog
-from tests.module.test_trainer import rows, t5
+from tests.module.test_trainer import padded, rows, t5, uneven
 from tests.support.tiny_trainers import arguments, assert_all_trained, assert_same_losses, llama
 
 EAGER: Any = {"backend": "eager", "coverage": "all"}
@@ -57,6 +57,21 @@ def test_a_seq2seq_trainer_trains_as_it_does_without(tmp_path: Path) -> None:
         ran.append(t)
     assert_same_losses(ran[1], ran[0])
     assert_all_trained(ran[1].model, t5())
+
+
+def test_noise_of_neftune_is_traced_with_lengths_that_vary(tmp_path: Path) -> None:
+    """The same noise as without attach, and none once training is over."""
+    ran = []
+    for name in ("plain", "ours"):
+        args = arguments(TrainingArguments, tmp_path / name, neftune_noise_alpha=5.0, max_steps=6)
+        t: Any = Trainer(llama(), args, train_dataset=uneven(), data_collator=padded)
+        if name == "ours":
+            chunkft_fx.attach(t, "1GB", **EAGER)
+        t.train()
+        ran.append(t)
+    assert_same_losses(ran[1], ran[0])
+    assert_all_trained(ran[1].model, llama())
+    assert not ran[1].model.get_input_embeddings()._forward_hooks
 
 
 def test_options_of_the_optimizer_and_of_compile_are_handed_on(tmp_path: Path) -> None:
