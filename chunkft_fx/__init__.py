@@ -13,11 +13,12 @@ from chunkft_fx.optim.rules.adamw import AdamW
 from chunkft_fx.optim.rules.sgd import SGD
 from chunkft_fx.plan.chunk import Chunk, Slice
 from chunkft_fx.plan.plan import Plan
+from chunkft_fx.trainers.attach import attach
 
 __version__ = "0.1.0"
 __all__ = [
-    "SGD", "Adafactor", "AdamW", "Chunk", "CompiledModule", "Loaded", "Plan", "Slice", "compile", "errors", "load",
-    "optimizer", "save", "wait_for_saves",
+    "SGD", "Adafactor", "AdamW", "Chunk", "CompiledModule", "Loaded", "Plan", "Slice", "attach", "compile", "errors",
+    "load", "optimizer", "save", "wait_for_saves",
 ]  # fmt: skip
 
 enable_logs()  # as $CHUNKFT_LOGS says

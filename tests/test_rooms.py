@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the top down: each room may import from those behind it, and every room from the files beside the rooms.
 ROOMS = (
-    "tools", "checkpoints", "optim", "module", "following", "runtime", "planning", "predict", "program", "passes",
+    "tools", "trainers", "checkpoints", "optim", "module", "following", "runtime", "planning", "predict", "program",
+    "passes",
     "splitting", "capture", "machine", "copies", "head", "gradients", "kernels", "plan", "graph",
 )  # fmt: skip
 GROUND = ("errors", "bytes", "logs", "torch_internals", "torch_sizes")

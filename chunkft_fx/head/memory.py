@@ -1,6 +1,7 @@
 """Predicts what the operators of the chunked head allocate while they run, and the bytes that their blocks move.
 
-The same steps as `head.operators.loss_and_gradients`, counted in bytes: all of it is known from shapes and dtypes.
+The same steps as those of `head.operators` and `head.log_probs`, counted in bytes: all of it is known from shapes and
+dtypes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor, fx
 
 from chunkft_fx.graph.layout import wide_dtype
 from chunkft_fx.graph.sizes import AS_TRACED, Sizes
+from chunkft_fx.head import log_probs
 from chunkft_fx.head import operators as head
 from chunkft_fx.head.operators import is_head
 from chunkft_fx.kernels.cross_entropy import has_kernel, reference_workspace_nbytes
@@ -21,7 +23,11 @@ _LAYOUT: dict[Any, tuple[int, slice]] = {
     head.forward: (0, slice(0, 0)),
     head.backward: (1, slice(0, 3)),
     head.grad: (0, slice(1, 4)),
+    log_probs.forward: (0, slice(0, 0)),
+    log_probs.backward: (2, slice(0, 3)),
 }
+# How much smaller than usual their blocks are.
+_SMALLER: dict[Any, int] = {log_probs.forward: log_probs.SMALLER, log_probs.backward: log_probs.SMALLER}
 
 
 def head_workspace(node: fx.Node, sizes: Sizes = AS_TRACED) -> int:
@@ -32,7 +38,17 @@ def head_workspace(node: fx.Node, sizes: Sizes = AS_TRACED) -> int:
     if not is_head(node):
         return 0
     hidden, weight = operands(node)
-    return _workspace(hidden, int(weight.shape[0]), _gradients(node), _split(node), sizes)
+    classes = int(weight.shape[0])
+    if node.target in _SMALLER:
+        return _log_probs_workspace(node, hidden, classes, _gradients(node), _split(node), sizes)
+    return _workspace(hidden, classes, _gradients(node), _split(node), sizes)
+
+
+def useful_splits(node: fx.Node, sizes: Sizes = AS_TRACED) -> tuple[int, ...]:
+    """The splits, from 1 on, that make each block of a head's node smaller than the split before."""
+    hidden, weight = operands(node)
+    smaller = _SMALLER.get(node.target, 1)
+    return head.useful_splits(sizes.of(hidden.shape[0]), int(weight.shape[0]), hidden.element_size() * smaller)
 
 
 def blocks(node: fx.Node, sizes: Sizes = AS_TRACED) -> int:
@@ -68,7 +84,7 @@ def _gradients(node: fx.Node) -> list[Tensor]:
 
 def _split(node: fx.Node) -> int:
     split: Any = node.kwargs.get("split", 1)
-    return int(split)
+    return int(split) * _SMALLER.get(node.target, 1)
 
 
 def _workspace(hidden: Tensor, classes: int, gradients: list[Tensor], split: int, sizes: Sizes) -> int:
@@ -77,8 +93,26 @@ def _workspace(hidden: Tensor, classes: int, gradients: list[Tensor], split: int
     losses, buffer = tokens * wide.itemsize, size * classes * itemsize
     is_fused = has_kernel(hidden.device, hidden.dtype)
     in_block = 0 if is_fused else reference_workspace_nbytes(size, classes, hidden.dtype, bool(gradients))
+    return losses + _blocks_nbytes(hidden, gradients, size, tokens, buffer, in_block)
+
+
+def _log_probs_workspace(
+    node: fx.Node, hidden: Tensor, classes: int, gradients: list[Tensor], split: int, sizes: Sizes
+) -> int:
+    tokens, itemsize, wide = sizes.of(hidden.shape[0]), hidden.element_size(), wide_dtype(hidden.dtype)
+    size = min(head.block_tokens(classes, itemsize, split), tokens)
+    has_slope = bool(gradients) and node.args[7] is not None
+    # scores, where they do not take the logits' place, their softmax, and the slope of a cap
+    copies = (hidden.dtype != wide) + 1 + has_slope
+    in_block = copies * size * classes * wide.itemsize
+    return _blocks_nbytes(hidden, gradients, size, tokens, size * classes * itemsize, in_block)
+
+
+def _blocks_nbytes(hidden: Tensor, gradients: list[Tensor], size: int, tokens: int, buffer: int, in_block: int) -> int:
+    """Bytes beside the results, in blocks of ``size`` tokens: the buffer of logits, and what a block has beside it."""
+    wide = wide_dtype(hidden.dtype)
     if not gradients:
-        return losses + buffer + in_block
+        return buffer + in_block
     _, d_weight, d_bias = gradients
     # sums in a wider dtype than the result are alive beside the result at the end
     weight_sum = d_weight.nbytes if size == tokens else d_weight.numel() * wide.itemsize
@@ -87,7 +121,7 @@ def _workspace(hidden: Tensor, classes: int, gradients: list[Tensor], split: int
     late = sum(n for n, g in ((weight_sum, d_weight), (bias_sum, d_bias)) if n != g.nbytes)
     if size < tokens and d_weight.ndim == 2:
         in_block = max(in_block, _product_workspace(d_weight, size, hidden, wide))
-    return losses + max(buffer + max(in_block, bias_sum) + early, late)
+    return max(buffer + max(in_block, bias_sum) + early, late)
 
 
 def _product_workspace(d_weight: Tensor, size: int, hidden: Tensor, wide: torch.dtype) -> int:

@@ -79,50 +79,50 @@ def loss_and_gradients(
     if scale is not None and tangent is not None:
         scale = scale * tangent
     size = min(block_tokens(classes, hidden.element_size(), split), tokens)
-    rows = _window(start if dim == 0 else None, length, classes)
-    columns = _window(start if dim == 1 else None, length, features)
-    bias_rows = _window(bias_start, bias_length, classes)
+    rows = window(start if dim == 0 else None, length, classes)
+    columns = window(start if dim == 1 else None, length, features)
+    bias_rows = window(bias_start, bias_length, classes)
     d_hidden = hidden.new_empty(hidden.shape if output_mask[0] else 0)
     # one block's product is rounded by itself; several are added up in the wide dtype
     total = weight.dtype if size == tokens else wide
-    d_weight = weight.new_zeros((_size(rows), _size(columns)) if output_mask[1] else 0, dtype=total)
-    d_bias = weight.new_zeros(_size(bias_rows) if output_mask[2] else 0, dtype=wide)
+    d_weight = weight.new_zeros((size_of(rows), size_of(columns)) if output_mask[1] else 0, dtype=total)
+    d_bias = weight.new_zeros(size_of(bias_rows) if output_mask[2] else 0, dtype=wide)
     losses = hidden.new_empty(tokens, dtype=wide)
     buffer = logits = hidden.new_empty(size, classes)
     for begin in range(0, tokens, size or 1):
         block = slice(begin, min(begin + size, tokens))
         x, logits = hidden[block], buffer[: block.stop - begin]
-        _project(x, weight, bias, logits)
+        project(x, weight, bias, logits)
         softmax_cross_entropy_(logits, labels[block], losses[block], scale, ignore_index, label_smoothing)
         if output_mask[0]:
             torch.mm(logits, weight, out=d_hidden[block])
         if output_mask[1]:
-            _add_product(d_weight, logits[:, rows], x[:, columns])
+            add_product(d_weight, logits[:, rows], x[:, columns])
         if output_mask[2]:
             d_bias += logits[:, bias_rows].sum(0, dtype=wide)
     del buffer, logits  # both hold the block of logits, whose memory the casts below can use again
     return losses.sum() / divisor, d_hidden, d_weight.to(weight.dtype), d_bias.to(weight.dtype)
 
 
-def _window(start: Tensor | None, length: int, size: int) -> slice:
+def window(start: Tensor | None, length: int, size: int) -> slice:
     if start is None:
         return slice(0, size)
     first = int(start)
     return slice(first, first + length)
 
 
-def _size(window: slice) -> int:
+def size_of(window: slice) -> int:
     return int(window.stop - window.start)
 
 
-def _project(x: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor) -> None:
+def project(x: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor) -> None:
     if bias is None:
         torch.mm(x, weight.t(), out=logits)
     else:
         torch.addmm(bias, x, weight.t(), out=logits)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """``total += aᵀ b``, summed in the dtype of ``total``."""
     if total.dtype == a.dtype:
         total.addmm_(a.t(), b)
@@ -215,13 +215,29 @@ backward = torch.ops.chunkft_fx.linear_cross_entropy_backward.default
 grad = torch.ops.chunkft_fx.linear_cross_entropy_grad.default
 
 
+# All operators of chunked heads; `head.log_probs` adds its own.
+HEADS: set[Any] = {forward, backward, grad}
+
+
 def is_head(node: fx.Node) -> bool:
-    """Whether a node is one of these operators."""
-    return node.target in (forward, backward, grad)
+    """Whether a node is an operator of a chunked head."""
+    return node.target in HEADS
+
+
+def product_flops(
+    hidden: Sequence[int],
+    weight: Sequence[int],
+    output_mask: Sequence[bool] = (False, False, False),
+    sliced: tuple[int, int] | None = None,
+) -> int:
+    """Those of the logits, of the input gradient and of the weight gradient, or ``sliced`` of it (length, size)."""
+    whole = 2 * hidden[0] * weight[0] * weight[1]
+    part = whole if sliced is None else whole * sliced[0] // sliced[1]
+    return whole + whole * output_mask[0] + part * output_mask[1]
 
 
 def _forward_flops(hidden: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any) -> int:
-    return 2 * hidden[0] * weight[0] * weight[1]
+    return product_flops(hidden, weight)
 
 
 def _grad_flops(
@@ -239,10 +255,7 @@ def _grad_flops(
     *args: Any,
     **kwargs: Any,
 ) -> int:
-    """The products of the logits, of the input gradient and of the demanded part of the weight gradient."""
-    whole = _forward_flops(hidden, weight)
-    part = whole if start is None else whole * length // weight[dim]
-    return whole + whole * output_mask[0] + part * output_mask[1]
+    return product_flops(hidden, weight, output_mask, None if start is None else (length, weight[dim]))
 
 
 def _backward_flops(tangent: Any, *args: Any, **kwargs: Any) -> int:

@@ -194,9 +194,15 @@ def training_of(model: object, optimizer: str) -> Training:
     if issubclass(type(model), CompiledModule):
         training: Training = model.__dict__["_training"]
         return training
+    hint = ""
+    if isinstance(model, list) and model and isinstance(model[0], dict):  # as Trainer calls a class of optimizers
+        hint = (
+            "; in optimizer_cls_and_kwargs of a transformers Trainer write a function that gives the class, "
+            f"(lambda: chunkft_fx.{optimizer}, {{...}}), which Trainer calls with the model"
+        )
     raise OptimizerMismatch(
         f"{optimizer} was given a {type(model).__module__}.{type(model).__qualname__}; pass the module returned by "
-        "chunkft_fx.compile itself, not its parameters, the plain model, or what torch.compile returned"
+        f"chunkft_fx.compile itself, not its parameters, the plain model, or what torch.compile returned{hint}"
     )
 
 

@@ -29,7 +29,8 @@ def refuse_outside(arrivals: Arrivals) -> None:
         raise OutsideGradient(
             "parameters have gradients, but none came through the compiled module since the last step: the loss "
             "was computed with the plain model, or with parts of it such as model.base_model and model.lm_head; "
-            "call the module that chunkft_fx.compile returned, and take the loss that it returns"
+            "call the module that chunkft_fx.compile returned, and take the loss that it returns; TRL's trainers are "
+            "given the plain model, and then to chunkft_fx.attach(trainer, budget)"
         )
 
 

@@ -16,8 +16,8 @@ import torch
 
 from chunkft_fx.capture.outline import Region
 from chunkft_fx.graph.sizes import AS_TRACED, Sizes
-from chunkft_fx.head.memory import operands
-from chunkft_fx.head.operators import is_head, useful_splits
+from chunkft_fx.head.memory import useful_splits
+from chunkft_fx.head.operators import is_head
 from chunkft_fx.machine.known_rates import known_rates
 from chunkft_fx.machine.overhead import overhead
 from chunkft_fx.machine.rates import Rates
@@ -97,8 +97,7 @@ class Predictor:
         regions = [r for r in self.programs.outline.regions if r.template.has_head]
         splits: set[int] = {1}
         for node in (n for r in regions for n in r.template.graph.graph.nodes if is_head(n)):
-            hidden, weight = operands(node)
-            splits |= {*useful_splits(self._batch.of(hidden.shape[0]), int(weight.shape[0]), hidden.element_size())}
+            splits |= {*useful_splits(node, self._batch)}
         labels = frozenset(moment_label(r, is_backward) for r in regions for is_backward in (False, True))
         return Head(tuple(sorted(splits)), labels)
 

@@ -27,6 +27,7 @@ from torch import fx
 
 from chunkft_fx.graph.region import RegionGraph
 from chunkft_fx.graph.rewrite import drop_dead, fake_value
+from chunkft_fx.head import log_probs
 from chunkft_fx.head import operators as head
 
 aten = torch.ops.aten
@@ -39,6 +40,7 @@ _MASKED: dict[Any, int] = {
     aten.native_batch_norm_backward.default: 9,
     aten._fused_rms_norm_backward.default: 5,
     head.backward: 8,
+    log_probs.backward: 8,
 }
 
 

@@ -2,8 +2,8 @@
 
 Contract: a tangent that the caller will not provide (logits, when only the loss is used) counts as
 zero. Backward is linear in its tangents, so a node all of whose tangent-dependent operands are zero is
-zero itself; a sum loses its zero operand; any other operator gets a real zero of the right shape.
-Backward outputs that are zero become ``None``.
+zero itself; a sum loses its zero operand, a head the tangent of its entropies; any other operator gets a real zero of
+the right shape, like another of its operands where there is one. Backward outputs that are zero become ``None``.
 
 Terms: *zero* is a value known to be zero because every tangent under it is absent.
 
@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from chunkft_fx.graph.region import RegionGraph
 from chunkft_fx.graph.rewrite import insert_before, same
+from chunkft_fx.head import log_probs
 
 aten = torch.ops.aten
 
@@ -68,10 +69,17 @@ def _drop(node: fx.Node, zeros: list[fx.Node]) -> None:
         node.replace_all_uses_with(rest[0])
         return
     for operand in zeros:
-        zero = insert_before(node, aten.zeros_like.default, (operand,), like=node)
+        if node.target is log_probs.backward and node.args[1] is operand:
+            node.update_arg(1, None)
+            continue
+        # the operand itself may be a tangent that nobody brings
+        given = next((n for n in rest if _alike(n, operand)), operand)
+        zero = insert_before(node, aten.zeros_like.default, (given,), like=node)
         node.replace_input_with(operand, zero)
 
 
 def _alike(a: fx.Node, b: fx.Node) -> bool:
     x, y = a.meta["val"], b.meta["val"]
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        return False
     return x.dtype == y.dtype and x.ndim == y.ndim and all(map(same, x.shape, y.shape))

@@ -236,14 +236,14 @@ def test_workspace_is_what_the_operator_allocates(
     args = [*case.plain_args, *asked]
     with LiveStorages() as live:
         results = head.loss_and_gradients(*args, split=split)
-    node = _node(head.grad if asked else head.forward, args)
+    node = node_of(head.grad if asked else head.forward, args)
     node.kwargs = {"split": split}
     predicted = head_workspace(node)
     assert blocks(node) == -(-96 // (block // split))
     assert predicted + sum(t.untyped_storage().nbytes() for t in results) == pytest.approx(live.peak_nbytes, rel=0.01)
 
 
-def _node(target: Any, args: list[Any]) -> fx.Node:
+def node_of(target: Any, args: list[Any]) -> fx.Node:
     """A graph node that calls an operator on placeholders with fake values."""
     graph = fx.Graph()
     mode = FakeTensorMode()
@@ -271,9 +271,9 @@ def test_blocks_read_the_weight_again(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make(96, 500, 64, dtype=torch.float32)
     few_tokens_a_block(monkeypatch, case, 32)
     weight = 500 * 64 * 4
-    assert repeated_nbytes(_node(head.forward, list(case.plain_args))) == 2 * weight
+    assert repeated_nbytes(node_of(head.forward, list(case.plain_args))) == 2 * weight
     sliced = [*case.plain_args, [True, True, False], torch.tensor(0), 0, 250]
-    assert repeated_nbytes(_node(head.grad, sliced)) == 2 * (2 * weight + weight)
+    assert repeated_nbytes(node_of(head.grad, sliced)) == 2 * (2 * weight + weight)
 
 
 def test_useful_splits_are_those_that_make_blocks_smaller() -> None:

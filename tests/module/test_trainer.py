@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    SchedulerType,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     T5Config,
@@ -23,9 +26,17 @@ from transformers import (
 )
 
 import chunkft_fx
+from chunkft_fx.errors import OptimizerMismatch
+from chunkft_fx.plan.chunk import Slice
+from tests.support.reference_loop import Reference
 
 WORDS = 40
-WAYS = {"coverage all": {"coverage": "all"}, "one chunk": {"coverage": "one", "chunks": 1}}
+WAYS = {
+    "coverage all": {"coverage": "all"},
+    "one chunk": {"coverage": "one", "chunks": 1},
+    "chunks in turn": {"coverage": "one", "chunks": 3, "interval": 1},
+}
+DENSE = ["coverage all", "one chunk"]
 
 
 def llama() -> nn.Module:
@@ -89,7 +100,7 @@ def assert_same_weights(ours: Any, theirs: Any, atol: float = 0.0) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=atol, msg=name)
 
 
-@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("how", DENSE)
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 def test_training_evaluation_and_prediction_are_the_plain_models(tmp_path: Path, how: str, smoothing: float) -> None:
     plain = trainer(llama(), tmp_path / "plain", label_smoothing_factor=smoothing)
@@ -176,6 +187,17 @@ def test_an_optimizer_can_be_asked_for_as_a_factory(tmp_path: Path) -> None:
     assert_same_losses(ours, plain)
 
 
+def test_a_class_in_place_of_the_factory_is_refused_by_what_to_write(tmp_path: Path) -> None:
+    ours: Any = Trainer(
+        compiled_of(llama(), "coverage all"),
+        TrainingArguments(**options(tmp_path)),
+        train_dataset=rows(),
+        optimizer_cls_and_kwargs=(chunkft_fx.AdamW, {"lr": 1e-2}),
+    )
+    with pytest.raises(OptimizerMismatch, match=r"\(lambda: chunkft_fx\.AdamW, \{\.\.\.\}\)"):
+        ours.train()
+
+
 def test_seq2seq_trainer_predicts_with_generate(tmp_path: Path) -> None:
     made: list[tuple[Any, Any]] = []
     for model in (t5(), compiled_of(t5(), "coverage all")):
@@ -202,3 +224,125 @@ def test_two_models_of_one_class_train_beside_each_other(tmp_path: Path) -> None
     one, two = trainer(first, tmp_path / "one"), trainer(second, tmp_path / "two")
     one.train(), two.train()
     assert_same_losses(one, two)
+
+
+class SlicedAdamW(torch.optim.Optimizer):
+    """AdamW written out for a plain model, of which each step updates the slices of the next chunk in turn.
+
+    Gradients are clipped to ``max_norm`` by the norm of those slices alone, as a Trainer does with a compiled model.
+    """
+
+    def __init__(self, model: nn.Module, chunks: Sequence[Sequence[Slice]], max_norm: float) -> None:
+        super().__init__(model.parameters(), {"lr": 1e-2})
+        self.reference, self.chunks, self.max_norm, self.steps = Reference(model, decay=0.1), chunks, max_norm, 0
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        active = self.chunks[self.steps % len(self.chunks)]
+        self.steps += 1
+        self.reference.lr = self.param_groups[0]["lr"]
+        if self.max_norm:
+            self.reference.scale(min(1.0, self.max_norm / (self.reference.slice_norm(active) + 1e-6)))
+        self.reference.step(active)
+
+
+class Pair:
+    """A compiled model in one trainer after another, beside a plain one; each time from the same weights."""
+
+    def __init__(self, folder: Path, how: str, model: Any = llama) -> None:
+        self.folder, self.how, self.model = folder, how, model
+        self.compiled = compiled_of(model(), how)
+
+    def optimizers(self, plain: nn.Module, max_norm: float) -> tuple[Any, Any]:
+        if self.how != "chunks in turn":
+            return adamw_of(self.compiled), adamw_of(plain)
+        ours = chunkft_fx.AdamW(self.compiled, lr=1e-2, weight_decay=0.1, schedule_by="step")
+        self.compiled.activate(0)
+        return ours, SlicedAdamW(plain, [c.slices for c in self.compiled.plan.chunks], max_norm)
+
+    def train(self, collator: Any = None, **given: Any) -> tuple[Any, Any]:
+        """Both trainers, after they ran; every tensor of both models has changed."""
+        collator = collator or functools.partial(padded, least=6)
+        plain = self.model()
+        before = {name: p.detach().clone() for name, p in plain.named_parameters()}
+        self.compiled.load_state_dict(before, strict=False)
+        max_norm = given.pop("max_grad_norm", 1.0)
+        ran = []
+        for model, optimizer in zip((self.compiled, plain), self.optimizers(plain, max_norm), strict=True):
+            norm = 0.0 if isinstance(optimizer, SlicedAdamW) else max_norm
+            arguments = TrainingArguments(**options(self.folder, max_steps=6, max_grad_norm=norm, **given))
+            t = Trainer(
+                model,
+                arguments,
+                train_dataset=uneven(),
+                eval_dataset=rows(2),
+                data_collator=collator,
+                optimizers=(optimizer, None),
+            )
+            t.train()
+            for name, p in model.named_parameters():
+                assert not torch.equal(p, before[name]), f"{name} was not trained"
+            ran.append(t)
+        return ran[0], ran[1]
+
+
+# What a scheduler needs beside the warm-up, by name; the others need nothing.
+SCHEDULERS = {
+    "cosine_with_min_lr": {"min_lr": 1e-3},
+    "cosine_warmup_with_min_lr": {"min_lr": 1e-3},
+    "warmup_stable_decay": {"num_decay_steps": 2},
+    "cosine_with_restarts": {"num_cycles": 2},
+    "polynomial": {"power": 2.0},
+}
+# They go by a metric, which Trainer gives them after an evaluation.
+BY_METRIC = ("reduce_lr_on_plateau", "greedy")
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_each_scheduler_with_warm_up(tmp_path: Path, how: str) -> None:
+    pair = Pair(tmp_path, how)
+    for kind in SchedulerType:
+        own = {"lr_scheduler_kwargs": SCHEDULERS[kind.value]} if kind.value in SCHEDULERS else {}
+        if kind.value in BY_METRIC:
+            own = {"eval_strategy": "steps", "eval_steps": 1}
+        ours, plain = pair.train(lr_scheduler_type=kind.value, warmup_steps=2, **own)
+        rates = [[e["learning_rate"] for e in t.state.log_history if "learning_rate" in e] for t in (ours, plain)]
+        assert rates[0] == rates[1]
+        assert_same_losses(ours, plain)
+
+
+def uneven(count: int = 8) -> Any:
+    """Rows of different lengths."""
+    generator = torch.Generator().manual_seed(2)
+    ids = [torch.randint(3, WORDS, (4 + i % 3,), generator=generator) for i in range(count)]
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def padded(batch: Sequence[Any], least: int = 0) -> dict[str, Tensor]:
+    """Rows of a batch filled up to the longest, or to ``least`` tokens, with labels that do not count."""
+    ids = [row["input_ids"] for row in batch]
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(i) for i in ids], batch_first=True)
+    full = nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    mask, full = (nn.functional.pad(t, (0, max(0, least - t.shape[1]))) for t in (mask, full))
+    return {"input_ids": full, "attention_mask": mask, "labels": full.masked_fill(mask == 0, -100)}
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "clipping": {"max_grad_norm": 0.05},
+    "neftune": {"neftune_noise_alpha": 5.0},
+    "lengths": {"train_sampling_strategy": "group_by_length"},
+}
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_each_option_is_the_plain_trainers(tmp_path: Path, option: str, how: str) -> None:
+    collator = padded if option == "lengths" else None
+    ours, plain = Pair(tmp_path, how).train(collator, **OPTIONS[option])
+    assert_same_losses(ours, plain)
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_bf16_is_the_plain_trainers(tmp_path: Path, how: str) -> None:
+    ours, plain = Pair(tmp_path, how).train(bf16=True)
+    torch.testing.assert_close(losses(ours), losses(plain), rtol=0, atol=5e-3)
