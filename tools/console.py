@@ -21,7 +21,7 @@ from chunkft_fx.tools.training.loop import StepInfo
 # Where there is no terminal to draw a bar on, this many lines report a run.
 LINES = 10
 # What the programs need beyond the library, the extra "demo".
-NEEDED = ("transformers", "gguf", "accelerate")
+NEEDED = ("transformers", "gguf", "accelerate", "datasets")
 # Errors about what was typed.
 USAGE = (OptionError, BudgetParseError, ChunkCountError)
 

@@ -21,10 +21,11 @@ from chunkft_fx.bytes import format_bytes
 from chunkft_fx.errors import OptionError
 from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.tools.console import progress, quiet, run_command
+from chunkft_fx.tools.data.stream import pack
 from chunkft_fx.tools.load import load_model, load_tokenizer, pick_device, pick_dtype
-from chunkft_fx.tools.training.data import pack
+from chunkft_fx.tools.models.evaluate import evaluate
 from chunkft_fx.tools.training.folder import claimed, save_model
-from chunkft_fx.tools.training.loop import evaluate, train
+from chunkft_fx.tools.training.loop import train
 from chunkft_fx.tools.training.options import TrainOptions, check_compile_options, chunk_count
 
 # Every tenth topic is held out; their first sequences are enough to see the loss fall.
@@ -82,10 +83,10 @@ def _fine_tune(
     print(f"SmolLM2-135M-Instruct: {numel:,} parameters, {kind} on {where}, budget {budget}")
     print(f"{len(training)} sequences of {SEQUENCE} tokens to train on, {len(held_out)} held out")
     prompt = prompt_of_held_out_topic()
-    before, sample = evaluate(model, held_out, batch), generate(model, tokenizer, prompt)
+    before, sample = evaluate(model, held_out, batch).loss, generate(model, tokenizer, prompt)
     with progress("training", steps) as on_step:
         report = train(model, training, options, on_step=on_step)
-    after = evaluate(model, held_out, batch)
+    after = evaluate(model, held_out, batch).loss
     print(model.plan)
     print(f"\n--- sample before\n{prompt}{sample}\n--- sample after\n{prompt}{generate(model, tokenizer, prompt)}\n---")
     save_model(out, model, tokenizer)

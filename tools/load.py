@@ -6,13 +6,15 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from chunkft_fx.errors import ChunkFTError, ChunkFTWarning, ModelUnusable, OptionError
-from chunkft_fx.tools.training.data import check_vocabulary
+from chunkft_fx.tools.data.tokens import check_vocabulary
+from chunkft_fx.tools.models.tasks import CLASSES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -75,10 +77,10 @@ def load_config(model: str) -> Any:
         return transformers.AutoConfig.from_pretrained(place)
 
 
-def check_config(model: str, config: Any, seq_len: int, sequences: Tensor | None = None, tokenizer: Any = None) -> None:
+def check_config(model: str, config: Any, seq_len: int, largest: int | None = None, tokenizer: Any = None) -> None:
     """Raise `OptionError` for a length that a model of this config has no positions for.
 
-    And `DataError` for ``sequences`` (``i64[count, seq_len]``) with tokens that it has no embeddings for.
+    And `DataError` for data of which the ``largest`` token is one that it has no embeddings for.
     """
     try:
         text = config.get_text_config()
@@ -90,24 +92,30 @@ def check_config(model: str, config: Any, seq_len: int, sequences: Tensor | None
             f"seq-len is {seq_len}, but model {model!r} has positions for {positions} tokens (max_position_embeddings "
             "in its config); lower --seq-len"
         )
-    if sequences is not None:
-        check_vocabulary(sequences, tokenizer, text.vocab_size)
+    if largest is not None:
+        check_vocabulary(largest, tokenizer, text.vocab_size)
 
 
-def load_model(model: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A causal language model in training mode, GGUF weights dequantised.
+def load_model(
+    model: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    task: str = "causal",
+    changes: Mapping[str, Any] = MappingProxyType({}),
+) -> nn.Module:
+    """A model for a task in training mode, GGUF weights dequantised; ``changes`` are of its config.
 
     Raises `ModelUnusable` when it cannot be loaded, with the reason, or when weights are missing or of another
-    shape, which transformers would otherwise fill with random values.
+    shape, which transformers would otherwise fill with random values. A classifier's head may be missing.
     """
     import transformers
 
     place, options = source(model)
     with reasons(model):
-        loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype, output_loading_info=True, **options
+        loaded, report = getattr(transformers, CLASSES[task]).from_pretrained(
+            place, dtype=dtype, output_loading_info=True, **options, **changes
         )
-    _check_report(model, loaded, report)
+    _check_report(model, loaded, report, task)
     if getattr(loaded, "hf_quantizer", None) is not None:
         # GGUF weights are plain tensors by now, but transformers would still refuse to save the model
         loaded.hf_quantizer.remove_quantization_config(loaded)
@@ -115,9 +123,12 @@ def load_model(model: str, dtype: torch.dtype, device: torch.device) -> nn.Modul
     return trained
 
 
-def _check_report(model: str, loaded: Any, report: Mapping[str, Collection[Any]]) -> None:
+def _check_report(model: str, loaded: Any, report: Mapping[str, Collection[Any]], task: str) -> None:
     for key, what in (("missing_keys", "has no"), ("mismatched_keys", "has another shape of")):
         names = sorted(entry if isinstance(entry, str) else entry[0] for entry in report[key])
+        if key == "missing_keys" and task == "classification":
+            _say_new([name for name in names if is_new(name, loaded.base_model_prefix)], model)
+            names = [name for name in names if not is_new(name, loaded.base_model_prefix)]
         if names:
             raise ModelUnusable(
                 f"model {model!r} {what} {_some(names)}, so that a {type(loaded).__name__} would train from random "
@@ -126,11 +137,26 @@ def _check_report(model: str, loaded: Any, report: Mapping[str, Collection[Any]]
     if report["error_msgs"]:
         raise ModelUnusable(f"model {model!r} could not be loaded: {_some(sorted(map(str, report['error_msgs'])))}")
     unused = sorted(report["unexpected_keys"])
-    if unused:
+    # a classifier leaves the head of the model that it is made of
+    if unused and task != "classification":
         warnings.warn(
             f"a {type(loaded).__name__} has no place for {_some(unused)} of model {model!r}: not trained, not saved",
             ChunkFTWarning,
             stacklevel=2,
+        )
+
+
+def is_new(name: str, prefix: str) -> bool:
+    """Whether a classifier may begin with random values here: in its head, or in the pooler in front of it."""
+    return not name.startswith(f"{prefix}.") or ".pooler." in name
+
+
+def _say_new(names: Sequence[str], model: str) -> None:
+    if names:
+        warnings.warn(
+            f"model {model!r} has no {_some(names)}: the classifier's head begins with random values",
+            ChunkFTWarning,
+            stacklevel=3,
         )
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 import chunkft_fx
+from chunkft_fx.tools.data.stream import pack
 from chunkft_fx.tools.training.checkpoint import newest_checkpoint
-from chunkft_fx.tools.training.data import pack
 from chunkft_fx.tools.training.folder import claimed, save_model
 from chunkft_fx.tools.training.loop import train
 from chunkft_fx.tools.training.options import TrainOptions

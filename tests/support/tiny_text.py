@@ -8,6 +8,9 @@ from pathlib import Path
 import transformers
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
+from chunkft_fx.tools.data.formats import document
+from chunkft_fx.tools.data.records import records
+from chunkft_fx.tools.data.tokens import written
 from chunkft_fx.tools.zoo import tiny
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
@@ -24,6 +27,15 @@ def character_tokenizer(template: str | None = None) -> transformers.PreTrainedT
     )
     tokenizer.chat_template = template
     return tokenizer
+
+
+def texts(path: Path, tokenizer: transformers.PreTrainedTokenizerFast, field: str = "text") -> list[str]:
+    """The text of each record of a file, conversations as the tokenizer's template writes them."""
+    found = []
+    for where, record in records(str(path)):
+        made = document(where, record, field, tokenizer.chat_template is not None)
+        found.append(written(where, made, tokenizer, all_learned=True).text)
+    return found
 
 
 def tiny_folder(folder: Path, family: str = "llama") -> Path:

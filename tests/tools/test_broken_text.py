@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from chunkft_fx.errors import DataError
-from chunkft_fx.tools.training.data import pack, read_documents
-from tests.support.tiny_text import TEMPLATE, character_tokenizer
+from chunkft_fx.tools.data.stream import pack
+from tests.support.tiny_text import TEMPLATE, character_tokenizer, texts
 
 GOOD = b'{"text": "good"}\n'
 DEEP = b'{"text": "a", "more": ' + b"[" * 200_000 + b"]" * 200_000 + b"}"
@@ -17,7 +17,7 @@ DEEP = b'{"text": "a", "more": ' + b"[" * 200_000 + b"]" * 200_000 + b"}"
 def read(folder: Path, name: str, content: bytes) -> list[str]:
     path = folder / name
     path.write_bytes(content)
-    return read_documents(path, character_tokenizer(TEMPLATE))
+    return texts(path, character_tokenizer(TEMPLATE))
 
 
 @pytest.mark.parametrize(
@@ -61,10 +61,6 @@ def test_a_byte_order_mark_and_empty_lines_and_line_ends_of_windows_are_no_text(
     assert read(tmp_path, "a.txt", b"\xef\xbb\xbfone\r\ntwo\rthree") == ["one\ntwo\nthree"]
 
 
-def test_documents_of_white_space_are_left_out(tmp_path: Path) -> None:
-    assert read(tmp_path, "a.jsonl", GOOD + b'{"text": ""}\n{"text": " \\n"}\n' + GOOD) == ["good", "good"]
-
-
 def test_an_escaped_nul_is_a_character_like_others(tmp_path: Path) -> None:
     documents = read(tmp_path, "a.jsonl", b'{"text": "a\\u0000b"}')
     assert documents == ["a\0b"]
@@ -76,8 +72,3 @@ def test_lines_of_objects_are_read_as_such_under_each_of_their_names(tmp_path: P
         assert read(tmp_path, name, GOOD) == ["good"]
     with pytest.raises(DataError, match=r"a\.json is one JSON value; give a \.jsonl file"):
         read(tmp_path, "a.json", GOOD)
-
-
-def test_a_folder_is_no_text_file(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there is no text file"):
-        read_documents(tmp_path, character_tokenizer())

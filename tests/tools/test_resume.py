@@ -20,8 +20,8 @@ from chunkft_fx.checkpoints.disk.sums import file_sums
 from chunkft_fx.checkpoints.saving import Saving, wait_for_saves
 from chunkft_fx.errors import CheckpointMismatch, ChunkFTWarning, SaveFailed, TrainingDiverged
 from chunkft_fx.module.module import CompiledModule
+from chunkft_fx.tools.data.stream import pack
 from chunkft_fx.tools.training.checkpoint import require_checkpoint
-from chunkft_fx.tools.training.data import pack
 from chunkft_fx.tools.training.loop import StepInfo, train
 from chunkft_fx.tools.training.options import TrainOptions
 from chunkft_fx.tools.zoo import tiny

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from chunkft_fx.tools import console
+from chunkft_fx.tools.setup import job
 from chunkft_fx.tools.training import signals
-from chunkft_fx.tools.training import train as train_program
 from chunkft_fx.tools.training.checkpoint import require_checkpoint
 from chunkft_fx.tools.training.loop import StepInfo
 from tests.support.tiny_text import tiny_folder
@@ -55,7 +55,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], Any]) 
     def progress(title: str, steps: int) -> Iterator[Callable[[StepInfo], None]]:
         yield lambda info: act() if info.step == step else None
 
-    monkeypatch.setattr(train_program, "progress", progress)
+    monkeypatch.setattr(job, "progress", progress)
 
 
 def test_a_run_that_is_told_to_stop_saves_and_can_be_continued_to_the_bit(
@@ -95,7 +95,7 @@ def test_a_run_killed_in_its_last_save_is_finished_also_when_chunks_are_chosen(
         raise SystemExit(1)
 
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
-        patched.setattr(train_program, "save_model", killed)
+        patched.setattr(job, "save_model", killed)
         chunkft(*arguments, *chunks)
     saved = require_checkpoint(out)
     assert saved.name == "checkpoint-3"

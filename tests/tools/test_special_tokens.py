@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import transformers
 from tokenizers import processors
 
 from chunkft_fx.errors import DataError
-from chunkft_fx.tools.training.data import check_vocabulary, pack, read_documents
+from chunkft_fx.tools.data.formats import document
+from chunkft_fx.tools.data.stream import pack
+from chunkft_fx.tools.data.tokens import check_vocabulary, tokenized, written
 from tests.support.tiny_text import BOS, EOS, TEMPLATE, character_tokenizer
 
 
@@ -56,19 +55,25 @@ def test_special_tokens_in_the_text_itself_are_not_doubled() -> None:
 
 
 @pytest.mark.parametrize(("first", "last"), [("", ""), ("{{ bos_token }}", ""), ("{{ bos_token }}", "{{ eos_token }}")])
-def test_a_chat_has_what_its_template_wrote_and_an_end(tmp_path: Path, first: str, last: str) -> None:
-    path = tmp_path / "chat.jsonl"
-    path.write_text(json.dumps({"messages": [{"role": "u", "content": "a"}]}))
+def test_a_chat_has_what_its_template_wrote_and_an_end(first: str, last: str) -> None:
     tokenizer = with_first(template=first + TEMPLATE + last)
-    documents = read_documents(path, tokenizer)
+    chat = document("here", {"messages": [{"role": "assistant", "content": "a"}]})
+    (piece,) = tokenized([written("here", chat, tokenizer)], tokenizer)
     begin = [BOS] if first else []
-    assert tokens(documents, tokenizer, 5 + len(begin)) == [*begin, "u", ":", "a", ";", EOS]
+    assert tokenizer.convert_ids_to_tokens(piece.ids) == [*begin, *"assistant:a;", EOS]
+
+
+def test_an_end_that_a_template_writes_before_a_break_is_the_end() -> None:
+    tokenizer = with_first(template=TEMPLATE + "{{ eos_token + '\n' }}")
+    chat = document("here", {"messages": [{"role": "assistant", "content": "a"}]})
+    (piece,) = tokenized([written("here", chat, tokenizer)], tokenizer)
+    assert tokenizer.convert_ids_to_tokens(piece.ids) == [*"assistant:a;", EOS, "\n"]
 
 
 def test_tokens_without_embeddings_are_refused() -> None:
     tokenizer = character_tokenizer()
     sequences = pack(["ab~"], tokenizer, 4)
     largest = int(sequences.max())
-    check_vocabulary(sequences, tokenizer, largest + 1)
+    check_vocabulary(largest, tokenizer, largest + 1)
     with pytest.raises(DataError, match=rf"token {largest} \('~'\), the model only tokens below {largest}"):
-        check_vocabulary(sequences, tokenizer, largest)
+        check_vocabulary(largest, tokenizer, largest)

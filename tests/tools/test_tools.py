@@ -19,9 +19,12 @@ from chunkft_fx.errors import CheckpointMismatch, ChunkFTWarning, OptionError
 from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.plan.plan import VERSION
 from chunkft_fx.tools import cli, console, demo, inspect
+from chunkft_fx.tools.data.rows import Sequences
+from chunkft_fx.tools.data.stream import pack
 from chunkft_fx.tools.load import pick_device, pick_dtype, source
-from chunkft_fx.tools.training.data import Batches, pack
-from chunkft_fx.tools.training.loop import evaluate, make_scheduler, train
+from chunkft_fx.tools.models.evaluate import evaluate
+from chunkft_fx.tools.training.data import Batches
+from chunkft_fx.tools.training.loop import make_scheduler, train
 from chunkft_fx.tools.training.options import TrainOptions
 from chunkft_fx.tools.zoo import tiny
 from tests.support.tiny_text import character_tokenizer, tiny_folder
@@ -56,7 +59,8 @@ def test_train_learns_the_text_and_saves_a_model_that_loads(tmp_path: Path, caps
     text.write_text(TEXT)
     chunkft(
         "train", str(model), str(text), "--out", str(out), *EAGER,
-        "--chunks", "3", "--steps", "30", "--seq-len", "16", "--batch-size", "4", "--lr", "0.01", "--warmup", "3",
+        "--chunks", "3", "--interval", "1", "--steps", "30", "--seq-len", "16", "--batch-size", "4",
+        "--lr", "0.01", "--warmup", "3",
     )  # fmt: skip
     printed = capsys.readouterr().out
     assert "step 30/30" in printed
@@ -125,7 +129,8 @@ def test_each_step_is_reported_with_its_chunk_and_rate() -> None:
     seen: list[tuple[int, int, float]] = []
     options = TrainOptions(4, 2, lr=1e-2, schedule="constant_with_warmup", warmup=2)
     train(compiled(3), sequences(), options, on_step=lambda i: seen.append((i.step, i.chunk, i.lr)))
-    assert seen == [(1, 0, 0.0), (2, 1, 0.005), (3, 2, 0.01), (4, 0, 0.01)]
+    # a step at a rate of 0 is no turn of its chunk
+    assert seen == [(1, 0, 0.0), (2, 0, 0.005), (3, 1, 0.01), (4, 2, 0.01)]
 
 
 @pytest.mark.parametrize(
@@ -134,19 +139,19 @@ def test_each_step_is_reported_with_its_chunk_and_rate() -> None:
     + [("warmup_stable_decay", {"num_decay_steps": 2}), ("cosine_with_min_lr", {"min_lr": 1e-4})],
 )
 def test_schedules_of_transformers_run(schedule: str, options: dict[str, Any]) -> None:
-    report = train(compiled(), sequences(), TrainOptions(2, 2, schedule=schedule, schedule_options=options))
-    assert len(report.losses) == 2
+    report = train(compiled(), sequences(), TrainOptions(3, 2, schedule=schedule, schedule_options=options))
+    assert len(report.losses) == 3
 
 
 def test_evaluate_weighs_a_last_partial_batch_by_its_size() -> None:
     model, data = compiled(), sequences()[:5]
-    each = [evaluate(model, row[None], 1) for row in data]
-    assert evaluate(model, data, 2) == pytest.approx(sum(each) / 5, rel=1e-6)
+    each = [evaluate(model, row[None], 1).loss for row in data]
+    assert evaluate(model, data, 2).loss == pytest.approx(sum(each) / 5, rel=1e-6)
     assert model.training
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
-    train(compiled(), sequences(), TrainOptions(1, 2, save_every=1), out=tmp_path)
+    train(compiled(1), sequences(), TrainOptions(1, 2, save_every=1), out=tmp_path)
     model, _ = tiny("opt")
     other = chunkft_fx.compile(model, "1GB", chunks=3, interval=1, backend="eager")
     with pytest.raises(CheckpointMismatch):
@@ -154,9 +159,9 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
-    train(compiled(), sequences(), TrainOptions(1, 2, save_every=1), out=tmp_path)
+    train(compiled(1), sequences(), TrainOptions(1, 2, save_every=1), out=tmp_path)
     with pytest.raises(CheckpointMismatch, match=r"length 16 \(now 8\)"):
-        train(compiled(), sequences(8), TrainOptions(2, 2), resume=tmp_path)
+        train(compiled(1), sequences(8), TrainOptions(2, 2), resume=tmp_path)
 
 
 def test_a_missing_or_unreadable_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -184,9 +189,9 @@ def test_full_coverage_trains_as_torch_does(update: str) -> None:
     options = TrainOptions(3, 2, accumulate=2, lr=1e-3, schedule="constant", max_grad_norm=None, update=update)
     plain, _ = tiny("llama")
     theirs = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=options.weight_decay)
-    batches = Batches(sequences(), 2, options.seed)
+    batches = Batches(Sequences(sequences()), 2, options.seed)
     for _ in range(3):
-        for ids in (next(batches), next(batches)):
+        for ids in (next(batches)["input_ids"], next(batches)["input_ids"]):
             (plain(input_ids=ids, labels=ids, use_cache=False).loss / 2).backward()
         theirs.step()
         theirs.zero_grad()
@@ -205,6 +210,19 @@ def test_full_coverage_trains_as_torch_does(update: str) -> None:
         (["--coverage", "one", "--update", "backward", "--max-grad-norm", "0"], "--coverage all"),
         (["--update", "backward"], "--max-grad-norm 0"),
         (["--coverage", "all", "--update", "backward"], "--max-grad-norm 0"),
+        (["--chunks", "4", "--update", "late"], "--chunks 4 leaves it one chunk"),
+        (["--order", "random", "--update", "late"], "--order random leaves it one chunk"),
+        (["--interval", "2", "--update", "late"], "--interval 2 leaves it one chunk"),
+        (["--optimizer", "lion"], "optimizer is lion; it must be one of adamw, sgd, adafactor"),
+        (["--optimizer", "sgd", "--state-dtype", "8bit"], "state-dtype is 8bit, which optimizer sgd has not"),
+        (["--optimizer-options", '{"momentum": 0.9}'], "momentum, which optimizer adamw has not; it has betas, eps"),
+        (["--optimizer-options", '{"lr": 0.9}'], "lr, which is an option of the command line"),
+        (["--task", "sum"], "task is sum"),
+        (["--track", "paper"], "track is paper; it must be one of tensorboard, wandb"),
+        (["--chat-template", "none.jinja"], "chat-template 'none.jinja' is no file"),
+        (["--eval-split", "1"], "eval-split is 1.0"),
+        (["--eval-split", "0.1", "--eval", "x"], "give one of them"),
+        (["--rates", "matmul=1T,memory=1T,link=1G"], "give --dry-run with them"),
         (["--update", "now"], "update is now"),
         (["--master", "half"], "master is half"),
         (["--state-dtype", "4bit"], "state-dtype is 4bit"),
@@ -251,7 +269,7 @@ def test_unknown_schedules_and_arguments_are_refused() -> None:
         (["--schedule-options", "[1]"], "not a JSON object", 2),
         (["--schedule-options", "{"], "not JSON", 2),
         (["--resume", "nowhere"], "no checkpoint at nowhere", 1),
-        (["--seq-len", "100"], "too few", 1),
+        (["--batch-size", "7"], "fewer than a batch of 7", 1),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line_and_an_exit_code(

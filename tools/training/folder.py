@@ -7,8 +7,9 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -81,8 +82,10 @@ def require_finite(model: nn.Module, kept: str) -> None:
             raise TrainingDiverged(f"{name} holds values that are not finite numbers, and is not saved; {kept}")
 
 
-def save_model(out: Path, model: Any, tokenizer: Any) -> None:
+def save_model(out: Path, model: Any, tokenizer: Any, notes: Mapping[str, str] = MappingProxyType({})) -> None:
     """Save both with ``save_pretrained``, beside what is in the folder, and replace that once all is on the disk.
+
+    ``notes`` are files of text that belong to this model.
 
     Raises `SaveFailed`: what was in the folder is then as it was. Killed in between, the folder holds no model.
     """
@@ -92,6 +95,8 @@ def save_model(out: Path, model: Any, tokenizer: Any) -> None:
     try:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
+        for name, text in notes.items():
+            (new / name).write_text(text)
         sync_files(new)
         _install(new, out)
     except Exception as error:

@@ -19,8 +19,11 @@ from torch import Tensor
 
 from chunkft_fx.errors import ChunkFTWarning, OptionError, TrainingDiverged
 from chunkft_fx.module.module import CompiledModule
-from chunkft_fx.optim.rules.adamw import AdamW
 from chunkft_fx.plan.plan import Plan
+from chunkft_fx.tools.data.rows import Rows, Sequences, learned_count
+from chunkft_fx.tools.models.evaluate import Score, evaluate
+from chunkft_fx.tools.models.tasks import call_options
+from chunkft_fx.tools.setup.optimizers import make_optimizer
 from chunkft_fx.tools.training.checkpoint import Run, saves_finished
 from chunkft_fx.tools.training.data import Batches
 from chunkft_fx.tools.training.options import TrainOptions
@@ -37,6 +40,7 @@ class StepInfo:
     lr: float
     tokens_per_s: float
     peak_nbytes: int
+    epoch: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -52,42 +56,53 @@ class TrainReport:
 @saves_finished
 def train(
     model: CompiledModule,
-    sequences: Tensor,
+    data: Rows | Tensor,
     options: TrainOptions,
     *,
     on_step: Callable[[StepInfo], None] = lambda _: None,
+    held_out: Rows | None = None,
+    on_score: Callable[[int, Score], None] = lambda step, score: None,
+    on_resume: Callable[[int], None] = lambda _: None,
     out: Path | None = None,
     resume: Path | None = None,
     tokenizer: Any = None,
     keep: int = 2,
     stop: Callable[[], int | None] = lambda: None,
 ) -> TrainReport:
-    """Train a compiled causal language model on ``sequences`` (``i64[count, length]``) with AdamW.
+    """Train a compiled model on ``data``: rows, or sequences in memory (``i64[count, length]``).
 
-    ``out`` is the folder for checkpoints, which have the ``tokenizer`` and of which the last ``keep`` stay; they are
-    written while training goes on, and there when this returns. ``resume`` is a folder with one: the run then continues
-    at its step, as if it had never stopped. ``stop`` is asked after each step: given the number of a signal, the run is
-    saved in ``out`` and `Stopped` raised, unless that step was the last. Raises `OptionError` for a schedule that does
-    not exist, `DataError` for too few sequences, `CheckpointMismatch` for a checkpoint of another run or a damaged one,
-    `TrainingDiverged`, with the latest checkpoint as it was, for a loss or weights that are not finite numbers.
+    The model is scored on ``held_out``, as often as the options say and after the last step. ``out`` is the folder for
+    checkpoints, which have the ``tokenizer`` and of which the last ``keep`` stay; they are written while training goes
+    on, and there when this returns. ``resume`` is a folder with one: the run then continues at its step, as if it had
+    never stopped, after ``on_resume`` was told which. ``stop`` is asked after each step: given the number of a signal,
+    the run is saved in ``out`` and `Stopped` raised, unless that step was the last. Raises `OptionError` for a schedule
+    that does not exist, `DataError` for too few sequences, `CheckpointMismatch` for a checkpoint of another run or a
+    damaged one, `TrainingDiverged`, with the latest checkpoint as it was, for a loss or weights that are not finite
+    numbers.
     """
     if options.save_every and out is None:
         raise OptionError("checkpoints were asked for, but there is no folder to write them to; set out")
+    rows = Sequences(data) if isinstance(data, Tensor) else data
     device = next(model.parameters()).device
     torch.manual_seed(options.seed)
-    optimizer = AdamW(
+    optimizer = make_optimizer(
         model,
+        options.optimizer,
+        options.optimizer_options,
+        options.formats,
         lr=options.lr,
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
         update=options.update,
-        master=options.master,
-        state_dtype=options.state_dtype,
     )
     scheduler = make_scheduler(optimizer, options)
-    batches = Batches(sequences, options.batch_size, options.seed)
+    batches = Batches(rows, options.batch_size, options.seed)
     run = Run(model, optimizer, scheduler, batches, options, tokenizer, keep)
     first = 0 if resume is None else run.load(resume)
+    if resume is not None:
+        on_resume(first)
+    scored_every = options.eval_every or max(1, batches.in_epoch // options.accumulate)
+    step_tokens = options.accumulate * options.batch_size * rows.length
     losses: list[float] = []
     model.train()
     begin = last = time.perf_counter()
@@ -102,27 +117,36 @@ def train(
         losses.append(loss)
         _advance(scheduler, loss)
         now = time.perf_counter()
-        rate = options.accumulate * options.batch_size * sequences.shape[1] / (now - last)
-        last = now
-        on_step(StepInfo(step + 1, loss, chunk, float(optimizer.last_rates[0]), rate, peak_nbytes(device)))
+        rate, epoch = step_tokens / (now - last), batches.position / batches.in_epoch
+        on_step(StepInfo(step + 1, loss, chunk, float(optimizer.last_rates[0]), rate, peak_nbytes(device), epoch))
         is_last = step + 1 == options.steps
+        if held_out is not None and ((step + 1) % scored_every == 0 or is_last):
+            on_score(step + 1, evaluate(model, held_out, options.batch_size, options.task))
         if out is not None and options.save_every and ((step + 1) % options.save_every == 0 or is_last):
             run.save(out, step + 1)
         signal = None if is_last else stop()
         if signal is not None:
             raise _stopped(signal, run, out, step + 1)
-    tokens = len(losses) * options.accumulate * options.batch_size * sequences.shape[1]
-    return TrainReport(tuple(losses), time.perf_counter() - begin, tokens, peak_nbytes(device))
+        # scores and checkpoints are no part of a step's time
+        last = time.perf_counter()
+    return TrainReport(tuple(losses), time.perf_counter() - begin, len(losses) * step_tokens, peak_nbytes(device))
 
 
 def _backward(run: Run, device: torch.device) -> Tensor:
-    """Give the active chunk the gradients of one optimizer step, or update it by them; returns the mean loss."""
+    """Give the active chunk the gradients of one optimizer step, or update it by them; returns the mean loss.
+
+    It is the mean over all labels of the step, of which its batches may have uneven numbers.
+    """
+    options = run.options
+    batches = [next(run.batches) for _ in range(options.accumulate)]
+    counts = [learned_count(batch, shifted=options.task == "causal") for batch in batches]
+    more = call_options(run.model, options.task)
     total = torch.zeros((), device=device)
-    for i in range(run.options.accumulate):
-        ids = next(run.batches).to(device)
-        is_last = i + 1 == run.options.accumulate
+    for i, (batch, count) in enumerate(zip(batches, counts, strict=True)):
+        is_last = i + 1 == len(batches)
         with nullcontext() if is_last else run.model.no_sync():
-            part = run.model(input_ids=ids, labels=ids, use_cache=False).loss / run.options.accumulate
+            loss = run.model(**{name: t.to(device) for name, t in batch.items()}, **more).loss
+            part = loss * (count / sum(counts))
             part.backward()
         total += part.detach()
     return total
@@ -185,20 +209,6 @@ def _advance(scheduler: Any, loss: float) -> None:
         scheduler.step(loss)
     else:
         scheduler.step()
-
-
-@torch.no_grad()
-def evaluate(model: CompiledModule, sequences: Tensor, batch_size: int) -> float:
-    """The mean loss over all of ``sequences`` (``i64[count, length]``); training mode is restored after."""
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    total = 0.0
-    for batch in sequences.split(batch_size):
-        ids = batch.to(device)
-        total += float(model(input_ids=ids, labels=ids, use_cache=False).loss) * len(batch)
-    model.train(was_training)
-    return total / len(sequences)
 
 
 def peak_nbytes(device: torch.device) -> int:

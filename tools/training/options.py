@@ -14,9 +14,12 @@ from chunkft_fx.plan.schedule import ChunkSchedule, check_interval
 from chunkft_fx.plan.state_spec import MASTERS, STATE_DTYPES, UPDATES
 from chunkft_fx.planning.coverage.asked import check_coverage
 from chunkft_fx.planning.planner import BACKENDS
+from chunkft_fx.tools.models.tasks import check_task
+from chunkft_fx.tools.setup.optimizers import check_optimizer
 
 # The data order multiplies the seed, and torch's generators take 64 bits.
 MAX_SEED = 2**32 - 1
+_LEAST = {"steps": 1, "batch_size": 1, "accumulate": 1, "warmup": 0, "save_every": 0, "eval_every": 0}
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class TrainOptions:
     ``schedule`` is a name that ``transformers.get_scheduler`` knows, ``schedule_options`` its own arguments.
     ``save_every`` is in optimizer steps; 0 writes no checkpoints. ``update``, ``master`` and ``state_dtype`` are
     those of `chunkft_fx.AdamW`: when weights change, how float32 masters of bfloat16 weights are kept, and moments.
+    ``optimizer`` is a name that `chunkft_fx.tools.setup.optimizers` knows, ``optimizer_options`` its own arguments.
+    ``task`` is what the model is trained for. ``eval_every`` is in optimizer steps; 0 evaluates once an epoch.
     Raises `OptionError` for a value out of range.
     """
 
@@ -43,10 +48,16 @@ class TrainOptions:
     update: str = "step"
     master: str = "float32"
     state_dtype: str = "float32"
+    optimizer: str = "adamw"
+    optimizer_options: Mapping[str, Any] = field(default_factory=dict)
+    task: str = "causal"
+    eval_every: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in {"steps": 1, "batch_size": 1, "accumulate": 1, "warmup": 0, "save_every": 0}.items():
+        for name, least in _LEAST.items():
             at_least(name, getattr(self, name), least)
+        check_task(self.task)
+        check_optimizer(self.optimizer, self.optimizer_options, self.formats)
         for name in ("lr", "weight_decay"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
@@ -67,10 +78,16 @@ class TrainOptions:
         if not 0 <= self.seed <= MAX_SEED:
             raise OptionError(f"seed is {self.seed}; it must be from 0 to {MAX_SEED}")
 
+    @property
+    def formats(self) -> dict[str, str]:
+        """The formats of an optimizer's states, where it has a choice."""
+        return {"master": self.master, "state_dtype": self.state_dtype}
+
     def lasting(self) -> dict[str, Any]:
         """What must be the same when a run is resumed: all but when it ends and how often it saves."""
-        kept = ("accumulate", "lr", "schedule", "warmup", "weight_decay", "max_grad_norm")
-        return {name: getattr(self, name) for name in kept} | {"schedule_options": dict(self.schedule_options)}
+        kept = ("accumulate", "lr", "schedule", "warmup", "weight_decay", "max_grad_norm", "optimizer", "task")
+        tables = {name: dict(getattr(self, name)) for name in ("schedule_options", "optimizer_options")}
+        return {name: getattr(self, name) for name in kept} | tables
 
 
 def at_least(name: str, value: int, least: int) -> None:
@@ -105,6 +122,22 @@ def check_compile_options(
     check_coverage(coverage, chunks)
     if backend not in BACKENDS:
         raise OptionError(f"backend={backend!r} is not known; choose one of {', '.join(BACKENDS)}")
+
+
+def check_update(update: str, coverage: str, chunks: int | str, order: str, interval: int | str) -> None:
+    """Raise `OptionError` for updates that need all parameters in a step, beside options that leave it one chunk."""
+    if update == "step" or coverage == "all":
+        return
+    needed = f"update={update} updates all parameters in every step"
+    if coverage == "one":
+        raise OptionError(f"{needed}; give --coverage all with it")
+    for name, value, usual in (
+        ("chunks", chunks, "auto"),
+        ("order", order, "ascending"),
+        ("interval", interval, "auto"),
+    ):
+        if value != usual:
+            raise OptionError(f"{needed}, and --{name} {value} leaves it one chunk; leave out one of them")
 
 
 def json_object(text: str) -> dict[str, Any]:

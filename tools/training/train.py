@@ -1,135 +1,186 @@
-"""``chunkft train``: fine-tune all parameters of a causal language model on text, inside a budget."""
+"""``chunkft train``: fine-tune all parameters of a model on text, inside a budget."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
-from torch import Tensor
 
 import chunkft_fx
-from chunkft_fx.bytes import format_bytes
-from chunkft_fx.errors import OptionError
-from chunkft_fx.tools.console import progress, quiet, run_command
-from chunkft_fx.tools.load import check_config, load_config, load_model, load_tokenizer, pick_device, pick_dtype
-from chunkft_fx.tools.training import signals
+from chunkft_fx.errors import CheckpointMismatch, OptionError
+from chunkft_fx.tools.console import quiet, run_command
+from chunkft_fx.tools.data.store import Reading
+from chunkft_fx.tools.data.templates import check_template
+from chunkft_fx.tools.load import pick_device, pick_dtype
+from chunkft_fx.tools.rates import parse_rates
+from chunkft_fx.tools.report import log
+from chunkft_fx.tools.setup.job import Job
+from chunkft_fx.tools.setup.prepare import DataOptions
+from chunkft_fx.tools.setup.settings import SUFFIX, read_settings
 from chunkft_fx.tools.training.checkpoint import require_checkpoint
-from chunkft_fx.tools.training.data import Batches, pack, read_documents
-from chunkft_fx.tools.training.folder import claimed, save_model
-from chunkft_fx.tools.training.loop import check_schedule, train
+from chunkft_fx.tools.training.folder import claimed
+from chunkft_fx.tools.training.loop import check_schedule
 from chunkft_fx.tools.training.options import (
     TrainOptions,
     at_least,
     check_compile_options,
+    check_update,
     chunk_count,
     json_object,
     turn_steps,
 )
 
+AUTO, NEVER = "auto", "never"
+DATA, LEARN, PLAN, KEEP = "Data", "Learning", "Memory and speed", "Scores, logs and checkpoints"
+
+
+def _first(context: typer.Context, value: str | None) -> str | None:
+    """The model, or the file of options that stands in its place."""
+    if value is None or not value.endswith(SUFFIX):
+        return value
+    read_settings(context, value)
+    named: str | None = context.lookup_default("model")
+    return named
+
+
+def _option(text: str, panel: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, **more)
+
 
 def command(
-    model: Annotated[str, typer.Argument(help="A folder, a name on the Hugging Face hub, or a .gguf file.")],
-    data: Annotated[Path, typer.Argument(help="A text file, or a .jsonl file with a text or chat on each line.")],
-    budget: Annotated[str, typer.Option(help='Device memory to stay within, such as "24GB" or "24GiB".')],
-    out: Annotated[Path, typer.Option(help="Folder for the trained model, its tokenizer and checkpoints.")],
-    chunks: Annotated[str, typer.Option(help='A number, or "auto": the fewest that fit the budget.')] = "auto",
+    context: typer.Context,
+    budget: Annotated[str, _option('Device memory to stay within, such as "24GB" or "24GiB".', PLAN)],
+    out: Annotated[Path, _option("Folder for the trained model, its tokenizer and checkpoints.", KEEP)],
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A folder, a name on the Hugging Face hub, or a .gguf file; or a .toml file with options.",
+            is_eager=True,
+            callback=_first,
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Argument(help="Files (.jsonl, .json, .parquet, .csv, text), folders of datasets, or names on the hub."),
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(help="A .toml file with options; flags win over it.", is_eager=True, callback=read_settings),
+    ] = None,
+    task: Annotated[str, _option("causal, masked or classification.", LEARN)] = "causal",
+    field: Annotated[str, _option("The field of a record that holds plain text.", DATA)] = "text",
+    label_field: Annotated[str, _option("The field that holds the label, for classification.", DATA)] = "label",
+    train_on_prompts: Annotated[bool, _option("Learn prompts too, not replies alone.", DATA)] = False,
+    chat_template: Annotated[
+        str, _option("A file with a Jinja template, or zephyr; the tokenizer's own if not given.", DATA)
+    ] = "",
+    packing: Annotated[bool, _option("Put several documents in a row, or pad a row for each.", DATA)] = True,
+    seq_len: Annotated[int, _option("Tokens in a row.", DATA)] = 512,
+    eval: Annotated[list[str] | None, _option("Held-out data to score on; can be given several times.", KEEP)] = None,
+    eval_split: Annotated[float, _option("The share of the data to hold out instead.", KEEP)] = 0.0,
+    eval_every: Annotated[int, _option("Optimizer steps between scores; 0: once an epoch.", KEEP)] = 0,
+    steps: Annotated[int | None, _option("Optimizer steps, in place of --epochs.", LEARN)] = None,
+    epochs: Annotated[float | None, _option("Passes over the data; 1 if neither is given.", LEARN)] = None,
+    batch_size: Annotated[int, _option("Rows in a batch.", LEARN)] = 1,
+    accumulate: Annotated[int, _option("Batches whose gradients add up to one optimizer step.", LEARN)] = 1,
+    optimizer: Annotated[str, _option("adamw, sgd or adafactor.", LEARN)] = "adamw",
+    optimizer_options: Annotated[str, _option("The optimizer's own arguments, as a JSON object.", LEARN)] = "{}",
+    lr: Annotated[float, _option("Peak learning rate.", LEARN)] = 1e-5,
+    schedule: Annotated[str, _option("A schedule of transformers.get_scheduler.", LEARN)] = "cosine",
+    schedule_options: Annotated[str, _option("The schedule's own arguments, as a JSON object.", LEARN)] = "{}",
+    warmup: Annotated[int, _option("Optimizer steps in which the learning rate rises.", LEARN)] = 0,
+    weight_decay: Annotated[float, _option("Decoupled weight decay.", LEARN)] = 0.01,
+    max_grad_norm: Annotated[float, _option("Largest gradient norm of a chunk; 0 does not clip.", LEARN)] = 1.0,
+    seed: Annotated[int, _option("Seed of data order, chunk order and dropout.", LEARN)] = 0,
     coverage: Annotated[
         str,
-        typer.Option(help="What a step trains: one (chunk after another), all (parameters in every step) or auto."),
+        _option("What a step trains: one (chunk after another), all (parameters in every step) or auto.", PLAN),
     ] = "auto",
     update: Annotated[
         str,
-        typer.Option(
-            help="When weights change: step; with coverage all also late (from it on) or backward (no clipping)."
-        ),
+        _option("When weights change: step; with coverage all also late (from it on) or backward (no clipping).", PLAN),
     ] = "step",
-    master: Annotated[
-        str, typer.Option(help="Masters of bfloat16 weights: float32, or the remainder that the weights lack.")
-    ] = "float32",
-    state_dtype: Annotated[str, typer.Option(help="AdamW's moments: float32, bfloat16 or 8bit.")] = "float32",
-    order: Annotated[str, typer.Option(help="ascending, descending or random.")] = "ascending",
+    chunks: Annotated[str, _option('A number, or "auto": the fewest that fit the budget.', PLAN)] = "auto",
+    order: Annotated[str, _option("ascending, descending or random.", PLAN)] = "ascending",
     interval: Annotated[
-        str, typer.Option(help="Optimizer steps on each chunk at a turn; auto: 40 or more in a sweep.")
+        str, _option("Optimizer steps on each chunk at a turn; auto: 40 or more in a sweep.", PLAN)
     ] = "auto",
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
-    seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
-    batch_size: Annotated[int, typer.Option(help="Sequences in a batch.")] = 1,
-    accumulate: Annotated[int, typer.Option(help="Batches whose gradients add up to one optimizer step.")] = 1,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-5,
-    schedule: Annotated[str, typer.Option(help="A schedule of transformers.get_scheduler.")] = "cosine",
-    schedule_options: Annotated[str, typer.Option(help="The schedule's own arguments, as a JSON object.")] = "{}",
-    warmup: Annotated[int, typer.Option(help="Optimizer steps in which the learning rate rises.")] = 0,
-    weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay.")] = 0.01,
-    max_grad_norm: Annotated[float, typer.Option(help="Largest gradient norm of a chunk; 0 does not clip.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of data order, chunk order and dropout.")] = 0,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    backend: Annotated[
-        str, typer.Option(help="inductor compiles the graphs, eager runs them as they are.")
-    ] = "inductor",
-    field: Annotated[str, typer.Option(help="The field of a jsonl line that holds the text.")] = "text",
-    save_every: Annotated[int, typer.Option(help="Optimizer steps between checkpoints; 0 writes none.")] = 0,
-    keep: Annotated[int, typer.Option(help="How many of the last checkpoints stay.")] = 2,
-    resume: Annotated[Path | None, typer.Option(help="The --out folder of a run to continue.")] = None,
+    master: Annotated[
+        str, _option("Masters of bfloat16 weights: float32, or the remainder that the weights lack.", PLAN)
+    ] = "float32",
+    state_dtype: Annotated[str, _option("AdamW's moments: float32, bfloat16 or 8bit.", PLAN)] = "float32",
+    dtype: Annotated[str, _option("auto, float32 or bfloat16.", PLAN)] = "auto",
+    device: Annotated[str, _option("auto, cpu or cuda.", PLAN)] = "auto",
+    backend: Annotated[str, _option("inductor compiles the graphs, eager runs them as they are.", PLAN)] = "inductor",
+    save_every: Annotated[int, _option("Optimizer steps between checkpoints; 0 writes none.", KEEP)] = 0,
+    keep: Annotated[int, _option("How many of the last checkpoints stay.", KEEP)] = 2,
+    resume: Annotated[
+        str, _option("auto goes on from a checkpoint in --out, never does not, or the --out folder of a run.", KEEP)
+    ] = AUTO,
+    track: Annotated[
+        list[str] | None, _option("tensorboard or wandb, beside log.jsonl; can be given twice.", KEEP)
+    ] = None,
+    dry_run: Annotated[bool, _option("Show the data, the plan, steps and hours, and train nothing.", KEEP)] = False,
+    rates: Annotated[
+        str,
+        _option(
+            'With --dry-run: plan for another machine, "matmul=165T,memory=1T,link=25G" operations a second.', KEEP
+        ),
+    ] = "",
 ) -> None:
     """Fine-tune all parameters of MODEL on DATA and save it in the folder given by --out."""
     quiet()
-    where = pick_device(device)
+    if model is None:
+        raise OptionError('there is no model; give MODEL, or "model" in a .toml file')
+    where = torch.device("cpu") if rates else pick_device(device)
+    number = torch.bfloat16 if rates and dtype == "auto" else pick_dtype(dtype, where)
     options = TrainOptions(
-        steps, batch_size, accumulate, lr, schedule, json_object(schedule_options), warmup, weight_decay,
-        max_grad_norm or None, seed, save_every, update, master, state_dtype,
+        max(1, warmup) if steps is None else steps, batch_size, accumulate, lr, schedule,
+        json_object(schedule_options), warmup, weight_decay, max_grad_norm or None, seed, save_every, update, master,
+        state_dtype, optimizer, json_object(optimizer_options), task, eval_every,
     )  # fmt: skip
-    kind, count, turn = pick_dtype(dtype, where), chunk_count(chunks), turn_steps(interval)
+    count, turn = chunk_count(chunks), turn_steps(interval)
     check_compile_options(budget, order, turn, backend, coverage, count)
-    if update != "step" and coverage == "one":
-        raise OptionError(f"update={update} updates all parameters in every step; give --coverage all with it")
     at_least("keep", keep, 1)
+    check_update(update, coverage, count, order, turn)
     at_least("seq_len", seq_len, 2)  # a token is learnt from those before it
     check_schedule(options)
-    if resume is not None:
-        require_checkpoint(resume)
+    check_template(chat_template)
+    log.check_trackers(track or [])
+    known = parse_rates(rates, str(number).removeprefix("torch.")) if rates else None
+    if rates and not dry_run:
+        raise OptionError("--rates are of another machine, which cannot train here; give --dry-run with them")
+    reading = Reading(seq_len, field, train_on_prompts, label_field if task == "classification" else "")
+    sources = data or context.lookup_default("data") or []
+    chosen = DataOptions(tuple(sources), reading, packing, tuple(eval or ()), eval_split)
+    compiling = partial(
+        chunkft_fx.compile, budget=budget, chunks=count, coverage=coverage, order=order, interval=turn,
+        backend=backend, seed=seed,
+    )  # fmt: skip
+    job = Job(model, chosen, options, (steps, epochs), number, where, chat_template, compiling)
+    if dry_run:
+        job.show(known)
+        return
+    folder = _resumed(resume, out)
     with claimed(out, model):
-        # the model comes last: it takes the longest, and a mistake in the text should not wait for it
-        tokenizer, sequences = _prepare(model, data, field, seq_len, options)
-        plain = load_model(model, kind, where)
-        check_config(model, plain.config, seq_len, sequences, tokenizer)
-        compiled = chunkft_fx.compile(
-            plain, budget, chunks=count, coverage=coverage, order=order, interval=turn, backend=backend, seed=seed
-        )
-        print(f"{sequences.numel():,} tokens in {len(sequences):,} sequences; training on {where}")
-        with signals.between_steps() as stop:
-            with progress("training", steps) as on_step:
-                report = train(
-                    compiled,
-                    sequences,
-                    options,
-                    on_step=on_step,
-                    out=out,
-                    resume=resume,
-                    tokenizer=tokenizer,
-                    keep=keep,
-                    stop=stop,
-                )
-            if report.losses:
-                print(compiled.plan)
-            save_model(out, compiled, tokenizer)
-    print(
-        f"{report.tokens:,} tokens in {report.seconds:.0f} s, peak {format_bytes(report.peak_nbytes)}; saved in {out}"
-    )
+        job.run(out, folder, keep, track or [], {k: v for k, v in context.params.items() if v is not None})
 
 
-def _prepare(model: str, data: Path, field: str, seq_len: int, options: TrainOptions) -> tuple[Any, Tensor]:
-    """The tokenizer and the sequences, with all that can be found wrong before the weights are read."""
-    config = load_config(model)
-    if config is not None:
-        check_config(model, config, seq_len)
-    tokenizer = load_tokenizer(model)
-    sequences = pack(read_documents(data, tokenizer, field), tokenizer, seq_len)
-    Batches(sequences, options.batch_size, options.seed)
-    if config is not None:
-        check_config(model, config, seq_len, sequences, tokenizer)
-    return tokenizer, sequences
+def _resumed(resume: str, out: Path) -> Path | None:
+    """The folder whose checkpoint a run goes on from."""
+    if resume == NEVER:
+        return None
+    folder = out if resume == AUTO else Path(resume)
+    try:
+        require_checkpoint(folder)
+    except CheckpointMismatch:
+        if resume != AUTO:
+            raise
+        return None
+    return folder
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""``chunkft train``: what a run trains on, from files to batches of rows. Internal."""

@@ -1,0 +1,1 @@
+"""What a run tells: its log, and what a dry run shows. Internal."""
