@@ -97,6 +97,7 @@ def test_groups_that_this_optimizer_has_not_are_refused(trainers: Path) -> None:
         chunkft_fx.load(trainers, other, chunkft_fx.AdamW(other))
 
 
+@pytest.mark.slow
 def test_a_state_dict_of_torch_is_gone_on_from() -> None:
     plain = llama()
     named = torch.optim.AdamW(plain.named_parameters(), **OPTIONS)
@@ -145,7 +146,8 @@ def test_trainer_itself_resumes_from_what_is_converted(tmp_path: Path) -> None:
     assert {float(s["step"]) for s in optimizer_state.state.values()} == {5.0}
 
 
-@pytest.mark.parametrize("state_dtype", ["float32", pytest.param("8bit", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("state_dtype", ["float32", "8bit"])
 def test_masters_become_the_weights(tmp_path: Path, state_dtype: str) -> None:
     model, optimizer, scheduler = ours(torch.bfloat16, master="remainder", state_dtype=state_dtype)
     steps(model, optimizer, scheduler, range(3))

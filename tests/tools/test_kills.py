@@ -124,6 +124,7 @@ def test_a_run_with_full_coverage_killed_between_steps_and_while_saving(runs: Ru
         again = tmp_path / str(delay)
         shutil.copytree(killed, again)
         assert runs.run(again, kill_after=5, delay=delay, mode=mode)[0] == KILLED
+        assert assert_whole(again) > 0
         assert runs.run(again, mode=mode)[0] == 0
         assert_equal(again, load_file(never_stopped / "model.safetensors"))
 
