@@ -11,6 +11,7 @@ and optimizer.
 
 from __future__ import annotations
 
+import gc
 import tempfile
 import time
 from pathlib import Path
@@ -136,6 +137,7 @@ def _sft_arguments(steps: int, batch: int, lr: float, device: str) -> Any:
 
 def _forget() -> None:
     """Give memory back, and let the next trainer use all of the device until it has a budget of its own."""
+    gc.collect()  # trainers and their callbacks hold each other
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(1.0)

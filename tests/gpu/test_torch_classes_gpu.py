@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 
 CASES: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
     (torch.optim.Adam, {"amsgrad": True, "maximize": True}),
-    (torch.optim.Adam, {"lr": torch.tensor(0.01)}),
+    (torch.optim.Adam, {"lr": torch.tensor(0.01, dtype=torch.float64)}),  # the rates of a sweep are such numbers
     (torch.optim.AdamW, {"foreach": False}),
     (torch.optim.NAdam, {"weight_decay": 0.1}),
     (torch.optim.RAdam, {}),
