@@ -164,5 +164,5 @@ def test_a_run_killed_at_each_moment_of_its_last_save_can_be_finished(
         assert runs.run(out)[0] == 0
         assert_equal(out, whole)
         shutil.rmtree(out)
-        fuse += 5
+        fuse += 13
     assert fuse > 50
