@@ -331,6 +331,37 @@ def test_an_optimizer_that_refuses_its_options_is_an_error_of_options(
     assert issubclass(OptionError, ValueError)
 
 
+def test_any_class_of_torch_optimizers_trains_by_its_path(folder: Path, chats: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    chunkft(
+        "train", str(folder), str(chats), "--out", str(out), *EAGER, *SHORT, "--steps", "2", "--save-every", "2",
+        "--optimizer", "torch.optim.NAdam", "--optimizer-options", '{"betas": [0.8, 0.9]}',
+    )  # fmt: skip
+    saved = read(require_checkpoint(out)).optimizer
+    assert saved is not None and saved["param_groups"][0]["betas"] == (0.8, 0.9)
+    assert {"mu_product", "step"} <= {name for name, _ in saved["state"][0]["slice_steps"][0][3]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optimizer", "torch.optim.Nadam"], "such as torch.optim.NAdam"),
+        (["--optimizer", "torch.nn.Linear"], "it must be one of adamw"),
+        (["--optimizer", "nadam"], "it must be one of adamw"),
+        (["--optimizer", "torch.optim.Rprop"], "give --weight-decay 0"),
+        (["--optimizer", "torch.optim.NAdam", "--optimizer-options", '{"beta": 1}'], "has beta, which"),
+        (["--optimizer", "torch.optim.NAdam", "--master", "remainder"], "master is remainder"),
+    ],
+)
+def test_what_is_no_optimizer_or_not_its_option_is_named_before_the_model_is_read(
+    folder: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        chunkft("train", str(folder), str(chats), "--out", str(tmp_path / "out"), *EAGER, *SHORT, *arguments)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_the_commands_of_the_readme_lead_to_a_model_and_a_chat(
     folder: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

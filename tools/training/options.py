@@ -57,7 +57,7 @@ class TrainOptions:
         for name, least in _LEAST.items():
             at_least(name, getattr(self, name), least)
         check_task(self.task)
-        check_optimizer(self.optimizer, self.optimizer_options, self.formats)
+        check_optimizer(self.optimizer, self.optimizer_options, self.formats, self.weight_decay)
         for name in ("lr", "weight_decay"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):

@@ -86,7 +86,9 @@ def command(
     epochs: Annotated[float | None, _option("Passes over the data; 1 if neither is given.", LEARN)] = None,
     batch_size: Annotated[int, _option("Rows in a batch.", LEARN)] = 1,
     accumulate: Annotated[int, _option("Batches whose gradients add up to one optimizer step.", LEARN)] = 1,
-    optimizer: Annotated[str, _option("adamw, sgd or adafactor.", LEARN)] = "adamw",
+    optimizer: Annotated[
+        str, _option("adamw, sgd, adafactor, or a class of torch optimizers such as torch.optim.NAdam.", LEARN)
+    ] = "adamw",
     optimizer_options: Annotated[str, _option("The optimizer's own arguments, as a JSON object.", LEARN)] = "{}",
     lr: Annotated[float, _option("Peak learning rate.", LEARN)] = 1e-5,
     schedule: Annotated[str, _option("A schedule of transformers.get_scheduler.", LEARN)] = "cosine",
