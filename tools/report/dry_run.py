@@ -14,7 +14,6 @@ from chunkft_fx.plan.plan import Plan
 from chunkft_fx.tools.data.rows import Batch
 from chunkft_fx.tools.load import reasons, source
 from chunkft_fx.tools.models.tasks import CLASSES, call_options
-from chunkft_fx.tools.setup.optimizers import make_optimizer
 from chunkft_fx.tools.training.options import TrainOptions
 
 # Of host memory, of which nothing is taken to plan: the plan says how much training needs.
@@ -31,17 +30,7 @@ def plan_of(
 ) -> Plan:
     """The plan that the first batch of a run leads to, here or on a machine of ``rates``: then nothing runs."""
     compiled = compiling(plain)
-    optimizer = make_optimizer(
-        compiled,
-        options.optimizer,
-        options.optimizer_options,
-        options.formats,
-        lr=options.lr,
-        weight_decay=options.weight_decay,
-        max_grad_norm=options.max_grad_norm,
-        update=options.update,
-        host_budget=NO_LIMIT,
-    )
+    optimizer = options.make_optimizer(compiled, host_budget=NO_LIMIT)
     arguments = dict(batch) | call_options(compiled, options.task)
     if rates is not None:
         compiled._training.plan_elsewhere(arguments, rates)

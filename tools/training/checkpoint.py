@@ -15,7 +15,7 @@ from chunkft_fx.checkpoints.save import save
 from chunkft_fx.checkpoints.saving import wait_for_saves
 from chunkft_fx.errors import CheckpointMismatch, ChunkFTWarning, SaveFailed
 from chunkft_fx.module.module import CompiledModule
-from chunkft_fx.optim.rules.adamw import AdamW
+from chunkft_fx.optim.optimizer import ChunkedOptimizer
 from chunkft_fx.tools.training.checkpoint_file import read_old
 from chunkft_fx.tools.training.data import Batches
 from chunkft_fx.tools.training.folder import require_finite
@@ -33,7 +33,7 @@ class Run:
     """
 
     model: CompiledModule
-    optimizer: AdamW
+    optimizer: ChunkedOptimizer
     scheduler: Any
     batches: Batches
     options: TrainOptions

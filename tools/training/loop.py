@@ -23,7 +23,6 @@ from chunkft_fx.plan.plan import Plan
 from chunkft_fx.tools.data.rows import Rows, Sequences, learned_count
 from chunkft_fx.tools.models.evaluate import Score, evaluate
 from chunkft_fx.tools.models.tasks import call_options
-from chunkft_fx.tools.setup.optimizers import make_optimizer
 from chunkft_fx.tools.training.checkpoint import Run, saves_finished
 from chunkft_fx.tools.training.data import Batches
 from chunkft_fx.tools.training.options import TrainOptions
@@ -85,16 +84,7 @@ def train(
     rows = Sequences(data) if isinstance(data, Tensor) else data
     device = next(model.parameters()).device
     torch.manual_seed(options.seed)
-    optimizer = make_optimizer(
-        model,
-        options.optimizer,
-        options.optimizer_options,
-        options.formats,
-        lr=options.lr,
-        weight_decay=options.weight_decay,
-        max_grad_norm=options.max_grad_norm,
-        update=options.update,
-    )
+    optimizer = options.make_optimizer(model)
     scheduler = make_scheduler(optimizer, options)
     batches = Batches(rows, options.batch_size, options.seed)
     run = Run(model, optimizer, scheduler, batches, options, tokenizer, keep)

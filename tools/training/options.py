@@ -10,12 +10,13 @@ from typing import Any
 
 from chunkft_fx.bytes import parse_bytes
 from chunkft_fx.errors import OptionError
+from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.plan.schedule import ChunkSchedule, check_interval
 from chunkft_fx.plan.state_spec import MASTERS, STATE_DTYPES, UPDATES
 from chunkft_fx.planning.coverage.asked import check_coverage
 from chunkft_fx.planning.planner import BACKENDS
 from chunkft_fx.tools.models.tasks import check_task
-from chunkft_fx.tools.setup.optimizers import check_optimizer
+from chunkft_fx.tools.setup.optimizers import check_optimizer, make_optimizer
 
 # The data order multiplies the seed, and torch's generators take 64 bits.
 MAX_SEED = 2**32 - 1
@@ -82,6 +83,20 @@ class TrainOptions:
     def formats(self) -> dict[str, str]:
         """The formats of an optimizer's states, where it has a choice."""
         return {"master": self.master, "state_dtype": self.state_dtype}
+
+    def make_optimizer(self, model: CompiledModule, **more: Any) -> Any:
+        """The optimizer of a run over its compiled model; ``more`` are arguments that every optimizer takes."""
+        return make_optimizer(
+            model,
+            self.optimizer,
+            self.optimizer_options,
+            self.formats,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+            update=self.update,
+            **more,
+        )
 
     def lasting(self) -> dict[str, Any]:
         """What must be the same when a run is resumed: all but when it ends and how often it saves."""
