@@ -193,8 +193,8 @@ def test_a_finished_run_has_nothing_left_to_do(saved: Callable[..., Path]) -> No
 
 
 def test_the_last_step_is_saved_whatever_the_interval(tmp_path: Path) -> None:
-    train(compiled(), sequences(), dataclasses.replace(OPTIONS, save_every=100), out=tmp_path)
-    assert read_record(require_checkpoint(tmp_path))["step"] == 2
+    train(compiled(), sequences(), dataclasses.replace(OPTIONS, steps=3, save_every=100), out=tmp_path)
+    assert read_record(require_checkpoint(tmp_path))["step"] == 3
 
 
 def poisoned(model: CompiledModule, at: int, value: float) -> Callable[[StepInfo], None]:
@@ -230,7 +230,8 @@ def test_weights_that_are_not_numbers_are_not_saved(tmp_path: Path, value: float
     """The loss of a step cannot show what its own update did."""
     model = compiled()
     with pytest.raises(TrainingDiverged, match=r"weight holds values that are not finite numbers"):
-        train(model, sequences(), OPTIONS, out=tmp_path, on_step=poisoned(model, 2, value))
+        options = dataclasses.replace(OPTIONS, steps=3)
+        train(model, sequences(), options, out=tmp_path, on_step=poisoned(model, 2, value))
     assert read_record(require_checkpoint(tmp_path))["step"] == 1
 
 
