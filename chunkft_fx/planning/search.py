@@ -75,8 +75,8 @@ class Search:
         self.times = predictor.times(self.finest[0])
         self.costs = ChoiceCosts(model, parameters, predictor, self.times, spec)
         self.regions = self.costs.regions
-        # where cuts of many counts are compared, the most saving moments of what every first chunk holds at least
-        self._least = None if chunks or self.times is None else self._least_moments(Stream(parameters).chunk(0, 1))
+        # where cuts of many counts are compared, the most saving step on what every first chunk holds at least
+        self._least = None if chunks or self.times is None else self._most_saving(Stream(parameters).chunk(0, 1))
 
     def like(self, base: Policy) -> Search:
         """The same search, but for what is decided before."""
@@ -116,36 +116,39 @@ class Search:
 
     def _cheapest(self) -> Fit | None:
         best: Fit | None = None
-        postponed: list[tuple[int, int, tuple[Chunk, ...]]] = []
+        postponed: list[Fit] = []
         for least, make in self._numbers():
             if best is not None and least >= best.cost:
                 continue
             chunks = make()
             floor = self._floor(chunks)
-            if floor > self.budget:
-                postponed.append((floor, len(chunks), chunks))
+            if floor is not None and floor.nbytes > self.budget:
+                self.considered.append(floor.considered())
+                postponed.append(floor)
             else:
                 best = self._cheapest_of(chunks, best)
         if best is not None:
             return best
-        for floor, _, chunks in sorted(postponed, key=lambda p: p[:2]):  # to tell what the least is that is needed
-            if self.smallest is None or floor < self.smallest.nbytes:
-                self._cheapest_of(chunks, None)
+        for floor in sorted(postponed, key=lambda f: f.nbytes):  # to tell what the least is that is needed
+            if self.smallest is None or floor.nbytes < self.smallest.nbytes:
+                self._cheapest_of(floor.choice.chunks, None)
         return None
 
-    def _floor(self, chunks: tuple[Chunk, ...]) -> int:
-        """Bytes that any choice of these chunks needs at least."""
+    def _floor(self, chunks: tuple[Chunk, ...]) -> Fit | None:
+        """What any choice of these chunks needs at least, with the choice that would; None where it is not asked."""
         if self._least is None:
-            return 0
+            return None
+        policy, moment = self._least
         wheres = itertools.product(range(self.regions + 1), DEPTHS)
-        fixed = (self.costs.fixed_terms(Choice(chunks, m, replace(self.base, depth=d))) for m, d in wheres)
-        return min(sum(terms.values()) for terms in fixed) + self._least
+        choices = (Choice(chunks, m, replace(policy, depth=d)) for m, d in wheres)
+        return self._exactly(min(choices, key=lambda c: sum(self.costs.fixed_terms(c).values())), moment)
 
-    def _least_moments(self, chunk: Chunk) -> int:
-        """Bytes of the smallest of the most saving moments of a step on this chunk."""
+    def _most_saving(self, chunk: Chunk) -> tuple[Policy, Moment]:
+        """The policy that lets a step on this chunk need least, and its largest moment."""
         ways = itertools.product((False, True), self.head.splits)
-        policies = (self._policy(self.regions, offloads, split, DEPTH) for offloads, split in ways)
-        return min(self.predictor.peak(chunk, policy).nbytes for policy in policies)
+        policies = [self._policy(self.regions, offloads, split, DEPTH) for offloads, split in ways]
+        moments = [(policy, self.predictor.peak(chunk, policy)) for policy in policies]
+        return min(moments, key=lambda found: found[1].nbytes)
 
     def _cheapest_of(self, chunks: tuple[Chunk, ...], best: Fit | None) -> Fit | None:
         """The cheapest fitting choice of these chunks, or ``best`` if none costs less."""
@@ -276,7 +279,8 @@ class Search:
     def _known_hopeless(self, choice: Callable[[int], Choice]) -> Fit | None:
         """Of choices that are known not to fit, by moments looked at before, the one that recomputes most."""
         room = self.budget - sum(self.costs.fixed_terms(choice(0)).values())
-        known = self._moments.get(self._group(choice(0)), {})
+        # of a group that offloads, where it does; what recomputes nothing has nothing to offload
+        known = self._moments.get(self._group(choice(self.regions)), {})
         too_large = [save_from for save_from, moment in known.items() if moment.nbytes > room]
         return self._exactly(choice(max(too_large)), known[max(too_large)]) if too_large else None
 
