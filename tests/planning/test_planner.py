@@ -45,7 +45,9 @@ def test_auto_takes_the_fewest_chunks_that_fit(dropout: float) -> None:
     assert count > 1
     assert plan.predicted_peak_bytes is not None
     assert plan.predicted_peak_bytes <= budget
-    assert len(planned(model, budget, batch(2, 16, 0), chunks=count - 1).plan.streamed) > len(plan.streamed)
+    assert len(plan.streamed) == len(dict(model.named_parameters())), "no more could be streamed for fewer chunks"
+    with unsplit(), pytest.raises(BudgetInfeasible):
+        planned(model, budget, batch(2, 16, 0), chunks=count - 1)
 
 
 @pytest.mark.slow

@@ -322,7 +322,7 @@ def test_dtype_follows_the_device_unless_it_is_named() -> None:
 def test_plan_shows_the_peak_with_its_terms_the_timeline_and_what_was_not_taken(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    options = ["--budget", "2MB", "--seq-len", "16", "--backend", "eager"]
+    options = ["--budget", "2MB", "--seq-len", "16", "--backend", "eager", "--interval", "1"]
     chunkft("plan", "tiny:llama", *options, "--explain", "--timeline")
     printed = capsys.readouterr().out
     chunkft("plan", "tiny:llama", *options, "--json")
