@@ -13,12 +13,13 @@ from chunkft_fx.optim.rules.adamw import AdamW
 from chunkft_fx.optim.rules.sgd import SGD
 from chunkft_fx.plan.chunk import Chunk, Slice
 from chunkft_fx.plan.plan import Plan
+from chunkft_fx.ranks.losses import mean_over_ranks
 from chunkft_fx.trainers.attach import attach
 
 __version__ = "0.1.0"
 __all__ = [
     "SGD", "Adafactor", "AdamW", "Chunk", "CompiledModule", "Loaded", "Plan", "Slice", "attach", "compile", "errors",
-    "load", "optimizer", "save", "wait_for_saves",
+    "load", "mean_over_ranks", "optimizer", "save", "wait_for_saves",
 ]  # fmt: skip
 
 enable_logs()  # as $CHUNKFT_LOGS says

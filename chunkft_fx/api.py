@@ -11,7 +11,6 @@ from torch import nn
 from chunkft_fx.bytes import parse_bytes
 from chunkft_fx.copies.residency import compute_device
 from chunkft_fx.errors import AlreadyCompiled, OptionError
-from chunkft_fx.following.distribution import refuse_ranks
 from chunkft_fx.graph.region import Pass, ProgramPass
 from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.plan.schedule import ChunkSchedule, check_interval
@@ -81,7 +80,6 @@ def compile(
     check_interval(interval)
     if batch is not None:
         arguments_of(batch)
-    refuse_ranks()
     own, outer = _passes("region_passes", region_passes), _passes("program_passes", program_passes)
     options = Options(parse_bytes(budget), chunks, order, interval, seed, return_logits, coverage, batch, own, outer)
     target = compute_device(model, device)

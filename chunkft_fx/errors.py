@@ -154,5 +154,13 @@ class DistributedNotSupported(ChunkFTError, RuntimeError):
     """A compiled module was to run on several ranks, or inside DistributedDataParallel or FSDP."""
 
 
+class RankFailed(ChunkFTError, RuntimeError):
+    """Another rank failed, or its process ended, while this one waited for it; the message says which one."""
+
+
+class RanksDisagree(ChunkFTError, RuntimeError):
+    """Ranks that train one model together were given different models, options, or calls."""
+
+
 class UnsupportedParameter(ChunkFTError, TypeError):
     """A trainable parameter has a dtype or a kind that cannot be trained here."""

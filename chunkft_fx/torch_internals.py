@@ -54,6 +54,12 @@ def wrapping_ddp() -> nn.Module | None:
     return found
 
 
+def store_of_ranks(prefix: str) -> Any:
+    """The key-value store by which the processes of `torch.distributed` found each other, for keys of this prefix."""
+    c10d: Any = torch.distributed.distributed_c10d
+    return c10d.PrefixStore(prefix, c10d._get_default_store())
+
+
 def is_sharded(model: nn.Module) -> bool:
     """True for a model that FSDP shards, in either of its forms, or with parameters that are DTensors."""
     names = {base.__name__ for module in model.modules() for base in type(module).__mro__}

@@ -10,6 +10,7 @@ import torch
 
 from chunkft_fx.graph import ops
 from chunkft_fx.graph.region import OutputDemand, Pass, ProgramPass
+from chunkft_fx.passes.program.insert_reduces import InsertReduces
 from chunkft_fx.passes.program.insert_streams import InsertStreams
 from chunkft_fx.passes.program.insert_updates import InsertUpdates
 from chunkft_fx.passes.program.offload_saved import OffloadSaved
@@ -30,6 +31,7 @@ __all__ = [
     "Canonicalize",
     "ChunkLogits",
     "Eliminate",
+    "InsertReduces",
     "InsertStreams",
     "InsertUpdates",
     "LowerTriton",
@@ -69,9 +71,11 @@ def program_pipeline(policy: Policy, device: torch.device, state_nbytes: int = 0
     repeated = (RepeatCalls(policy.micro_batches),) if policy.micro_batches > 1 else ()
     taker = ops.update if policy.in_backward else ops.keep
     updates = (InsertUpdates(policy.pieces, taker),) if policy.takes_gradients else ()
+    reduces = (InsertReduces(),) if policy.ranks > 1 and not policy.takes_gradients else ()
     streams = (
         *repeated,
         *updates,
+        *reduces,
         OffloadSaved(policy.offload_below, device),
         InsertStreams(policy.streamed, device, policy.depth),
         SchedulePrefetch(),

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = (
     "tools", "trainers", "checkpoints", "optim", "module", "following", "runtime", "planning", "predict", "program",
     "passes",
-    "splitting", "capture", "machine", "copies", "head", "gradients", "kernels", "plan", "graph",
+    "splitting", "capture", "machine", "copies", "head", "gradients", "kernels", "ranks", "plan", "graph",
 )  # fmt: skip
 GROUND = ("errors", "bytes", "logs", "torch_internals", "torch_sizes")
 MOST_FILES = 9

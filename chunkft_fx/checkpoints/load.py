@@ -39,7 +39,7 @@ class SavedTraining:
     """A checkpoint in the folder ``path`` as it was saved: whole, but not looked at further.
 
     ``optimizer`` is a state dict, whose tensors lie in files. Where one is None (also ``random``) there was none.
-    ``weights`` is the model's, None where files in ``path`` have it.
+    ``weights`` is the model's, None where files in ``path`` have it. ``random`` is that of rank 0.
     """
 
     path: Path
@@ -49,6 +49,7 @@ class SavedTraining:
     random: Mapping[str, Any] | None
     extra: Any
     weights: Mapping[str, Tensor] | None = None
+    random_of_others: Sequence[Mapping[str, Any]] = ()
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, scheduler: Any) -> None:
         """Continue from here. Raises `CheckpointMismatch`, before anything changes, where that cannot be."""
@@ -59,14 +60,19 @@ class SavedTraining:
             )
         if scheduler is not None and self.scheduler is None:
             raise CheckpointMismatch(f"{self.path} has no state of a scheduler; load it without one")
-        with training.lock:
-            self._restore(training.plain, optimizer, scheduler)
+        with training.lock, training.ranks.failing():
+            training.ranks.require_same(
+                "what is loaded", f"{self.path} at step {self.step}", "load the same on all ranks"
+            )
+            self._restore(training.plain, optimizer, scheduler, training.ranks.rank)
 
-    def _restore(self, plain: nn.Module, optimizer: ChunkedOptimizer | None, scheduler: Any) -> None:
+    def _restore(self, plain: nn.Module, optimizer: ChunkedOptimizer | None, scheduler: Any, rank: int) -> None:
+        randoms = [self.random, *self.random_of_others]
+        random = randoms[rank] if rank < len(randoms) else None  # a rank that there was not goes on with its own
         saved = self.weights if self.weights is not None else saved_weights(plain, self.path)
         weights = matched(saved, plain.state_dict(), self.path)
-        if self.random is not None:
-            check_random(self.random, str(self.path))
+        if random is not None:
+            check_random(random, str(self.path))
         try:
             if optimizer is not None:
                 if self.optimizer is None:
@@ -75,8 +81,8 @@ class SavedTraining:
             plain.load_state_dict(weights, strict=False)
             if scheduler is not None:
                 scheduler.load_state_dict(self.scheduler)
-            if self.random is not None:
-                restore_random(self.random)
+            if random is not None:
+                restore_random(random)
         except CheckpointMismatch:
             raise
         except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
@@ -146,7 +152,10 @@ def read(path: Path) -> SavedTraining:
     try:
         plain = {key: unpacked(record[key], extras) for key in ("optimizer", "scheduler", "random", "extra", "states")}
         optimizer = plain["optimizer"] | {"state": _states(plain["optimizer"], plain["states"], tensors)}
-        return SavedTraining(path, step, optimizer, plain["scheduler"], plain["random"], plain["extra"])
+        others = unpacked(record.get("random_of_others", []), extras)
+        return SavedTraining(
+            path, step, optimizer, plain["scheduler"], plain["random"], plain["extra"], random_of_others=others
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointMismatch(f"{path / RECORD} does not name what is in its files: {error!r}") from error
 

@@ -17,16 +17,21 @@ from chunkft_fx.bytes import format_bytes
 from chunkft_fx.checkpoints.disk.folders import VERSION, Target, name_of, next_serial, write_record
 from chunkft_fx.checkpoints.disk.sums import Sum, file_sums
 from chunkft_fx.checkpoints.disk.tensor_file import write_tensors
-from chunkft_fx.checkpoints.plain import packed
+from chunkft_fx.checkpoints.plain import packed, unpacked
 from chunkft_fx.checkpoints.random_states import random_states
 from chunkft_fx.checkpoints.saving import Saving
 from chunkft_fx.checkpoints.states import SHARD_NBYTES, SavedTensor, into_files, saved_tensors, weight_rows
 from chunkft_fx.checkpoints.weights import Copies, write_weights
 from chunkft_fx.copies.host_memory import available_nbytes
-from chunkft_fx.errors import ChunkFTWarning, OptimizerMismatch, OptionError
+from chunkft_fx.errors import ChunkFTWarning, OptimizerMismatch, OptionError, SaveFailed
+from chunkft_fx.graph.layout import size_along
 from chunkft_fx.module.module import training_of
 from chunkft_fx.module.training import Training
 from chunkft_fx.optim.optimizer import ChunkedOptimizer
+from chunkft_fx.optim.states.staging import StagedStates
+from chunkft_fx.optim.states.step_counts import Counts, Run, uniform, within
+from chunkft_fx.plan.cuts import cut_dim
+from chunkft_fx.ranks.ranks import Ranks
 
 # The tensors among plain data.
 EXTRAS = "training.safetensors"
@@ -54,6 +59,9 @@ def save(
     The folder gets its name when all of it is on the disk. Of other checkpoints in ``folder`` those stay that are
     among the last ``keep`` (None: all), and that of step ``best``.
 
+    Each of several ranks calls this and writes its share of the states, rank 0 the rest: ``folder`` has to be one that
+    all of them see, and training waits.
+
     Without ``wait`` training goes on meanwhile. What is saved is what was there at the call, to the bit: weights are
     copied in host memory, states that a step is about to change are copied or written first. An error comes with the
     next step of the optimizer, the next save or `wait_for_saves`; the process ends when everything is written.
@@ -67,7 +75,9 @@ def save(
     if not isinstance(optimizer, ChunkedOptimizer) or optimizer is not own:
         raise OptimizerMismatch("save was given another optimizer than the one that was made last for this model")
     _check_counts(step, keep)
-    with training.lock:
+    ranks = training.ranks
+    with training.lock, ranks.failing():
+        ranks.require_same("a save", f"{folder} at step {step}", "save the same checkpoint on all ranks")
         groups, states = optimizer.snapshot()
         if states.watch is not None:
             states.watch.before_step()  # has ended: the error of a save that nobody has seen
@@ -76,17 +86,28 @@ def save(
             "scheduler": None if scheduler is None else scheduler.state_dict(),
             "extra": extra,
             "random": random_states(),
+            "random_of_others": _of_other_ranks(ranks),
         }
         weights = training.plain.state_dict()
-        copies = None if wait or not _has_room(weights.values()) else Copies()
-        tensors = _state_tensors(optimizer, copies)
+        copies = None if wait or not ranks.is_alone or not _has_room(weights.values()) else Copies()
+        counts = _counts(optimizer, states)
+        tensors = _state_tensors(optimizer, states, counts, copies)
         layouts, blocks = into_files(tensors, SHARD_NBYTES)
-        taken["states"] = _described(optimizer, tensors)
+        taken["states"] = _described(counts, tensors)
         moment = _Moment(training.plain, _taken(weights, copies), tokenizer, *_record(step, training, taken))
         target = Target(Path(folder) / name_of(step), keep, best)
-        target.begin()
+        if ranks.rank == 0:
+            target.begin()
+        ranks.compare("a folder for a checkpoint", "")
+        if not target.new.is_dir():
+            raise SaveFailed(
+                f"rank {ranks.rank} does not see {target.new}, which rank 0 has made: give a folder on a file system "
+                "that all ranks share"
+            )
+        if states.share.is_all and ranks.rank:
+            blocks = []  # all ranks have these
         names = [f"states-{i:05}-of-{len(layouts):05}.safetensors" for i in range(1, len(layouts) + 1)]
-        saving = Saving(target, [*zip(names, layouts, strict=True)], blocks, moment.write)
+        saving = Saving(target, [*zip(names, layouts, strict=True)], blocks, moment.write, ranks)
         states.watch = saving
         if copies is None:
             saving.run()
@@ -153,25 +174,63 @@ def _parameters(optimizer: ChunkedOptimizer) -> list[tuple[str, Tensor]]:
     return [(n, p) for g in optimizer.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)]
 
 
-def _state_tensors(optimizer: ChunkedOptimizer, copies: Copies | None) -> list[SavedTensor]:
-    """The states of all parameters that were updated so far, of which host memory keeps any."""
+def _counts(optimizer: ChunkedOptimizer, states: StagedStates) -> dict[str, Counts]:
+    """The step counts of all parameters that were updated so far, by name; each rank knows those of its share."""
+    known = {n: optimizer.state[p]["slice_steps"] for n, p in _parameters(optimizer) if p in optimizer.state}
+    found = {name: counts for name, counts in known.items() if any(run.step for run in counts)}
+    if states.share.is_all:
+        return found
+    words = [json.loads(w) for w in states.ranks.compare("step counts", json.dumps(found))]
+    return {
+        name: tuple(
+            run
+            for share, word in zip(states.share.each, words, strict=True)
+            for run in within(_runs(word.get(name), p), *share.of(size_along(p, cut_dim(p.shape))))
+        )
+        for name, p in _parameters(optimizer)
+        if any(name in word for word in words)
+    }
+
+
+def _runs(word: Any, parameter: Tensor) -> Counts:
+    """Step counts as another rank wrote them."""
+    if word is None:
+        return uniform(size_along(parameter, cut_dim(parameter.shape)))
+    return tuple(Run(start, n, step, tuple((k, v) for k, v in numbers)) for start, n, step, numbers in word)
+
+
+def _state_tensors(
+    optimizer: ChunkedOptimizer, states: StagedStates, counts: Mapping[str, Counts], copies: Copies | None
+) -> list[SavedTensor]:
+    """The states of the parameters with these counts, of which host memory keeps any."""
     if not optimizer.spec.is_kept:
         return []
 
     def weight_of(p: Tensor) -> Callable[[], Tensor]:
         return weight_rows(p if copies is None else copies.of(p), p.shape)
 
-    kept = optimizer.state
-    updated = [(n, p) for n, p in _parameters(optimizer) if p in kept and any(r.step for r in kept[p]["slice_steps"])]
-    return [*saved_tensors(updated, kept, optimizer.spec, weight_of)]
+    updated = [(n, p) for n, p in _parameters(optimizer) if n in counts]
+    states.begin([p for _, p in updated])
+    return [*saved_tensors(updated, optimizer.state, optimizer.spec, weight_of, states.share)]
 
 
-def _described(optimizer: ChunkedOptimizer, tensors: Sequence[SavedTensor]) -> dict[str, Any]:
+def _described(counts: Mapping[str, Counts], tensors: Sequence[SavedTensor]) -> dict[str, Any]:
     """By parameter: its step counts, and for each of its states whether the cut dimension is in front."""
     found: dict[str, Any] = {}
-    parameters = dict(_parameters(optimizer))
     for t in tensors:
-        counts = [list(run) for run in optimizer.state[parameters[t.name]]["slice_steps"]]
-        own = found.setdefault(t.name, {"slice_steps": counts, "tensors": {}})
+        own = found.setdefault(t.name, {"slice_steps": [list(run) for run in counts[t.name]], "tensors": {}})
         own["tensors"][t.key.removeprefix(f"{t.name}.")] = t.is_turned
+    return found
+
+
+def _of_other_ranks(ranks: Ranks) -> list[Any]:
+    """The states of the random number generators of all ranks but the first."""
+    extras: dict[str, Tensor] = {}
+    record = packed(random_states(), "random", extras)
+    plain = {name: [str(t.dtype).removeprefix("torch."), t.tolist()] for name, t in extras.items()}
+    found = []
+    for word in ranks.compare("random numbers", json.dumps([record, plain]))[1:]:
+        theirs, tensors = json.loads(word)
+        made = {name: torch.tensor(values, dtype=getattr(torch, kind)) for name, (kind, values) in tensors.items()}
+        found.append(unpacked(theirs, made))
     return found

@@ -8,6 +8,7 @@ step waits until the rest is written.
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import sys
 import threading
@@ -23,6 +24,7 @@ from chunkft_fx.checkpoints.disk.tensor_file import Layout
 from chunkft_fx.checkpoints.states import SHARD_NBYTES, Block
 from chunkft_fx.copies.host_memory import available_nbytes
 from chunkft_fx.plan.chunk import Slice
+from chunkft_fx.ranks.ranks import Ranks
 
 # Bytes of copies that there may be at once; those that one step asks for may be more.
 COPIES_NBYTES = SHARD_NBYTES
@@ -35,7 +37,7 @@ class Saving:
     """One checkpoint on its way to its ``target``.
 
     ``blocks`` are those of all ``files`` of states. ``others`` writes everything else behind them into the folder that
-    it is given, with their sums.
+    it is given, with their sums. Each of several ``ranks`` writes its blocks into the same files, rank 0 all the rest.
     """
 
     def __init__(
@@ -44,8 +46,10 @@ class Saving:
         files: Sequence[tuple[str, Layout]],
         blocks: Sequence[Block],
         others: Callable[[Path, dict[str, list[Sum]]], None],
+        ranks: Ranks | None = None,
     ) -> None:
         self._target, self._files, self._others = target, files, others
+        self._ranks = ranks or Ranks()
         self._left = OrderedDict.fromkeys(blocks)  # to be written, or just being written
         self._of: dict[str, list[Block]] = {}
         for block in blocks:
@@ -109,8 +113,11 @@ class Saving:
 
     def _write(self) -> None:
         try:
-            self._others(self._target.new, self._write_states())
-            self._target.complete()
+            sums = self._write_states()
+            if self._ranks.rank == 0:
+                self._others(self._target.new, sums)
+                self._target.complete()
+            self._ranks.compare("a checkpoint that is complete", "")
         except BaseException as error:
             self._target.abandon()  # before it is asked how much space there is
             known = os_failure(self._target.place, error)
@@ -130,9 +137,11 @@ class Saving:
         try:
             for file, lies in self._files:
                 opened.append(os.open(self._target.new / file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666))
-                os.truncate(opened[-1], lies.nbytes)
-                _write_at(opened[-1], memoryview(lies.head), 0)
-                found[file] = [Sum(HEADER, 0, len(lies.head), zlib.crc32(lies.head))]
+                found[file] = []
+                if self._ranks.rank == 0:
+                    os.truncate(opened[-1], lies.nbytes)
+                    _write_at(opened[-1], memoryview(lies.head), 0)
+                    found[file].append(Sum(HEADER, 0, len(lies.head), zlib.crc32(lies.head)))
             while (block := self._next()) is not None:
                 data = block.data()
                 _write_at(opened[block.file], data, block.start)
@@ -141,6 +150,14 @@ class Saving:
         finally:
             for descriptor in opened:
                 os.close(descriptor)
+        return self._of_all_ranks(found)
+
+    def _of_all_ranks(self, own: dict[str, list[Sum]]) -> dict[str, list[Sum]]:
+        """The sums of what each rank has written."""
+        found: dict[str, list[Sum]] = {file: [] for file in own}
+        for word in self._ranks.compare("states of a checkpoint", json.dumps(own)):
+            for file, sums in json.loads(word).items():
+                found[file] += [Sum(*s) for s in sums]
         return found
 
     def _next(self) -> Block | None:

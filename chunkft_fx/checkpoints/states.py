@@ -15,11 +15,12 @@ from torch import Tensor
 
 from chunkft_fx.checkpoints.disk.sums import BLOCK_NBYTES
 from chunkft_fx.checkpoints.disk.tensor_file import Kind, Layout, as_bytes, layout
-from chunkft_fx.graph.layout import front
+from chunkft_fx.graph.layout import front, size_along
 from chunkft_fx.kernels.masters import join_master
 from chunkft_fx.plan.chunk import Slice
 from chunkft_fx.plan.cuts import cut_dim
 from chunkft_fx.plan.state_spec import MASTER, REMAINDER, StateSpec
+from chunkft_fx.ranks.shares import ALL, Share
 
 # Bytes of a file of states, at most, unless a single tensor has more.
 SHARD_NBYTES = 2 * 2**30
@@ -33,7 +34,7 @@ class SavedTensor:
 
     ``weight`` gives the rows of the parameter that ``rows`` are the remainder of. A tensor that is not ``is_sliced``
     belongs to the whole parameter, whatever of it changes; one that ``is_turned`` has the parameter's shape, but the
-    cut dimension in front.
+    cut dimension in front. ``kind`` is that of the whole tensor, of which ``rows`` begin at row ``first``.
     """
 
     name: str
@@ -43,6 +44,7 @@ class SavedTensor:
     is_sliced: bool
     is_turned: bool
     weight: Callable[[], Tensor] | None = None
+    first: int = 0
 
 
 class Block:
@@ -90,8 +92,9 @@ def saved_tensors(
     states: Mapping[Tensor, Mapping[str, object]],
     spec: StateSpec,
     weight_of: Callable[[Tensor], Callable[[], Tensor]],
+    share: Share = ALL,
 ) -> Iterator[SavedTensor]:
-    """The state tensors of these parameters, by name, that were updated so far."""
+    """The state tensors of these parameters, by name, that were updated so far; of several ranks, those of a share."""
     for name, parameter in named:
         dim = cut_dim(parameter.shape)
         for state, lies in spec.layouts(parameter).items():
@@ -101,11 +104,15 @@ def saved_tensors(
             is_remainder = state == REMAINDER
             rows = lies.front(kept, dim)
             rows = rows if rows.ndim else rows.view(1)
-            kind = Kind(torch.float32 if is_remainder else rows.dtype, tuple(rows.shape))
+            first, size = 0, len(rows)
+            if lies.is_sliced:
+                size = size_along(parameter, dim)
+                first = share.of(size)[0]
+            kind = Kind(torch.float32 if is_remainder else rows.dtype, (size, *rows.shape[1:]))
             key = f"{name}.{MASTER if is_remainder else state}"
             is_turned = lies.is_sliced and not lies.by_index
             weight = weight_of(parameter) if is_remainder else None
-            yield SavedTensor(name, key, rows, kind, lies.is_sliced, is_turned, weight)
+            yield SavedTensor(name, key, rows, kind, lies.is_sliced, is_turned, weight, first)
 
 
 def into_files(tensors: Sequence[SavedTensor], shard_nbytes: int) -> tuple[list[Layout], list[Block]]:
@@ -123,11 +130,12 @@ def into_files(tensors: Sequence[SavedTensor], shard_nbytes: int) -> tuple[list[
 
 
 def _blocks(t: SavedTensor, file: int, lies: Layout) -> Iterator[Block]:
-    row_nbytes = t.kind.nbytes // max(len(t.rows), 1)
+    row_nbytes = t.kind.nbytes // max(t.kind.shape[0], 1)
     step = max(1, BLOCK_NBYTES // max(row_nbytes, 1))
     start = lies.places[t.key].start
     for first in range(0, len(t.rows) if row_nbytes else 0, step):
-        yield Block(t, t.rows[first : first + step], first, file, start + first * row_nbytes)
+        at = t.first + first
+        yield Block(t, t.rows[first : first + step], at, file, start + at * row_nbytes)
 
 
 def weight_rows(weight: Tensor, shape: Sequence[int]) -> Callable[[], Tensor]:

@@ -40,6 +40,7 @@ class WaitingGradients:
 
     _ring: PieceRing
     _before_writing: Callable[[], None]
+    _average: Callable[[Sequence[Tensor]], None]
 
     def __init__(self, tier: Tier, pieces: Pieces) -> None:
         self._tier, self._given = tier, pieces
@@ -73,6 +74,10 @@ class WaitingGradients:
     def check(self) -> list[ActiveSlice]:
         """The slices whose gradients wait; `WaitingGradientError` if one waits that cannot be used."""
         return [s for slices in self._slices for s in slices if self._own(s) is not None]
+
+    def average_by(self, average: Callable[[Sequence[Tensor]], None]) -> None:
+        """What replaces sums by their means over ranks, in the backward that comes."""
+        self._average = average
 
     def begin(self) -> None:
         """Begin a backward, checked before anything runs of it.
@@ -181,11 +186,14 @@ class WaitingGradients:
             totals.append(total)
             self._new.setdefault(s.name, [])
         kept = [self._room(s.slice, total) for s, total in zip(graded, totals, strict=True)]
-        for s, total, host, target in zip(graded, totals, kept, self._ring.take(piece, kept), strict=True):
+        targets = self._ring.take(piece, kept)
+        for total, target in zip(totals, targets, strict=True):
             target.copy_(total)
+        self._average(targets)
+        for s, host, target in zip(graded, kept, targets, strict=True):
             if s.name not in before and s.name in self._latest:
                 self._latest.pop(s.name).problem = OVERWRITTEN
-            self._new[s.name].append(self._part(s.slice, host, total))
+            self._new[s.name].append(self._part(s.slice, host, target))
 
     def _waiting(self, piece: int) -> dict[str, WaitingPart]:
         """The parts that wait of a piece, by the names of their parameters."""

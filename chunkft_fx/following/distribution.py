@@ -1,4 +1,4 @@
-"""Decides nothing, refuses by name: several ranks, and the wrappers that spread a model over them."""
+"""Decides nothing, refuses by name: ranks that came too late, and the wrappers that spread a model over them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ def refuse_sharded(model: nn.Module) -> None:
         )
 
 
-def refuse_ranks() -> None:
-    """Raise `DistributedNotSupported` in a process that is one of several ranks, or inside DistributedDataParallel."""
+def refuse_other_ranks(known: int) -> None:
+    """Raise `DistributedNotSupported` for other ranks than at compile, and inside DistributedDataParallel."""
     if not torch.distributed.is_available():
         return
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+    now = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if now != known:
         raise DistributedNotSupported(
-            f"torch.distributed runs with {torch.distributed.get_world_size()} ranks, and gradients of slices are not "
-            "reduced over ranks; train on one rank (without torchrun or init_process_group)"
+            f"torch.distributed runs with {now} ranks, and this model was compiled for {known}; call "
+            "init_process_group before chunkft_fx.compile, and destroy_process_group when training is over"
         )
     if wrapping_ddp() is not None:
         raise DistributedNotSupported(

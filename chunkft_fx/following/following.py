@@ -23,7 +23,7 @@ from chunkft_fx.copies.residency import Residency, compute_device
 from chunkft_fx.copies.states.stage import StageOwner
 from chunkft_fx.errors import AlreadyCompiled, ChunkFTWarning, ModelChanged
 from chunkft_fx.following import ownership
-from chunkft_fx.following.distribution import refuse_ranks
+from chunkft_fx.following.distribution import refuse_other_ranks
 from chunkft_fx.following.model_watch import ModelChanges, ModelWatch
 from chunkft_fx.following.moves import Move, gradients_aside, warn_of_dropped_gradients
 from chunkft_fx.gradients.gate import Arrivals, GradientGate
@@ -32,10 +32,13 @@ from chunkft_fx.plan.plan import Plan
 from chunkft_fx.plan.schedule import ChunkSchedule
 from chunkft_fx.plan.state_spec import spec_of
 from chunkft_fx.planning.planner import Options, first_plan
+from chunkft_fx.ranks.ranks import Ranks
 
 
 class ModelOptimizer(StageOwner, Protocol):
     """What a compiled module asks of its optimizer."""
+
+    param_groups: list[dict[str, Any]]
 
     @property
     def has_begun(self) -> bool: ...
@@ -63,6 +66,7 @@ class Following(ABC):
     _gave_up: bool  # a module compiled later has the parameters
     arrivals: Arrivals
     lock: threading.RLock
+    ranks: Ranks
 
     @property
     @abstractmethod
@@ -92,7 +96,7 @@ class Following(ABC):
                     "chunkft_fx.compile was called again on this model, before this module had trained it; use the "
                     "module that the later call returned"
                 )
-            refuse_ranks()
+            refuse_other_ranks(self.ranks.size)
             changes = self._watch.changes()
             if changes is not None:
                 self.follow_updates()

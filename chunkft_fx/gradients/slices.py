@@ -83,6 +83,13 @@ class ActiveSlice:
         return SliceGradient(gradient, self.slice, self.parameter.shape, wide, is_new=not is_own)
 
 
+def within_slice(s: ActiveSlice, part: ActiveSlice, gradient: Tensor | None = None) -> Tensor:
+    """The gradient of a part of a slice: a view of that of the slice, which is its own if none is given."""
+    found = s.grad if gradient is None else gradient
+    assert found is not None
+    return found.narrow(s.dim, part.start - s.start, part.length) if found.ndim else found
+
+
 def summed(contributions: Sequence[Tensor]) -> Tensor:
     """The sum of contributions to a gradient, of which several are added in a wider dtype, as `runtime.step` does."""
     total = contributions[0]

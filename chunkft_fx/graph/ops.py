@@ -18,6 +18,8 @@ in host memory for the optimizer's step, the same nodes move what waits there of
 ``keep(gradients, piece)``, in the place of ``update``, adds to it.
 In a program that runs several micro-batches ``add_up([total, gradient]) -> total`` adds the gradient that one of them
 gives to the sum of those before it, in float32 at least.
+In a program of one of several ranks ``reduce(contributions) -> mean`` adds up the contributions to a gradient and
+begins to average the sum over ranks; for one rank by itself the sum is the mean.
 As operators they are plain synchronous copies, so that a program means the same wherever it runs; the run time
 lowers them to copy streams, a ring of buffers (`copies.weight_ring`) and reused host memory (`copies.saved_values`).
 """
@@ -72,6 +74,14 @@ def _add_up(contributions: list[Tensor]) -> Tensor:
     return total.to(torch.promote_types(total.dtype, torch.float32), copy=True).add_(gradient)
 
 
+def _reduce(contributions: list[Tensor]) -> Tensor:
+    first, *rest = contributions
+    total = first.to(torch.promote_types(first.dtype, torch.float32), copy=True)
+    for value in rest:
+        total.add_(value)
+    return total
+
+
 def _nothing(_: list[Tensor] | float, __: int = 0) -> None:
     """Does nothing: a stream node stands for an order. Its schema says that it writes the copies, which keeps uses of
     them on their side of it.
@@ -90,6 +100,8 @@ _LIBRARY.impl("admit", _nothing, "CompositeExplicitAutograd")
 _LIBRARY.impl("offload", _offload, "CompositeExplicitAutograd")
 _LIBRARY.define("add_up(Tensor[] contributions) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.impl("add_up", _add_up, "CompositeExplicitAutograd")
+_LIBRARY.define("reduce(Tensor[] contributions) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.impl("reduce", _reduce, "CompositeExplicitAutograd")
 _LIBRARY.define("fetch_states(int piece) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.define("update(Tensor(a!)[] gradients, int piece) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.define("keep(Tensor(a!)[] gradients, int piece) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
@@ -103,6 +115,7 @@ torch.library.register_fake("chunkft_fx::release", _nothing, lib=_LIBRARY)
 torch.library.register_fake("chunkft_fx::offload", _offload_meta, lib=_LIBRARY)
 torch.library.register_fake("chunkft_fx::admit", _nothing, lib=_LIBRARY)
 torch.library.register_fake("chunkft_fx::add_up", _add_up, lib=_LIBRARY)
+torch.library.register_fake("chunkft_fx::reduce", _reduce, lib=_LIBRARY)
 
 fetch = torch.ops.chunkft_fx.fetch.default
 wait = torch.ops.chunkft_fx.wait.default
@@ -110,6 +123,7 @@ release = torch.ops.chunkft_fx.release.default
 offload = torch.ops.chunkft_fx.offload.default
 admit = torch.ops.chunkft_fx.admit.default
 add_up = torch.ops.chunkft_fx.add_up.default
+reduce = torch.ops.chunkft_fx.reduce.default
 fetch_states = torch.ops.chunkft_fx.fetch_states.default
 update = torch.ops.chunkft_fx.update.default
 keep = torch.ops.chunkft_fx.keep.default
@@ -118,7 +132,9 @@ write_states = torch.ops.chunkft_fx.write_states.default
 # Stands for the number of a ring buffer in a fetch whose copies get memory of their own.
 FRESH = -1
 # All stream nodes: the first three in the order in which one buffer of the ring sees them.
-STREAM_NODES = (fetch, wait, release, offload, admit, add_up, fetch_states, update, keep, write_states)
+STREAM_NODES = (fetch, wait, release, offload, admit, add_up, reduce, fetch_states, update, keep, write_states)
+# Those that make a gradient of several.
+SUMS = (add_up, reduce)
 # Those that take the gradients of a piece, of which a program has one kind.
 TAKERS = (update, keep)
 # Those of pieces, in the order in which one piece sees them.

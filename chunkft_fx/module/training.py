@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,6 +44,7 @@ from chunkft_fx.planning.example_batch import arguments_of, plan_for_example
 from chunkft_fx.planning.planner import Options, first_plan
 from chunkft_fx.program.instructions import Executable
 from chunkft_fx.program.programs import Programs
+from chunkft_fx.ranks.ranks import ranks_of
 from chunkft_fx.runtime.late_updates import LateUpdates
 from chunkft_fx.runtime.session import Session
 from chunkft_fx.splitting.arguments import Arguments
@@ -64,7 +66,9 @@ class Training(Following):
     def __init__(
         self, model: nn.Module, options: Options, backend: str, plan: Plan | None, device: torch.device
     ) -> None:
-        self.model, self.options, self.backend = model, options, backend
+        self.ranks = ranks_of(device)
+        self.model, self.options, self.backend = model, replace(options, ranks=self.ranks.size), backend
+        self._meet_ranks(device)
         self.lock, self.arrivals, self.late = threading.RLock(), Arrivals(), LateUpdates()
         self._plan, self._slices, self._optimizer, self._position = None, None, None, None
         self._advanced = self._is_due = self._is_planning = self._gave_up = self._is_accumulating = False
@@ -72,6 +76,25 @@ class Training(Following):
         self._watch, self._gate = ModelWatch(model), GradientGate(self)
         self._take_up(plan, device)
         weakref.finalize(self, self._gate.close)
+
+    def _meet_ranks(self, device: torch.device) -> None:
+        """Begin with the same model on all ranks, once they know that they were given the same kind of model."""
+        if self.ranks.is_alone:
+            return
+        refuse_sharded(self.model)
+        self.ranks.require_same("options", self.options.described(), "give compile the same options on all ranks")
+        kinds = [(n, tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in self.model.named_parameters()]
+        digest = hashlib.sha256(repr(kinds).encode()).hexdigest()[:12]
+        found = f"{len(kinds)} parameters, their names, shapes, dtypes and requires_grad with digest {digest}"
+        self.ranks.require_same("the model", found, "make the same model on all ranks")
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        self.ranks.same_everywhere([t.detach() for t in tensors], device)
+
+    def standing(self) -> str:
+        """What all ranks have to have in common when they run a backward together: place in the sweep, and rates."""
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        rates = [g["lr"] for g in groups if not isinstance(g["lr"], Tensor)]
+        return f"chunk {self.chunk} of sweep {self.schedule.sweep}, learning rates {rates}"
 
     def _take_up(self, plan: Plan | None, device: torch.device) -> None:
         """Begin with the model as it is now: nothing is captured, and of the plan only what the user gave is there."""
@@ -93,7 +116,7 @@ class Training(Following):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model compiled, with the arguments of its forward."""
-        with self.lock, self.late.during_call():
+        with self.lock, self.ranks.failing(), self.late.during_call():
             self.check()
             if not self.sessions and self.backend == "inductor" and self.compute_device.type == "cuda":
                 start_workers()
@@ -277,6 +300,7 @@ class Training(Following):
         self._optimizer = weakref.ref(optimizer)
         if is_recut:
             self._begin_anew(self.residency.device)
+        self.ranks.require_same("the optimizer", repr(optimizer.spec), "make the same optimizer on all ranks")
 
     def resume(self, position: Mapping[str, Any]) -> None:
         """Continue at a schedule position saved by ``schedule.state_dict()``; without a plan, as soon as there is one.
@@ -422,6 +446,8 @@ class Training(Following):
         """Whether another cut into chunks would lose a position, states or gradients, or a backward that may come."""
         if self.has_begun or self._position is not None:
             return True
+        if not self.ranks.is_alone and self._plan is not None and self._plan.batch:
+            return True  # other ranks are cut like this one
         if self._schedule is not None and not (self._schedule.is_at_start and self._schedule.sweep == self._sweep):
             return True
         return bool(self._gradients()) or any(session.has_pending for session in self.sessions)

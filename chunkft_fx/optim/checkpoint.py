@@ -26,10 +26,11 @@ from chunkft_fx.graph.layout import front, size_along
 from chunkft_fx.kernels.masters import join_master, reconcile
 from chunkft_fx.optim.saved_states import SavedState, checked
 from chunkft_fx.optim.states.numbers import Number
-from chunkft_fx.optim.states.step_counts import Counts, Run, is_partition, uniform
+from chunkft_fx.optim.states.step_counts import Counts, Run, is_partition, uniform, within
 from chunkft_fx.optim.sweep_rates import SweepRates
 from chunkft_fx.plan.cuts import cut_dim
 from chunkft_fx.plan.state_spec import MASTER, REMAINDER, StateSpec, master_dtype
+from chunkft_fx.ranks.shares import ALL, Share
 
 ENTRY = "chunkft"
 # Of what stands in that entry; it changes when that does. Version 1 has no rates of a sweep: they begin anew.
@@ -74,14 +75,18 @@ def without_states(groups: Sequence[Mapping[str, Any]], entry: Mapping[str, Any]
     return {"param_groups": packed, ENTRY: entry}
 
 
-def fill_masters(states: Mapping[Tensor, Mapping[str, Any]]) -> None:
-    """Give the masters of slices that were never updated, so far without values, those of the weights."""
+def fill_masters(states: Mapping[Tensor, Mapping[str, Any]], share: Share = ALL) -> None:
+    """Give the masters of slices that were never updated, so far without values, those of the weights.
+
+    Of several ranks each has those of its ``share``.
+    """
     for parameter, state in states.items():
         dim = cut_dim(parameter.shape)
-        for run in state["slice_steps"] if MASTER in state else ():
+        first, length = share.of(size_along(parameter, dim))
+        for run in within(state["slice_steps"], first, length) if MASTER in state else ():
             if run.step == 0:
                 weight = front(parameter, dim).narrow(0, run.start, run.length)
-                reconcile(front(state[MASTER], dim).narrow(0, run.start, run.length), weight)
+                reconcile(front(state[MASTER], dim).narrow(0, run.start - first, run.length), weight)
 
 
 def exported(

@@ -18,7 +18,7 @@ from chunkft_fx.bytes import parse_bytes
 from chunkft_fx.copies.states.stage import Stage
 from chunkft_fx.errors import NotPlanned, OptimizerMismatch, OptionError
 from chunkft_fx.following import ownership
-from chunkft_fx.gradients.slices import ActiveSlice
+from chunkft_fx.gradients.slices import ActiveSlice, within_slice
 from chunkft_fx.gradients.used import drop_used
 from chunkft_fx.module.module import training_of
 from chunkft_fx.optim.checkpoint import ENTRY, describe, exported, read, without_states
@@ -33,6 +33,7 @@ from chunkft_fx.optim.groups import (
 )
 from chunkft_fx.optim.refusals import (
     refuse_outside,
+    refuse_ranks,
     refuse_replaced,
     refuse_scaled_backward,
     refuse_scaling,
@@ -175,7 +176,7 @@ class ChunkedOptimizer(Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with self._model.lock:
+        with self._model.lock, self._model.ranks.failing():
             self._step()
         return loss
 
@@ -215,16 +216,19 @@ class ChunkedOptimizer(Optimizer, ABC):
         states = self._states.staged(active)
         entries = []
         for s in graded:
-            assert s.grad is not None
-            counts = self._states.counts(s)
-            entries.append(StagedSlice(s.slice, s.parameter, s.weight(), s.grad, states[s.name], counts))
+            own = self._states.own(s)
+            if own is not None:
+                counts = self._states.counts(own)
+                gradient = within_slice(s, own)
+                entries.append(StagedSlice(own.slice, s.parameter, own.weight(), gradient, states[s.name], counts))
         updates = self._prepared(entries, rates=taken.rates)
         self._states.will_change()
         for update in updates:
             update.apply()
         self._updates += 1
-        for s, entry in zip(graded, entries, strict=True):
-            self._states.count(s, entry.after)
+        for entry in entries:
+            self._states.count(entry)
+        self._states.spread(graded)
         written = after_host_weights(graded, self.stage.device)
         self._sweep_rates, self.last_rates = taken.after, taken.rates or rates_now(self.param_groups)
         if self._model.advance(taken.takes_turn):
@@ -454,6 +458,7 @@ def _export(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     States that are not kept are left out: they start anew at each activation.
     """
     assert isinstance(optimizer, ChunkedOptimizer)
+    refuse_ranks(optimizer._model.ranks)
     parameters, spec = optimizer._parameters(), optimizer.spec
     states = exported(state_dict["state"], parameters, spec, optimizer.numbers_of) if spec.is_kept else {}
     return state_dict | {"state": states, ENTRY: optimizer._entry()}

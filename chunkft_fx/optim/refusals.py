@@ -6,12 +6,20 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from chunkft_fx.errors import ChunkFTWarning, NoGradientToScale, OptimizerConflict, OptionError, OutsideGradient
+from chunkft_fx.errors import (
+    ChunkFTWarning,
+    DistributedNotSupported,
+    NoGradientToScale,
+    OptimizerConflict,
+    OptionError,
+    OutsideGradient,
+)
 from chunkft_fx.gradients.gate import Arrivals
 from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.module.training import Training
 from chunkft_fx.optim.states.staging import StagedStates
 from chunkft_fx.plan.state_spec import StateSpec
+from chunkft_fx.ranks.ranks import Ranks
 
 
 def refuse_replaced(model: Training, optimizer: object, name: str) -> None:
@@ -76,3 +84,12 @@ def warn_without_gradient(active: Sequence[ActiveSlice], warned: set[tuple[str, 
         ChunkFTWarning,
         stacklevel=5,
     )
+
+
+def refuse_ranks(ranks: Ranks) -> None:
+    """Raise `DistributedNotSupported` for a state dict of one of several ranks, which has but a share of the states."""
+    if not ranks.is_alone:
+        raise DistributedNotSupported(
+            f"each of {ranks.size} ranks keeps its share of the optimizer states, and a state_dict of one would lack "
+            "the others; save all of them by chunkft_fx.save, which every rank calls"
+        )

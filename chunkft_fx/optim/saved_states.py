@@ -21,6 +21,7 @@ from chunkft_fx.kernels.blocks import dequantised, from_floats
 from chunkft_fx.kernels.masters import split_master
 from chunkft_fx.optim.states.step_counts import Counts
 from chunkft_fx.plan.state_spec import CODES, MASTER, REMAINDER, SCALES, StateSpec, master_dtype
+from chunkft_fx.ranks.shares import ALL, Share
 
 
 @dataclass(frozen=True)
@@ -75,18 +76,28 @@ def checked(
     return tensors
 
 
-def take(saved: SavedState, state: dict[str, Any], dim: int, spec: StateSpec) -> None:
-    """Copy a saved state into a parameter's, which is cut along ``dim``; its master may be a remainder."""
+def take(saved: SavedState, state: dict[str, Any], dim: int, spec: StateSpec, share: Share = ALL) -> None:
+    """Copy a saved state into a parameter's, which is cut along ``dim``; its master may be a remainder.
+
+    Of several ranks each takes what is of its ``share``.
+    """
     signed = {tensor.name: tensor.is_signed for tensor in spec.tensors}
+    sliced = {tensor.name for tensor in spec.tensors if tensor.mean_over is None} | {MASTER}
+
+    def own(value: Tensor, along: int = dim) -> Tensor:
+        """What of a tensor is of the share."""
+        return value.narrow(along, *share.of(value.shape[along])) if value.ndim else value
+
     for name in {_state_of(key): None for key in saved.tensors}:
         if name == MASTER and REMAINDER in state:
-            state[REMAINDER].copy_(split_master(saved.tensors[name].float())[1])
+            state[REMAINDER].copy_(split_master(own(saved.tensors[name]).float())[1])
         elif name + CODES in state:
             codes, scales = _codes(saved, name, dim, signed[name])
-            front(state[name + CODES], dim).copy_(codes)
-            state[name + SCALES].copy_(scales)
+            front(state[name + CODES], dim).copy_(own(codes, 0))
+            state[name + SCALES].copy_(own(scales, 0))
         else:
-            state[name].copy_(floats(saved, name, signed.get(name, True)))
+            value = floats(saved, name, signed.get(name, True))
+            state[name].copy_(own(value) if name in sliced else value)
     state["slice_steps"] = saved.counts
 
 

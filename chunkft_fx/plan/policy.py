@@ -128,7 +128,8 @@ class Policy:
     parameters updates them, empty where a step trains one chunk; with ``in_backward`` each is updated by the program,
     as soon as its gradients are complete; with ``host_gradients`` the program sends each to host memory then, where it
     waits for the optimizer's step, whose updates run on into the next forward if they are ``late``. A step runs
-    ``micro_batches`` batches of the same sizes, each region over all of them before the next.
+    ``micro_batches`` batches of the same sizes, each region over all of them before the next. Gradients are averaged
+    over ``ranks``, each of which keeps its share of the states and updates it for all.
     """
 
     save_from: int = 0
@@ -143,14 +144,16 @@ class Policy:
     host_gradients: bool = False
     late: bool = False
     micro_batches: int = 1
+    ranks: int = 1
 
     @property
     def updates_late(self) -> bool:
         """Whether a forward waits region by region for the updates of the step before it.
 
-        Weights that stay in host memory would be fetched behind the states of all pieces, so there the step waits.
+        Weights that stay in host memory would be fetched behind the states of all pieces, so there the step waits; so
+        it does among several ranks, which update for each other.
         """
-        return self.late and not self.streamed
+        return self.late and not self.streamed and self.ranks == 1
 
     @property
     def takes_gradients(self) -> bool:
@@ -164,7 +167,9 @@ class Policy:
     @property
     def of_steps(self) -> Policy:
         """What the moments of a step depend on if all weights are resident and states come all at once."""
-        steps = Policy(self.save_from, self.offload_below, self.head_split, micro_batches=self.micro_batches)
+        steps = Policy(
+            self.save_from, self.offload_below, self.head_split, micro_batches=self.micro_batches, ranks=self.ranks
+        )
         if not self.takes_gradients:
             return steps
         return replace(steps, pieces=self.pieces, in_backward=self.in_backward, host_gradients=self.host_gradients)
@@ -198,6 +203,7 @@ class Policy:
             f"each region runs over {self.micro_batches} micro-batches before the next": self.micro_batches > 1,
             f"every step updates all parameters in {pieces}, {when}": bool(self.pieces),
             "gradients wait for the step in host memory": self.host_gradients,
+            f"gradients are averaged over {self.ranks} ranks, each of which updates its share": self.ranks > 1,
         }
         return [sentence for sentence, is_told in told.items() if is_told]
 

@@ -8,6 +8,7 @@ chosen anew for the largest batch so far; then chunks and streamed weights stay.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ from chunkft_fx.predict.predictor import BATCH, Predictor
 from chunkft_fx.predict.step_clock import Span
 from chunkft_fx.predict.step_memory import most_workspace, step_timeline, storages_nbytes
 from chunkft_fx.program.programs import Programs
+from chunkft_fx.ranks.ranks import Ranks
 
 # Of a session's plans the newest are kept; a plan that is asked for again is made again.
 KEPT_PLANS = 64
@@ -96,6 +98,9 @@ class PlanOwner(Protocol):
 
     @property
     def gradient_nbytes(self) -> int: ...
+
+    @property
+    def ranks(self) -> Ranks: ...
 
     def follow_updates(self) -> None: ...
 
@@ -229,6 +234,8 @@ class BatchPlans:
                 if known is not None and known.batch:
                     self._refused = [(known, rounded), *self._refused][:KEPT_PLANS]
                 made = self._chosen(need)
+        if known is None or not known.batch:
+            made = self._agreed(made)
         with self._beside(made.plan, need.expected):
             settle(self._owner(), made.plan)
         return made
@@ -239,6 +246,22 @@ class BatchPlans:
         plan = _choose(self._owner(), lambda: self._predictor(need), batch, need)
         # a plan that was kept can be one for the same micro-batches, which were no parts of a batch
         return Made(need, replace(plan, batch_nbytes=need.nbytes, batch=batch))
+
+    def _agreed(self, made: Made) -> Made:
+        """The plan that all ranks go by, cut alike: that of the rank which has to save most, made anew for the others.
+
+        Policies may differ in what concerns no other rank, such as what is recomputed.
+        """
+        owner, plan = self._owner(), made.plan
+        if len(set(owner.ranks.compare("a plan", _together(plan)))) == 1:
+            return made
+        plans = [Plan.from_json(text) for text in owner.ranks.compare("plans", plan.to_json())]
+        chosen = max(plans, key=lambda p: (p.coverage == "one", len(p.chunks), p.policy.host_gradients))
+        if _together(chosen) == _together(plan):
+            return made
+        need, spec = made.need, spec_of(owner.optimizer)
+        predictor, count = self._predictor(need), need.micro_batches
+        return Made(need, plan_again(owner.plain, owner.options, chosen, predictor, plan.batch, spec, count))
 
     def _predictor(self, need: Need) -> Predictor:
         owner = self._owner()
@@ -294,6 +317,13 @@ class BatchPlans:
         terms = [*resident.values(), staged]
         terms += [self._constants_nbytes + need.nbytes, largest]
         return sum(terms) + sum(overhead(residency.device, largest, most_workspace(moments)).values())
+
+
+def _together(plan: Plan) -> str:
+    """What of a plan all ranks have to have in common."""
+    policy = plan.policy
+    said = (plan.coverage, plan.order, plan.interval, plan.warms_up, plan.chunks, policy.pieces.chunks)
+    return hashlib.sha256(repr((said, policy.in_backward, policy.host_gradients)).encode()).hexdigest()
 
 
 def _alike(plan: Plan, other: Plan | None) -> bool:

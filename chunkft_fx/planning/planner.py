@@ -49,7 +49,8 @@ class Options:
     """What the user asked of `chunkft_fx.compile`, checked and parsed.
 
     ``batch`` is an example of the largest batch; ``passes`` and ``program_passes`` are passes of the user's own.
-    ``rates`` are those of another machine than this one, for which a plan is to be made.
+    ``rates`` are those of another machine than this one, for which a plan is to be made; ``ranks`` is how
+    many train the model together.
     """
 
     budget_bytes: int
@@ -63,6 +64,13 @@ class Options:
     passes: tuple[Pass, ...] = ()
     program_passes: tuple[ProgramPass, ...] = ()
     rates: Rates | None = None
+    ranks: int = 1
+
+    def described(self) -> str:
+        """What all ranks that train one model have to ask alike: all but the budget of their device."""
+        passes = [*(p.name for p in self.passes), *(p.name for p in self.program_passes)]
+        rest = (self.seed, self.return_logits, self.coverage, self.batch is not None, passes, self.ranks)
+        return repr((self.chunks, self.order, self.interval, *rest))
 
 
 def refuse_untrainable(model: nn.Module) -> None:
@@ -190,6 +198,7 @@ def plan_again(
             host_gradients=policy.host_gradients,
             late=policy.late,
             micro_batches=micro_batches,
+            ranks=options.ranks,
         )
         search = Search(model, parameter_specs(model, spec), predictor, budget, known.chunks, spec, base)
         return search, search.with_streamed(policy)
@@ -211,9 +220,10 @@ def needed_nbytes(model: nn.Module, plan: Plan, predictor: Predicts, spec: State
 
 def _base(options: Options, parameters: Sequence[ParameterSpec], spec: StateSpec) -> Policy:
     """What is decided before the search."""
+    base = replace(BASE, ranks=options.ranks)
     if options.coverage != "all":
-        return BASE
-    return replace(BASE, pieces=cut_pieces(parameters), in_backward=spec.in_backward)
+        return base
+    return replace(base, pieces=cut_pieces(parameters), in_backward=spec.in_backward)
 
 
 def _completed(

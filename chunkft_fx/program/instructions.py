@@ -28,7 +28,7 @@ class StreamNode:
     ``share`` is that of ``admit``, whose ``number`` means nothing; that of ``add_up`` is 1 where the total is a sum
     already, which nothing else holds, so that it is added to in place. Nodes of pieces have the piece for a number; for
     an update, or a ``keep``, ``names`` has the parameter of each gradient that it takes, and ``group`` tells the
-    backward call that it stands behind.
+    backward call that it stands behind; for a ``reduce``, ``names`` has its one parameter.
     """
 
     target: Any
@@ -104,7 +104,7 @@ def assemble(program: Program, num_inputs: int) -> Executable:
         if node.op != "call_module" and node.target not in STREAM_NODES:
             continue
         taken: list[Any] = [(u.args[1], slot(u)) for u in node.users if u.target is operator.getitem]
-        if node.target is ops.add_up:
+        if node.target in ops.SUMS:
             taken = [(0, slot(node))]
         arguments: Any = node.args if node.op == "call_module" else node.args[0]
         if node.target in (ops.admit, ops.fetch_states, ops.write_states):
@@ -169,6 +169,8 @@ def _stream_node(node: fx.Node, numbers: dict[fx.Node, int]) -> StreamNode:
     if node.target is ops.add_up:
         contributions: Any = node.args[0]
         return StreamNode(node.target, int(contributions[0].target is ops.add_up), is_backward=True)
+    if node.target is ops.reduce:
+        return StreamNode(node.target, 0, is_backward=True, names=(node.meta["gradient_of"],))
     if node.target in ops.PIECE_NODES:
         piece: Any = node.args[-1]
         names, group = node.meta.get("names", ()), node.meta.get("group", 0)

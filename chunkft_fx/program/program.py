@@ -138,6 +138,8 @@ def build(
     gradients = tuple(r.gradients[i][1] for r, v in calls for i in _asked(v) if i < len(r.gradients))
     if spec.policy.takes_gradients:  # the program itself takes those of parameters
         gradients = tuple(primal for primal in gradients if primal not in capture.parameters)
+    elif spec.policy.ranks > 1:  # it adds up those of a parameter
+        gradients = tuple(p for i, p in enumerate(gradients) if p not in capture.parameters or p not in gradients[:i])
     lowest = next((i for i, v in enumerate(variants) if v.backward is not None), len(variants))
     program = Program(gradients, tuple(variants), lowest, counts, write)
     assert program.module is not None, "written here, so that a program that is wrong is not given away"

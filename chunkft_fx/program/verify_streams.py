@@ -78,7 +78,7 @@ def verify_streams(module: fx.GraphModule, policy: Policy) -> None:
             _piece(node, state)
         elif node.target is operator.getitem:
             _item(node, state)
-        elif node.target is ops.add_up:
+        elif node.target in ops.SUMS:
             _add_up(node, state)
         elif node.op != "placeholder":
             _use(node, state)
@@ -206,10 +206,9 @@ def _piece(node: fx.Node, state: _State) -> None:
 
 
 def _add_up(node: fx.Node, state: _State) -> None:
-    total, gradient = node.all_input_nodes
     if state.part != PARTS[1] or node.meta.get("part") != PARTS[1]:
         raise _broken(node, "does not belong to the backward part")
-    for source in (total, gradient):
+    for source in node.all_input_nodes:
         if source not in state.made:
             raise _broken(node, f"adds {source.name}, which no region call made")
         if len(source.users) > 1:

@@ -35,6 +35,7 @@ from chunkft_fx.program.programs import Programs
 from chunkft_fx.runtime import random_state
 from chunkft_fx.runtime.late_updates import LateUpdates
 from chunkft_fx.runtime.lower_ahead import lowered_beside
+from chunkft_fx.runtime.reduction import Reduction, agreed
 from chunkft_fx.runtime.step import Machine, Step, run_backward, run_forward
 from chunkft_fx.runtime.taking import TakingOwner, run_taking, takes_gradients
 from chunkft_fx.torch_internals import accumulates, as_traced, is_in_forward_mode, keeps_graph, version
@@ -44,7 +45,8 @@ from chunkft_fx.torch_sizes import hint
 class Owner(TakingOwner, Protocol):
     """What a session needs of the compiled module: which chunk is active, its slices, and what plans need.
 
-    ``is_planning`` says that a call only has a plan made.
+    ``is_planning`` says that a call only has a plan made, ``standing`` what all ranks have to have in common when they
+    run a backward together.
     """
 
     @property
@@ -58,6 +60,8 @@ class Owner(TakingOwner, Protocol):
 
     @property
     def is_planning(self) -> bool: ...
+
+    def standing(self) -> str: ...
 
     def active_slices(self) -> tuple[ActiveSlice, ...]: ...
 
@@ -168,13 +172,13 @@ class Session:
         values = [v[i] for i, p in enumerate(self.capture.primals) for v in (batches if p in own else batches[:1])]
         return run_forward(executable, [*values, *self._constants], self._machine())
 
-    def _machine(self, updates: Updates | None = None) -> Machine:
+    def _machine(self, updates: Updates | None = None, reduction: Reduction | None = None) -> Machine:
         owner, optimizer = self.owner, self.owner.optimizer
         ring = owner.engines.ring(owner.residency, self.programs.uses)
         stage = None if optimizer is None else optimizer.stage
         late = self._await_updates if owner.late.is_under_way else None
         saved = owner.engines.saved
-        return Machine(self.programs.backend, self.capture.fake_mode, ring, saved, stage, updates, late)
+        return Machine(self.programs.backend, self.capture.fake_mode, ring, saved, stage, updates, late, reduction)
 
     def _await_updates(self, region: int) -> None:
         self.owner.late.wait(self.programs.uses[region])
@@ -228,7 +232,7 @@ class Session:
                 return self.begin(values, wanted)[2]
 
         shapes = [(o.shape, o.dtype, o.device) if isinstance(o, Tensor) else None for o in outputs]
-        step = Step(executable, slots, owner, versions, replay, expected, shapes)
+        step = Step(executable, slots, owner, versions, replay, expected, shapes, policy.ranks > 1)
         self._pending = [*self._still_pending(), weakref.ref(step)]
         return outputs, mutated, step
 
@@ -257,9 +261,11 @@ class Session:
 
     def _now(self, policy: Policy) -> Policy:
         """What a policy is for a forward that runs now: one that only accumulates has gradients wait for an update."""
-        if not policy.in_backward or not self.owner.is_accumulating:
+        if not self.owner.is_accumulating:
             return policy
-        return replace(policy, in_backward=False, host_gradients=self.owner.waiting is not None)
+        if not policy.in_backward:
+            return replace(policy, ranks=1)
+        return replace(policy, ranks=1, in_backward=False, host_gradients=self.owner.waiting is not None)
 
     def start(self, batches: Sequence[Sequence[Any]]) -> tuple[list[Any], list[Tensor], Step]:
         """Run forward with gradients enabled; returns the outputs, new values of buffers, and what backward needs."""
@@ -333,9 +339,9 @@ class Session:
             output = self.capture.tangents[name] + n * len(self.capture.outputs)
             came, like = gradients[n].get(name), by_name[name].meta["val"]
             tangents[slot] = step.zeros(output) if came is None else _restride(came, like)
-        totals = self._backward(step, tangents)
+        totals, missing = self._backward(step, tangents)
         active = {s.name: s for s in step.owner}
-        handed: dict[str, Tensor] = {}
+        handed = {name: active[name].handed(mean) for name, mean in missing.items()}
         for p in [p for p in totals if p in self.capture.parameters]:
             name = self.capture.parameters[p]
             handed[name] = active[name].handed(totals.pop(p))
@@ -347,15 +353,20 @@ class Session:
                     active[name].add(gradient)
         return given
 
-    def _backward(self, step: Step, tangents: dict[int, Tensor]) -> dict[str, Tensor]:
-        """Run a step's backward; gradients that it leaves to autograd, by primal."""
+    def _backward(self, step: Step, tangents: dict[int, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Run a step's backward; the gradients that it leaves to autograd, by primal, and those of parameters that only
+        other ranks have, by name."""
         for s in step.owner:
             drop_used(s.parameter)
+        others = agreed(self.owner.ranks, step.executable, self.owner.standing()) if step.is_reduced else None
         if takes_gradients(step.executable):
-            return run_taking(self.owner, step, tangents, self._machine, accumulates(self._anchor))
-        totals = run_backward(step, tangents, self._machine())
+            return run_taking(self.owner, step, tangents, self._machine, accumulates(self._anchor)), {}
+        reduction = Reduction(self.owner.ranks, {s.name: s for s in step.owner}, self.owner.residency.device, others)
+        totals = run_backward(step, tangents, self._machine(reduction=reduction))
+        with self.owner.residency.presented():
+            missing = reduction.finish()
         self.owner.came_through()
-        return totals
+        return totals, missing
 
 
 class _StepFunction(torch.autograd.Function):
@@ -396,7 +407,7 @@ class _StepFunction(torch.autograd.Function):
         each, tangents = len(session.capture.outputs), session.capture.tangents
         parts = [gradients[first : first + each] for first in range(0, len(gradients), each)]
         came = [{name: g for name, i in tangents.items() if (g := part[i]) is not None} for part in parts]
-        with ctx.owner.lock, explained(session.plans.needed), as_traced():
+        with ctx.owner.lock, ctx.owner.ranks.failing(), explained(session.plans.needed), as_traced():
             return (None, None, None, None, *session.finish(ctx.step, came, ctx.asked))
 
 

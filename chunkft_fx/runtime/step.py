@@ -23,6 +23,7 @@ from chunkft_fx.graph import ops
 from chunkft_fx.program.instructions import Executable, Instruction, Slot, Slots, StreamNode
 from chunkft_fx.program.lower import lower
 from chunkft_fx.program.program import RegionCall
+from chunkft_fx.runtime.reduction import Reduction
 
 # How a forward's values are changed in place before its backward, and what to do instead.
 BY_USER = "place since the forward; call backward before optimizer.step(), or call the model again"
@@ -36,7 +37,8 @@ BY_UPDATE = (
 class Machine:
     """What instructions run on: how regions are lowered, what carries streamed weights, saved values and states, and
     what updates weights, or keeps gradients, within the backward. ``await_updates`` is called with the index of a
-    region before it reads its weights in a forward, while updates of the step before may still run."""
+    region before it reads its weights in a forward, while updates of the step before may still run. ``reduction``
+    averages gradients over ranks."""
 
     backend: str
     fake_mode: Any
@@ -45,6 +47,7 @@ class Machine:
     stage: Stage | None = None
     updates: Updates | None = None
     await_updates: Callable[[int], None] | None = None
+    reduction: Reduction | None = None
 
     def run(self, instruction: Instruction, arguments: list[Any]) -> Sequence[Any]:
         """Run one instruction; a region call may empty its arguments."""
@@ -58,6 +61,9 @@ class Machine:
         if call.target is ops.add_up:
             total, gradient = arguments
             return (total.add_(gradient) if call.number else ops.add_up(arguments),)
+        if call.target is ops.reduce:
+            assert self.reduction is not None
+            return (self.reduction.begin(call.names[0], arguments),)
         if call.target is ops.admit:
             if self.stage is not None:
                 self.stage.admit(call.share, () if self.ring is None else (self.ring.link,))
@@ -137,7 +143,8 @@ class Step:
     ``owner`` is the tuple of active slices at forward time; a backward after a chunk switch has nowhere
     to put its gradients. ``versions`` pairs the tensors that backward reads with their version
     counters, as autograd's own saved tensors do. ``provided`` names the tangents that this step's
-    program takes, ``shapes`` describes the outputs; ``replay`` runs the forward again for others.
+    program takes, ``shapes`` describes the outputs; ``replay`` runs the forward again for others. ``is_reduced`` says
+    that its gradients are averaged over ranks.
     """
 
     executable: Executable
@@ -147,6 +154,7 @@ class Step:
     replay: Callable[[frozenset[str]], Step]
     provided: frozenset[str]
     shapes: list[tuple[torch.Size, torch.dtype, torch.device] | None]
+    is_reduced: bool = False
 
     def zeros(self, output: int) -> Tensor:
         """The gradient of an output that was expected to get one and did not."""

@@ -12,9 +12,11 @@ from typing import Protocol
 from torch import Tensor
 
 from chunkft_fx.copies.states.stage import Updates
+from chunkft_fx.copies.waiting_gradients import WaitingGradients
 from chunkft_fx.errors import StaleBackward, UnsupportedGraph
 from chunkft_fx.planning.batch_plan import PlanOwner
 from chunkft_fx.program.instructions import Executable
+from chunkft_fx.ranks.ranks import Ranks
 from chunkft_fx.runtime.step import Machine, Step, run_backward
 
 # The machine that instructions run on, with what takes gradients.
@@ -33,7 +35,7 @@ class TakingOwner(PlanOwner, Protocol):
     def is_accumulating(self) -> bool: ...
 
     @property
-    def waiting(self) -> Updates | None: ...
+    def waiting(self) -> WaitingGradients | None: ...
 
     def take_ring(self) -> None: ...
 
@@ -101,6 +103,7 @@ def _keeping(owner: TakingOwner, step: Step, tangents: dict[int, Tensor], machin
     """Run a backward that sends gradients to host memory."""
     waiting = owner.waiting
     assert waiting is not None, "a pending backward keeps its plan"
+    waiting.average_by((Ranks() if owner.is_accumulating else owner.ranks).average)
     totals = _taken(owner, step, tangents, machine, waiting)
     owner.came_through()
     return totals

@@ -169,6 +169,7 @@ class Asked:
         self.stage = Stage(CPU)
         self.spec = ASSUMED
         self.state: dict[Any, Any] = {}
+        self.param_groups: list[dict[str, Any]] = []
         self.notes: list[str] = []
         self.updates = None
         self.untaken_nbytes = 0

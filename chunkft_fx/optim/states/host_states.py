@@ -12,9 +12,11 @@ from chunkft_fx.bytes import format_bytes
 from chunkft_fx.copies.host_memory import available_nbytes, paged, pinned_zeros
 from chunkft_fx.copies.tier import LARGEST_SLAB
 from chunkft_fx.errors import HostMemoryExceeded
-from chunkft_fx.graph.layout import front, stage_nbytes
+from chunkft_fx.graph.layout import stage_nbytes
 from chunkft_fx.plan.cuts import cut_dim
 from chunkft_fx.plan.state_spec import StateLayout, StateSpec
+from chunkft_fx.ranks.ranks import on_this_host
+from chunkft_fx.ranks.shares import ALL, Share
 from chunkft_fx.torch_internals import release_idle_pinned
 
 
@@ -22,11 +24,14 @@ class HostStates:
     """The state tensors of all parameters, their places planned together, their memory taken as it is needed.
 
     Pinned tensors lie in slabs of whole pages, in the order of the parameters, so that neighbours move in one copy.
-    A slab is pinned when its first tensor is asked for.
+    A slab is pinned when its first tensor is asked for. Of several ranks each has those of its ``share``.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], spec: StateSpec) -> None:
-        self._layouts = [spec.layouts(p) for p in parameters]
+    def __init__(self, parameters: Sequence[Tensor], spec: StateSpec, share: Share = ALL) -> None:
+        self._layouts = [
+            {key: _shared(layout, share, cut_dim(p.shape)) for key, layout in spec.layouts(p).items()}
+            for p in parameters
+        ]
         self._index = {id(p): i for i, p in enumerate(parameters)}
         sizes = [[layout.nbytes for layout in layouts.values()] for layouts in self._layouts]
         self._sizes = list(chain.from_iterable(sizes))
@@ -67,20 +72,34 @@ class HostStates:
         dim = cut_dim(parameter.shape)
         self._asked.add(at)
         has_its_shape = layout.is_sliced and not layout.by_index
-        shape = front(parameter, dim).shape if has_its_shape else layout.shape
+        shape = layout.shape or (1,)
+        if has_its_shape:
+            shape = (shape[dim], *shape[:dim], *shape[dim + 1 :])
         if device.type == "cuda":
             host = self._pinned(at, device).view(layout.dtype).view(shape)
         else:
             host = torch.zeros(shape, dtype=layout.dtype)
         if not has_its_shape:
             return host
-        return host.movedim(0, dim) if parameter.ndim else host.view(())
+        if parameter.ndim:
+            return host.movedim(0, dim)
+        return host.view(()) if len(host) else host  # of a scalar all ranks but one have nothing
 
     def _pinned(self, at: int, device: torch.device) -> Tensor:
         slab, offset = self._places[at]
         if slab not in self._slabs:
             self._slabs[slab] = pinned_zeros(self._slab_sizes[slab], device)
         return self._slabs[slab][offset : offset + self._sizes[at]]
+
+
+def _shared(layout: StateLayout, share: Share, dim: int) -> StateLayout:
+    """A state tensor with the indices of a share alone, of a parameter that is cut along ``dim``."""
+    if share.is_all or not layout.is_sliced:
+        return layout
+    at = 0 if layout.by_index else dim
+    sizes = list(layout.shape) or [1]
+    sizes[at] = share.of(sizes[at])[1]
+    return layout._replace(shape=tuple(sizes))
 
 
 def pack(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], list[int]]:
@@ -108,10 +127,10 @@ def require_room(states: HostStates, pinned: bool, host_budget: int | None, smal
     ``smaller`` are options of the optimizer with which its states take less.
     """
     needed = states.nbytes(pinned)
-    limit = available_nbytes() if host_budget is None else host_budget
+    limit = available_nbytes() // on_this_host() if host_budget is None else host_budget
     if needed > limit and host_budget is None and pinned:
         release_idle_pinned()  # of an optimizer that is gone, say
-        limit = available_nbytes()
+        limit = available_nbytes() // on_this_host()
     if needed <= limit:
         return
     what = "available physical memory is" if host_budget is None else "host_budget is"

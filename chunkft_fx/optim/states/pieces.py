@@ -18,7 +18,7 @@ from chunkft_fx.copies.states.ring import PieceRing
 from chunkft_fx.copies.waiting_gradients import WaitingGradients
 from chunkft_fx.errors import OutsideGradient, PartialStep
 from chunkft_fx.gradients.slice_gradient import cut_from
-from chunkft_fx.gradients.slices import ActiveSlice, summed
+from chunkft_fx.gradients.slices import ActiveSlice, summed, within_slice
 from chunkft_fx.gradients.used import UsedGradient, drop_used
 from chunkft_fx.gradients.waiting import WaitingPart, waiting
 from chunkft_fx.graph.layout import front, wide_dtype
@@ -221,7 +221,7 @@ class PieceUpdates:
 
     def fetch_states(self, piece: int) -> None:
         """Begin to bring a piece's states in."""
-        self._ring.fetch(piece, [t for s in self._slices[piece] for t in self._travelling(s)])
+        self._ring.fetch(piece, [t for s in self._own(piece) for t in self._travelling(s)])
 
     def update(self, piece: int, names: Sequence[str], gradients: Sequence[Tensor], group: int) -> None:
         """Update a piece by the contributions to its parameters' gradients, beside what ``parameter.grad`` holds.
@@ -249,6 +249,7 @@ class PieceUpdates:
                     held = s.grad
                 parts = [cut_from(g, s.slice) for g in by_name[s.name]]
                 graded.append((s, summed([held, *parts] if held is not None else parts)))
+        graded = self._model.ranks.means(graded)
         self._update(piece, graded, self._apply)
         for s, _ in graded:
             self._left[s.name] = self._left.get(s.name, self._pieces_of[s.name]) - 1
@@ -302,20 +303,29 @@ class PieceUpdates:
 
     def _update(self, piece: int, graded: Sequence[tuple[ActiveSlice, Tensor]], apply: Apply) -> None:
         staged = iter(self._ring.tensors(piece))
-        there = {s.name: [next(staged) for _ in self._travelling(s)] for s in self._slices[piece]}
+        there = {s.name: [next(staged) for _ in self._travelling(s)] for s in self._own(piece)}
         entries = []
         for s, gradient in graded:
+            own = self._states.own(s)
+            if own is None:
+                continue
             tensors = there[s.name]
-            weight = s.weight()
-            if self._travels(s):
+            weight = own.weight()
+            if self._travels(own):
                 weight, tensors = tensors[0].movedim(0, s.dim) if weight.ndim else tensors[0].view(()), tensors[1:]
             states = dict(zip(self._states.layouts(s.parameter), tensors, strict=True))
-            entries.append(StagedSlice(s.slice, s.parameter, weight, gradient, states, self._states.counts(s)))
+            part, counts = within_slice(s, own, gradient), self._states.counts(own)
+            entries.append(StagedSlice(own.slice, s.parameter, weight, part, states, counts))
         self._states.before_change([e.slice for e in entries])
-        self._done[piece] = tuple(e.slice.name for e in entries)  # from now on, should the update fail halfway
+        self._done[piece] = tuple(s.name for s, _ in graded)  # from now on, should the update fail halfway
         apply(entries, piece)
-        for (s, _), entry in zip(graded, entries, strict=True):
-            self._states.count(s, entry.after)
+        for entry in entries:
+            self._states.count(entry)
+        self._states.spread([s for s, _ in graded])
+
+    def _own(self, piece: int) -> list[ActiveSlice]:
+        """The slices of a piece, as far as their states are kept here."""
+        return [own for s in self._slices[piece] if (own := self._states.own(s)) is not None]
 
     def _travelling(self, s: ActiveSlice) -> list[Tensor]:
         """What of a slice passes through the ring: its states, behind its weight if that stays in host memory."""

@@ -17,12 +17,14 @@ from chunkft_fx.module.training import Training
 from chunkft_fx.optim.checkpoint import fill_masters
 from chunkft_fx.optim.saved_states import SavedState, take
 from chunkft_fx.optim.states.host_states import HostStates, require_room
-from chunkft_fx.optim.states.numbers import Numbers
 from chunkft_fx.optim.states.step_counts import Counts, counted, uniform
+from chunkft_fx.optim.update import StagedSlice
 from chunkft_fx.plan.chunk import Slice
 from chunkft_fx.plan.cuts import cut_dim
 from chunkft_fx.plan.pieces import piece_nbytes
 from chunkft_fx.plan.state_spec import MASTER, StateLayout, StateSpec, stage_capacity_nbytes
+from chunkft_fx.ranks.ranks import Ranks
+from chunkft_fx.ranks.shares import ALL
 
 
 class Watch(Protocol):
@@ -55,6 +57,8 @@ class StagedStates:
         smaller: Sequence[str],
     ) -> None:
         self._model, self._spec, self._known = model, spec, known
+        # what updates parameters as a whole is kept, and done, by each rank
+        self.share = ALL if spec.is_whole else model.ranks.share
         self._host_budget, self._smaller = host_budget, smaller
         self.stage = self._idle_stage()
         self._staged: list[Slice] = []
@@ -71,16 +75,17 @@ class StagedStates:
         device = self._model.compute_device
         if self._ring is None or self._ring.device != device:
             pieces, parameters = self._model.plan.policy.pieces, dict(self._model.named_parameters())
-            self.travelling = self._model.residency.away()
+            self.travelling = self._away()
             self._depth = pieces.depth
             self._ring = None  # free before taking another
-            nbytes = piece_nbytes(pieces, parameters, self._spec, self.travelling)
+            own = [self.share.chunk(piece) for piece in pieces]
+            nbytes = piece_nbytes(own, parameters, self._spec, self.travelling)
             self._ring = make_ring(self._model.engines.incoming, pieces.depth, nbytes)
         return self._ring
 
     def places(self, parameters: Sequence[Tensor]) -> HostStates:
         """Places in host memory for these parameters' states; `HostMemoryExceeded` if there is no room for them."""
-        states = HostStates(parameters, self._spec)
+        states = HostStates(parameters, self._spec, self.share)
         if self._spec.is_kept:
             require_room(states, self._is_pinned(), self._host_budget, self._smaller)
         return states
@@ -94,6 +99,13 @@ class StagedStates:
         """Whether this parameter's states have a place."""
         return any(states.holds(parameter) for states in self._kept)
 
+    def own(self, s: ActiveSlice) -> ActiveSlice | None:
+        """The part of a slice whose states this rank keeps; None if it keeps none of them."""
+        if self.share.is_all:
+            return s
+        part = self.share.within(s.slice)
+        return None if part is None else ActiveSlice(part, s.parameter)
+
     def counts(self, s: ActiveSlice) -> Counts:
         """How often each part of a slice's parameter was updated."""
         return cast(Counts, self._known[s.parameter]["slice_steps"])
@@ -102,15 +114,23 @@ class StagedStates:
         """A parameter's state tensors by name."""
         return self._spec.layouts(parameter)
 
-    def count(self, s: ActiveSlice, after: Mapping[int, Numbers] | None = None) -> None:
-        """Count an update of a slice; ``after`` are the new numbers of its runs, by their start."""
-        self._known[s.parameter]["slice_steps"] = counted(self.counts(s), s.start, s.length, after)
+    def count(self, entry: StagedSlice) -> None:
+        """Count an update of a slice, with the new numbers of its runs."""
+        state, s = self._known[entry.parameter], entry.slice
+        state["slice_steps"] = counted(state["slice_steps"], s.start, s.length, entry.after)
+
+    def spread(self, updated: Sequence[ActiveSlice]) -> None:
+        """Give all ranks the weights that each of them has updated of these slices."""
+        if not self.share.is_all:
+            self._model.ranks.spread([(s.slice, s.weight()) for s in updated], self._model.compute_device)
 
     def announce(self, active: Sequence[ActiveSlice]) -> None:
         """Have the states of these slices brought to where the model runs, unless they are there.
 
-        They come as the programs of the next step let them, the rest when the update asks for them.
+        They come as the programs of the next step let them, the rest when the update asks for them. Of several ranks
+        each has those of its share.
         """
+        active = [own for s in active if (own := self.own(s)) is not None]
         slices = [s.slice for s in active]
         if slices == self._staged and self._model.compute_device == self.stage.device:
             return
@@ -126,7 +146,8 @@ class StagedStates:
         """The staged tensors of the slices that were announced, by parameter name and state name."""
         self.settle_ties()
         rest = iter(self.stage.tensors())
-        return {s.name: {key: next(rest) for key in self._spec.layouts(s.parameter)} for s in active}
+        present = [s for s in active if self.own(s) is not None]
+        return {s.name: {key: next(rest) for key in self._spec.layouts(s.parameter)} for s in present}
 
     def will_change(self) -> None:
         """From now on the stage holds newer values than host memory; on the CPU it is host memory."""
@@ -156,7 +177,7 @@ class StagedStates:
         """Take memory for the states of the largest chunk where the model runs, unless it is taken."""
         device = self._model.compute_device
         if self._model.plan.policy.pieces:
-            now = self._model.residency.away(), self._model.plan.policy.pieces.depth
+            now = self._away(), self._model.plan.policy.pieces.depth
             if self._ring is not None and now != (self.travelling, self._depth):
                 self._ring.synchronize()
                 self._ring = None  # another plan keeps other weights in host memory, or has another number of buffers
@@ -167,6 +188,10 @@ class StagedStates:
         self.write_back()
         self.stage.synchronize()
         self.stage, self._staged = self._make_stage(device), []
+
+    def _away(self) -> frozenset[str]:
+        """The weights that pass through the ring; among several ranks the update itself writes those in host memory."""
+        return self._model.residency.away() if self.share.is_all else frozenset()
 
     def drop_stage(self) -> None:
         """Give the stage's memory back; it is taken anew, for the chunks that there are then."""
@@ -187,7 +212,20 @@ class StagedStates:
         self.write_back()
         self.synchronize()
         self.settle_ties()
-        fill_masters(self._known)
+        fill_masters(self._known, self.share)
+
+    @property
+    def ranks(self) -> Ranks:
+        """Who else has a share."""
+        return self._model.ranks
+
+    def begin(self, parameters: Sequence[Tensor]) -> None:
+        """Have states of these parameters, those that there are not yet as they are before the first update."""
+        if self.share.is_all:
+            return  # they are updated as wholes, so each has its states
+        for parameter in parameters:
+            self._state_of(parameter)
+        fill_masters(self._known, self.share)
 
     def begin_anew(self, parameters: Sequence[Tensor]) -> None:
         """Forget all states and have places for those of these parameters, of which the stage must hold none."""
@@ -205,7 +243,7 @@ class StagedStates:
         self._staged, self._modified = [], False
         self.begin_anew(parameters)
         for parameter, states in saved.items() if self._spec.is_kept else ():
-            take(states, self._state_of(parameter), cut_dim(parameter.shape), self._spec)
+            take(states, self._state_of(parameter), cut_dim(parameter.shape), self._spec, self.share)
             if MASTER in states.tensors and parameter.dtype == torch.bfloat16:
                 self._ties[parameter] = ties(states.tensors[MASTER].float())
 
@@ -227,7 +265,8 @@ class StagedStates:
     def capacity(self) -> int:
         """Bytes of the largest chunk's states on the stage."""
         parameters = dict(self._model.named_parameters())
-        return max(stage_capacity_nbytes(c, parameters, self._spec) for c in self._model.plan.chunks)
+        chunks = [self.share.chunk(c) for c in self._model.plan.chunks]
+        return max(stage_capacity_nbytes(c, parameters, self._spec) for c in chunks)
 
     def settle_ties(self) -> None:
         """Let weights loaded from a checkpoint, perhaps after it, be those that this format of masters has at ties."""
@@ -258,14 +297,16 @@ class StagedStates:
         return make_stage(device, self.capacity())
 
     def host(self, s: ActiveSlice) -> list[Tensor]:
-        """A slice's states in host memory; for states that are not kept, tensors without memory."""
+        """The states of a slice, of this rank's share, in host memory; without memory for states that are not kept."""
         state, layouts = self._state_of(s.parameter), self._spec.layouts(s.parameter)
         if not self._spec.is_kept:
             whole = {key: torch.empty(n.shape, dtype=n.dtype, device="meta") for key, n in layouts.items()}
-            return [_slice_of(t, layouts[key], s) for key, t in whole.items()]
-        return [_slice_of(state[key], layout, s) for key, layout in layouts.items()]
+            return [_slice_of(t, layouts[key], s, 0) for key, t in whole.items()]
+        first = self.share.of(s.slice.size)[0]
+        return [_slice_of(state[key], layout, s, first) for key, layout in layouts.items()]
 
 
-def _slice_of(state: Tensor, layout: StateLayout, s: ActiveSlice) -> Tensor:
-    """A slice's part of a parameter's state, the cut dimension in front; all of one that belongs to the whole."""
-    return layout.front(state, s.dim).narrow(0, s.start, s.length) if layout.is_sliced else state
+def _slice_of(state: Tensor, layout: StateLayout, s: ActiveSlice, first: int) -> Tensor:
+    """A slice's part of a parameter's state, which begins at index ``first``, the cut dimension in front; all of one
+    that belongs to the whole."""
+    return layout.front(state, s.dim).narrow(0, s.start - first, s.length) if layout.is_sliced else state

@@ -1,0 +1,1 @@
+"""Talks to other ranks: means of gradients, weights that one rank updated for all, and a word before each of them."""
