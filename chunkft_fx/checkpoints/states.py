@@ -17,10 +17,9 @@ from chunkft_fx.checkpoints.disk.sums import BLOCK_NBYTES
 from chunkft_fx.checkpoints.disk.tensor_file import Kind, Layout, as_bytes, layout
 from chunkft_fx.graph.layout import front, size_along
 from chunkft_fx.kernels.masters import join_master
-from chunkft_fx.plan.chunk import Slice
+from chunkft_fx.plan.chunk import ALL, Share, Slice
 from chunkft_fx.plan.cuts import cut_dim
 from chunkft_fx.plan.state_spec import MASTER, REMAINDER, StateSpec
-from chunkft_fx.ranks.shares import ALL, Share
 
 # Bytes of a file of states, at most, unless a single tensor has more.
 SHARD_NBYTES = 2 * 2**30

@@ -10,6 +10,27 @@ SLOWED_BY_COPIES = 1.0
 
 
 @dataclass(frozen=True)
+class RankLink:
+    """How many ranks train a model together, and how fast the link between them is.
+
+    ``nbytes_per_s`` is what an all-reduce of large tensors moves each way through the busiest link (its bus bandwidth).
+    """
+
+    ranks: int = 1
+    nbytes_per_s: float = math.inf
+
+    @property
+    def us_per_byte(self) -> float:
+        """Microseconds for each byte that is averaged over ranks in its own dtype, and of which one rank sends the
+        update to all."""
+        return (2 * (self.ranks - 1) / self.ranks + (self.ranks > 1)) / self.nbytes_per_s * 1e6
+
+
+# A process by itself.
+ALONE = RankLink()
+
+
+@dataclass(frozen=True)
 class Rates:
     """What one device does a second. ``matmul_flops_per_s`` is by dtype name (``"bfloat16"``), a multiply-add
     counting two.

@@ -32,7 +32,7 @@ from chunkft_fx.gradients.gate import Arrivals, GradientGate
 from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.gradients.used import UsedGradient
 from chunkft_fx.gradients.waiting import WaitingGradient
-from chunkft_fx.machine.rates import Rates
+from chunkft_fx.machine.rates import RankLink, Rates
 from chunkft_fx.module.micro_batches import MicroBatches, micro_batches
 from chunkft_fx.module.sessions import new_session
 from chunkft_fx.module.splits import BatchSplits, Part, new_part
@@ -67,7 +67,8 @@ class Training(Following):
         self, model: nn.Module, options: Options, backend: str, plan: Plan | None, device: torch.device
     ) -> None:
         self.ranks = ranks_of(device)
-        self.model, self.options, self.backend = model, replace(options, ranks=self.ranks.size), backend
+        link = RankLink(self.ranks.size, self.ranks.nbytes_per_s(device))
+        self.model, self.options, self.backend = model, replace(options, link=link), backend
         self._meet_ranks(device)
         self.lock, self.arrivals, self.late = threading.RLock(), Arrivals(), LateUpdates()
         self._plan, self._slices, self._optimizer, self._position = None, None, None, None

@@ -28,9 +28,9 @@ from chunkft_fx.optim.saved_states import SavedState, checked
 from chunkft_fx.optim.states.numbers import Number
 from chunkft_fx.optim.states.step_counts import Counts, Run, is_partition, uniform, within
 from chunkft_fx.optim.sweep_rates import SweepRates
+from chunkft_fx.plan.chunk import ALL, Share
 from chunkft_fx.plan.cuts import cut_dim
 from chunkft_fx.plan.state_spec import MASTER, REMAINDER, StateSpec, master_dtype
-from chunkft_fx.ranks.shares import ALL, Share
 
 ENTRY = "chunkft"
 # Of what stands in that entry; it changes when that does. Version 1 has no rates of a sweep: they begin anew.

@@ -20,8 +20,8 @@ from chunkft_fx.graph.layout import blocks_of, front, size_along
 from chunkft_fx.kernels.blocks import dequantised, from_floats
 from chunkft_fx.kernels.masters import split_master
 from chunkft_fx.optim.states.step_counts import Counts
+from chunkft_fx.plan.chunk import ALL, Share
 from chunkft_fx.plan.state_spec import CODES, MASTER, REMAINDER, SCALES, StateSpec, master_dtype
-from chunkft_fx.ranks.shares import ALL, Share
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import overload
 from torch import Tensor
 
 from chunkft_fx.graph.layout import stage_nbytes, wide_dtype
-from chunkft_fx.plan.chunk import Chunk
+from chunkft_fx.plan.chunk import ALL, Chunk, Share
 from chunkft_fx.plan.cuts import ParameterSpec, Stream, cut
 from chunkft_fx.plan.state_spec import StateSpec, stage_capacity_nbytes
 
@@ -69,13 +69,19 @@ def cut_pieces(parameters: Sequence[ParameterSpec]) -> Pieces:
 
 
 def piece_nbytes(
-    pieces: Sequence[Chunk], parameters: Mapping[str, Tensor], spec: StateSpec, streamed: frozenset[str]
+    pieces: Sequence[Chunk],
+    parameters: Mapping[str, Tensor],
+    spec: StateSpec,
+    streamed: frozenset[str],
+    share: Share = ALL,
 ) -> int:
     """Bytes of a buffer of the ring: those of the largest piece's states, and of its weights that are ``streamed``.
 
-    Where the backward updates, gradients that only accumulate pass through the same buffers.
+    Of several ranks each has those of its ``share``, and a buffer holds the largest of these. Where the backward
+    updates, gradients that only accumulate pass through the same buffers, whole.
     """
-    states = max(stage_capacity_nbytes(p, parameters, spec) + _weights(p, parameters, streamed) for p in pieces)
+    shared = [each.chunk(p) for each in share.each for p in pieces]
+    states = max(stage_capacity_nbytes(p, parameters, spec) + _weights(p, parameters, streamed) for p in shared)
     return max(states, waiting_nbytes(pieces, parameters)) if spec.in_backward else states
 
 
@@ -85,9 +91,13 @@ def weights_nbytes(piece: Chunk, parameters: Mapping[str, Tensor], among: frozen
     return sum(p.nbytes // s.size * s.length for s, p in found)
 
 
-def moving_nbytes(piece: Chunk, parameters: Mapping[str, Tensor], streamed: frozenset[str]) -> int:
-    """Bytes that come for a piece's update and leave behind it: its states, and its weights that are ``streamed``."""
-    return piece.nbytes - weights_nbytes(piece, parameters) + weights_nbytes(piece, parameters, streamed)
+def moving_nbytes(piece: Chunk, parameters: Mapping[str, Tensor], streamed: frozenset[str], ranks: int = 1) -> int:
+    """Bytes that come for a piece's update and leave behind it: its states, and its weights that are ``streamed``.
+
+    Each of several ranks moves its share of the states.
+    """
+    states = (piece.nbytes - weights_nbytes(piece, parameters)) // ranks
+    return states + weights_nbytes(piece, parameters, streamed)
 
 
 def waiting_nbytes(pieces: Sequence[Chunk], parameters: Mapping[str, Tensor]) -> int:

@@ -28,7 +28,8 @@ class StepTimes:
     backward one way. ``state_us_per_byte`` is the time of a chunk's states, both ways at once,
     ``update_us_per_element`` that of its update. ``split_us`` gives for each split of the head what a step takes more.
     ``leave_us`` is the way of all gradients to host memory, ``return_us`` their way back. A region's call takes
-    ``slowed_by_copies`` times as long while copies go both ways.
+    ``slowed_by_copies`` times as long while copies go both ways. For each byte of a trained weight ranks take
+    ``ranks_us_per_byte`` to average its gradient, and to give the new weight to all.
     """
 
     forward_us: tuple[float, ...]
@@ -43,6 +44,7 @@ class StepTimes:
     leave_us: float = 0.0
     return_us: float = 0.0
     slowed_by_copies: float = 1.0
+    ranks_us_per_byte: float = 0.0
 
     def times(self, factor: float) -> StepTimes:
         """The same with this multiple of what is done for each micro-batch; weights and states move as before."""

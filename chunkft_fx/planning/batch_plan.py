@@ -273,6 +273,7 @@ class BatchPlans:
             given=self.given(need),
             spec=spec_of(owner.optimizer),
             micro_batches=need.micro_batches,
+            link=owner.options.link,
         )
 
     def spans(self) -> tuple[Span, ...]:

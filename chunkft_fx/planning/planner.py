@@ -16,7 +16,7 @@ from chunkft_fx.bytes import format_bytes
 from chunkft_fx.capture.blocks import block_paths, region_of_parameters
 from chunkft_fx.errors import BudgetInfeasible, NoTrainableParameters, UninitializedParameters, UnsupportedParameter
 from chunkft_fx.graph.region import Pass, ProgramPass
-from chunkft_fx.machine.rates import Rates
+from chunkft_fx.machine.rates import ALONE, RankLink, Rates
 from chunkft_fx.plan.chunk import Chunk
 from chunkft_fx.plan.cuts import ParameterSpec, cut
 from chunkft_fx.plan.pieces import DEPTH, Pieces, cut_pieces
@@ -49,8 +49,8 @@ class Options:
     """What the user asked of `chunkft_fx.compile`, checked and parsed.
 
     ``batch`` is an example of the largest batch; ``passes`` and ``program_passes`` are passes of the user's own.
-    ``rates`` are those of another machine than this one, for which a plan is to be made; ``ranks`` is how
-    many train the model together.
+    ``rates`` are those of another machine than this one, for which a plan is to be made; ``link`` joins the ranks
+    that train the model together.
     """
 
     budget_bytes: int
@@ -64,12 +64,12 @@ class Options:
     passes: tuple[Pass, ...] = ()
     program_passes: tuple[ProgramPass, ...] = ()
     rates: Rates | None = None
-    ranks: int = 1
+    link: RankLink = ALONE
 
     def described(self) -> str:
         """What all ranks that train one model have to ask alike: all but the budget of their device."""
         passes = [*(p.name for p in self.passes), *(p.name for p in self.program_passes)]
-        rest = (self.seed, self.return_logits, self.coverage, self.batch is not None, passes, self.ranks)
+        rest = (self.seed, self.return_logits, self.coverage, self.batch is not None, passes, self.link.ranks)
         return repr((self.chunks, self.order, self.interval, *rest))
 
 
@@ -198,7 +198,7 @@ def plan_again(
             host_gradients=policy.host_gradients,
             late=policy.late,
             micro_batches=micro_batches,
-            ranks=options.ranks,
+            ranks=options.link.ranks,
         )
         search = Search(model, parameter_specs(model, spec), predictor, budget, known.chunks, spec, base)
         return search, search.with_streamed(policy)
@@ -220,7 +220,7 @@ def needed_nbytes(model: nn.Module, plan: Plan, predictor: Predicts, spec: State
 
 def _base(options: Options, parameters: Sequence[ParameterSpec], spec: StateSpec) -> Policy:
     """What is decided before the search."""
-    base = replace(BASE, ranks=options.ranks)
+    base = replace(BASE, ranks=options.link.ranks)
     if options.coverage != "all":
         return base
     return replace(base, pieces=cut_pieces(parameters), in_backward=spec.in_backward)

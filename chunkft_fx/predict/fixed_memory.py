@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from chunkft_fx.copies.weight_ring import ring_buffer_nbytes
-from chunkft_fx.plan.chunk import Chunk
+from chunkft_fx.plan.chunk import ALL, Chunk, Share
 from chunkft_fx.plan.pieces import piece_nbytes, waiting_nbytes
 from chunkft_fx.plan.policy import DEPTH, Policy
 from chunkft_fx.plan.state_spec import ASSUMED, StateSpec, stage_capacity_nbytes
@@ -61,8 +61,11 @@ def piece_terms(
     """
     gradients = chunk_terms(parameters, [whole], spec)["gradients of the active chunk"]
     widest = max(piece.numel for piece in policy.pieces) * 4
+    share = ALL if spec.is_whole else Share(0, policy.ranks)
+    # among several ranks the update itself writes the weights that stay in host memory
+    passing = streamed if share.is_all else frozenset()
     terms = {
-        RING_OF_STATES: policy.pieces.depth * piece_nbytes(policy.pieces, parameters, spec, streamed),
+        RING_OF_STATES: policy.pieces.depth * piece_nbytes(policy.pieces, parameters, spec, passing, share),
         "gradients": widest if policy.takes_gradients else gradients,
     }
     if policy.host_gradients:
@@ -77,8 +80,9 @@ def host_terms(
 
     Gradients wait in the dtype of their parameters; where several backward passes are added up, in the wide dtype.
     """
+    states = sum(stage_capacity_nbytes(c, parameters, spec) for c in chunks) if spec.is_kept else 0
     terms = {
-        "optimizer states": sum(stage_capacity_nbytes(c, parameters, spec) for c in chunks) if spec.is_kept else 0,
+        "optimizer states": states if spec.is_whole else states // policy.ranks,
         "streamed weights": sum(parameters[name].nbytes for name in policy.streamed),
         "gradients": _gradients_nbytes(parameters, chunks) if policy.host_gradients else 0,
     }

@@ -20,8 +20,9 @@ from chunkft_fx.head.memory import useful_splits
 from chunkft_fx.head.operators import is_head
 from chunkft_fx.machine.known_rates import known_rates
 from chunkft_fx.machine.overhead import overhead
-from chunkft_fx.machine.rates import Rates
+from chunkft_fx.machine.rates import ALONE, RankLink, Rates
 from chunkft_fx.plan.chunk import Chunk
+from chunkft_fx.plan.pieces import weights_nbytes
 from chunkft_fx.plan.policy import LinkUse, Policy, StepTimes
 from chunkft_fx.plan.state_spec import ASSUMED, StateSpec
 from chunkft_fx.predict.chunk_kinds import Kinds, sweep_peak
@@ -52,7 +53,7 @@ class Predictor:
     ``absent`` names the tangents that backward is expected not to get. ``known`` are rates of a GPU elsewhere, by
     default the measured ones of the GPU here, and none on the CPU. ``sizes`` are those of the batch, by default as it
     was traced, ``given`` the bytes by name that are there beside what a step makes, and ``spec`` describes the
-    optimizer. A step runs ``micro_batches`` such batches.
+    optimizer. A step runs ``micro_batches`` such batches, on each of the ranks behind ``link``.
     """
 
     def __init__(
@@ -64,7 +65,9 @@ class Predictor:
         given: Mapping[str, int] | None = None,
         spec: StateSpec = ASSUMED,
         micro_batches: int = 1,
+        link: RankLink = ALONE,
     ) -> None:
+        self._link = link
         self.programs, self._absent, self._known, self._batch = programs, absent, known, sizes
         self._given, self._spec, self._micro_batches = given or {}, spec, micro_batches
         self._peaks: dict[tuple[Chunk, Policy], Moment] = {}
@@ -86,7 +89,7 @@ class Predictor:
     def asked(self) -> tuple[Any, ...]:
         """What predictions depend on beside the programs, as plain values whose text says all of them."""
         known = sorted(self._absent), self.rates, self._batch, sorted(self._given.items())
-        return *known, self._spec, self._micro_batches
+        return *known, self._spec, self._micro_batches, self._link
 
     def uses(self) -> Sequence[frozenset[str]]:
         """For each region the names of the parameters that it reads."""
@@ -149,8 +152,10 @@ class Predictor:
         """What a chunk, with so many bytes of states on the device, adds to a step."""
         lowest = min((i for s in chunk.slices for i in self._used_in[s.name]), default=len(self._regions))
         gradients = sum(us * share for us, share in zip(times.gradients_us, self._shares(chunk), strict=True))
-        update = chunk.numel * times.update_us_per_element
-        return Work(lowest, gradients + update, states_nbytes * times.state_us_per_byte)
+        ranks = 1 if self._spec.is_whole else self._link.ranks
+        update = chunk.numel * times.update_us_per_element / ranks
+        update += weights_nbytes(chunk, self.programs.parameters) * times.ranks_us_per_byte
+        return Work(lowest, gradients + update, states_nbytes * times.state_us_per_byte / ranks)
 
     def _shares(self, chunk: Chunk) -> list[float]:
         """For each region the share of its weights' elements that a chunk has."""
@@ -202,6 +207,7 @@ class Predictor:
             leave_us=transfer_us(gradients, known, "device_to_host"),
             return_us=transfer_us(gradients, known, "host_to_device"),
             slowed_by_copies=known.slowed_by_copies,
+            ranks_us_per_byte=self._link.us_per_byte,
         )
         return one.times(self._micro_batches)
 

@@ -217,7 +217,8 @@ class _Clock:
         self.updates = self._updated(piece, max(self.updates, self.compute, self.came[piece]))
 
     def _updated(self, piece: int, begin: float) -> float:
-        us = self.policy.pieces[piece].numel * self.times.update_us_per_element
+        us = self.policy.pieces[piece].numel * self.times.update_us_per_element / self.policy.ranks
+        us += weights_nbytes(self.policy.pieces[piece], self.parameters) * self.times.ranks_us_per_byte
         return self._span(UPDATES, f"update of piece {piece}", begin, us)
 
     def _write_states(self, piece: int, done: float) -> None:
@@ -286,7 +287,7 @@ class _Clock:
         return self._nbytes(values[index])
 
     def _piece_nbytes(self, piece: int) -> int:
-        return moving_nbytes(self.policy.pieces[piece], self.parameters, self.policy.streamed)
+        return moving_nbytes(self.policy.pieces[piece], self.parameters, self.policy.streamed, self.policy.ranks)
 
 
 def _piece(node: fx.Node) -> int:

@@ -230,8 +230,24 @@ class _Replay:
             self._drop(slot)
         self._collect(instruction)
 
+    def _reduce(self, instruction: Instruction) -> None:
+        """The contributions to a gradient go into a sum of the wide dtype, which becomes its mean over ranks."""
+        _, total = instruction.outputs[0]
+        value = self.value_of[instruction.inputs[0]]
+        wide = torch.promote_types(value.dtype, torch.float32)
+        storage = _Storage(value.numel * wide.itemsize, SAVED)
+        self.storage_of[total] = self._hold(storage, SAVED)
+        self.value_of[total] = replace(value, dtype=wide)
+        self._see(storage.nbytes if len(instruction.inputs) > 1 else 0)
+        for slot in instruction.last_use:
+            self._drop(slot)
+        self._collect(instruction)
+
     def _carry(self, instruction: Instruction, node: StreamNode) -> None:
         """A stream node: weights pass through the ring, which is there anyway; saved values come and go."""
+        if node.target is ops.reduce:
+            self._reduce(instruction)
+            return
         if node.target is ops.add_up:
             self._add_up(instruction, node)
             return

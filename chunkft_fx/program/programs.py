@@ -107,7 +107,8 @@ class Programs:
     def _state_nbytes(self, slices: Sequence[Slice], policy: Policy) -> int:
         if not policy.states.is_kept:
             return 0
-        return sum(policy.states.slice_nbytes(self.parameters[s.name], s.length) for s in slices)
+        whole = sum(policy.states.slice_nbytes(self.parameters[s.name], s.length) for s in slices)
+        return whole if policy.states.is_whole else whole // policy.ranks
 
     def _spec(self, slices: tuple[Slice, ...], absent: frozenset[str], policy: Policy) -> ProgramSpec:
         inputs = frozenset(self.capture.primals[i] for i in self.inputs) if slices else frozenset()

@@ -7,6 +7,7 @@ meet (`ranks.meeting`) and compare what they are about to do.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import socket
 from collections.abc import Iterable, Sequence
@@ -18,15 +19,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from chunkft_fx.errors import DistributedNotSupported, RanksDisagree
-from chunkft_fx.plan.chunk import Slice
+from chunkft_fx.plan.chunk import Share, Slice
 from chunkft_fx.ranks.meeting import Meeting
-from chunkft_fx.ranks.shares import Share
 from chunkft_fx.torch_internals import store_of_ranks
 
 Of = TypeVar("Of")
 
 # Tells apart the models of one process, which all ranks compile in the same order.
 _SERIALS = itertools.count()
+
+
+# What the rate of a link is measured with: long enough for its full rate, small beside any budget.
+PROBE_NBYTES = 256 * 2**20
 
 
 class Ranks:
@@ -47,6 +51,10 @@ class Ranks:
     def compare(self, what: str, word: str) -> list[str]:
         """What each rank brings to a meeting about ``what``, by rank; `RankFailed` for one that never comes."""
         return [word]
+
+    def nbytes_per_s(self, device: torch.device) -> float:
+        """The bus bandwidth of an all-reduce, in two digits; infinite where nothing is to be hidden, as on the CPU."""
+        return math.inf
 
     def require_same(self, what: str, word: str, change: str) -> None:
         """Raise `RanksDisagree`, on every rank, unless all bring the same; ``change`` says what to do about it."""
@@ -109,6 +117,20 @@ class Several(Ranks):
                 f"ranks differ in {what}: rank 0 has {_shown(found[0])}, "
                 f"rank {other} has {_shown(found[other])}; {change}"
             )
+
+    def nbytes_per_s(self, device: torch.device) -> float:
+        if self._waits_here:
+            return math.inf
+        probe = torch.zeros(PROBE_NBYTES, dtype=torch.uint8, device=device)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(2):  # the first connects
+            begin.record()
+            dist.all_reduce(probe, group=self._group)
+            end.record()
+            end.synchronize()
+        found = 2 * (self.size - 1) / self.size * PROBE_NBYTES / (begin.elapsed_time(end) / 1e3)
+        slowest = min(float(word) for word in self.compare("the rate of the link", str(found)))
+        return float(f"{slowest:.2g}")
 
     def failing(self) -> AbstractContextManager[None]:
         return self._meeting.failing()

@@ -57,8 +57,8 @@ class Case:
 
 def batch(step: int, micro: int) -> dict[str, Tensor]:
     """``ids`` and ``labels``, both ``i64[ROWS, 5]``: those of all ranks."""
-    generator = torch.Generator().manual_seed(100 * step + micro)
-    draw = [torch.randint(0, VOCABULARY, (ROWS, 5), generator=generator) for _ in range(2)]
+    generator = torch.Generator("cpu").manual_seed(100 * step + micro)
+    draw = [torch.randint(0, VOCABULARY, (ROWS, 5), generator=generator, device="cpu") for _ in range(2)]
     return {"ids": draw[0], "labels": draw[1]}
 
 
@@ -86,7 +86,8 @@ def losses_of(case: Case, compiled: Any, optimizer: Any, steps: range, rank: int
     for step in steps:
         total = 0.0
         for micro in range(case.micro_batches):
-            own = {key: value[first : first + rows[rank]] for key, value in batch(step, micro).items()}
+            device = next(compiled.parameters()).device
+            own = {key: value[first : first + rows[rank]].to(device) for key, value in batch(step, micro).items()}
             is_last = micro == case.micro_batches - 1
             with nullcontext() if is_last else compiled.no_sync():
                 loss = compiled(**own, odd=bool(case.uses) and case.uses[rank]) / case.micro_batches

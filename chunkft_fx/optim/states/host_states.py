@@ -13,10 +13,10 @@ from chunkft_fx.copies.host_memory import available_nbytes, paged, pinned_zeros
 from chunkft_fx.copies.tier import LARGEST_SLAB
 from chunkft_fx.errors import HostMemoryExceeded
 from chunkft_fx.graph.layout import stage_nbytes
+from chunkft_fx.plan.chunk import ALL, Share
 from chunkft_fx.plan.cuts import cut_dim
 from chunkft_fx.plan.state_spec import StateLayout, StateSpec
 from chunkft_fx.ranks.ranks import on_this_host
-from chunkft_fx.ranks.shares import ALL, Share
 from chunkft_fx.torch_internals import release_idle_pinned
 
 

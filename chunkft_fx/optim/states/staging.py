@@ -19,12 +19,11 @@ from chunkft_fx.optim.saved_states import SavedState, take
 from chunkft_fx.optim.states.host_states import HostStates, require_room
 from chunkft_fx.optim.states.step_counts import Counts, counted, uniform
 from chunkft_fx.optim.update import StagedSlice
-from chunkft_fx.plan.chunk import Slice
+from chunkft_fx.plan.chunk import ALL, Slice
 from chunkft_fx.plan.cuts import cut_dim
 from chunkft_fx.plan.pieces import piece_nbytes
 from chunkft_fx.plan.state_spec import MASTER, StateLayout, StateSpec, stage_capacity_nbytes
 from chunkft_fx.ranks.ranks import Ranks
-from chunkft_fx.ranks.shares import ALL
 
 
 class Watch(Protocol):
@@ -78,8 +77,7 @@ class StagedStates:
             self.travelling = self._away()
             self._depth = pieces.depth
             self._ring = None  # free before taking another
-            own = [self.share.chunk(piece) for piece in pieces]
-            nbytes = piece_nbytes(own, parameters, self._spec, self.travelling)
+            nbytes = piece_nbytes(pieces, parameters, self._spec, self.travelling, self.share)
             self._ring = make_ring(self._model.engines.incoming, pieces.depth, nbytes)
         return self._ring
 

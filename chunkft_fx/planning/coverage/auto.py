@@ -22,6 +22,7 @@ from chunkft_fx.planning.coverage.asked import only_coverage
 from chunkft_fx.planning.kept_plans import known_or_made
 from chunkft_fx.planning.planner import Options
 from chunkft_fx.predict.predictor import Predictor
+from chunkft_fx.ranks.ranks import on_this_host
 
 BEGUN = "training has begun with it"
 
@@ -76,7 +77,7 @@ def _shortage(every: Plan | BudgetInfeasible, untaken: int | None, is_here: bool
         return None
     kinds = dict(every.host_terms)
     states = kinds.get("optimizer states", 0) if untaken is None else untaken
-    needed, limit = states + kinds.get("gradients", 0), host_memory.available_nbytes()
+    needed, limit = states + kinds.get("gradients", 0), host_memory.available_nbytes() // on_this_host()
     if needed <= limit:
         return None
     return (
