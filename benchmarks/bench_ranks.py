@@ -41,8 +41,8 @@ def ours(args: argparse.Namespace, model: nn.Module, data: list[Tensor]) -> tupl
         options |= {"chunks": args.chunks, "interval": 1}
     compiled = chunkft_fx.compile(model, args.budget, device="cuda", **options)
     update = {"update": "backward"} if args.what == "all" else {}
-    states: dict[str, Any] = {"state_dtype": args.state_dtype, "master": args.master}
-    optimizer = chunkft_fx.AdamW(compiled, lr=1e-5, weight_decay=0.0, **states, **update)
+    states: dict[str, Any] = {"state_dtype": args.state_dtype, "master": args.master} | update
+    optimizer = chunkft_fx.AdamW(compiled, lr=1e-5, weight_decay=0.0, **states)
 
     def step(i: int) -> Tensor:
         ids = data[i % len(data)]

@@ -22,7 +22,7 @@ from chunkft_fx.predict.step_memory import Moment
 from chunkft_fx.tools.console import quiet
 from chunkft_fx.tools.inspect import build, forward
 from chunkft_fx.tools.load import pick_device, pick_dtype
-from chunkft_fx.tools.rates import parse_rates
+from chunkft_fx.tools.rates import parse_link, parse_rates
 from chunkft_fx.tools.show import clock
 from chunkft_fx.tools.training.options import at_least, check_compile_options, chunk_count, turn_steps
 
@@ -72,6 +72,13 @@ def command(
         str,
         typer.Option(help='Plan for another machine: "matmul=165T,memory=1T,link=25G", operations and bytes a second.'),
     ] = "",
+    ranks: Annotated[
+        int, typer.Option(help="With --rates: GPUs that train the model together, each with a batch of this size.")
+    ] = 1,
+    link: Annotated[
+        str,
+        typer.Option(help='The link between them: "nvlink", "pcie", or its bus bandwidth in bytes a second, as 240G.'),
+    ] = "nvlink",
 ) -> None:
     """Plan the training of MODEL within a budget. One forward runs, on random tokens: that is how a plan is made.
 
@@ -87,6 +94,11 @@ def command(
         raise OptionError(NO_TRACE)
     if rates and device != "auto":
         raise OptionError(f"--rates are of a GPU elsewhere, which --device {device} is not; leave out one of them")
+    between = parse_link(ranks, link)
+    if ranks > 1 and not rates:
+        raise OptionError(
+            "--ranks predicts for GPUs elsewhere; give their --rates, or run training itself on several ranks"
+        )
     where = torch.device("cpu") if rates else pick_device(device)
     number = torch.bfloat16 if rates and dtype == "auto" else pick_dtype(dtype, where)
     known = parse_rates(rates, str(number).removeprefix("torch.")) if rates else None
@@ -100,7 +112,7 @@ def command(
     if known is None:
         forward(compiled, {name: t.to(where) for name, t in inputs.items()}, chunk)
     else:
-        compiled._training.plan_elsewhere(inputs, known)
+        compiled._training.plan_elsewhere(inputs, known, between)
     assert compiled._training.optimizer is optimizer, "held until there is a plan, which is for its states"
     if compiled.plan.coverage == "one" and (trace is not None or (rates and timeline)):
         raise OptionError(NO_PROGRAM if trace is None else NO_TRACE)
@@ -110,7 +122,9 @@ def command(
         print(compiled.plan.to_json())
         return
     print(compiled.plan)
-    for line in rate_lines(compiled.plan, batch_size * seq_len):
+    if ranks > 1:
+        print(f"predicted for {ranks} ranks, joined at {between.nbytes_per_s / 1e9:.0f} GB/s; figures are of each rank")
+    for line in rate_lines(compiled.plan, batch_size * seq_len, ranks):
         print(line)
     print(run_line(compiled.plan, batch_size * seq_len, steps))
     if explain:
@@ -121,9 +135,10 @@ def command(
         print(clock.table(compiled.spans))
 
 
-def rate_lines(plan: Plan, tokens: int) -> list[str]:
-    """Tokens a second, and with how many a step all copies hide, as far as times are known."""
-    found = [f"{tokens / plan.predicted_step_us * 1e6:.0f} tokens/s"] if plan.predicted_step_us else []
+def rate_lines(plan: Plan, tokens: int, ranks: int = 1) -> list[str]:
+    """Tokens a second of all ranks, and with how many a step all copies hide, as far as times are known."""
+    of = f" of {ranks} ranks" if ranks > 1 else ""
+    found = [f"{ranks * tokens / plan.predicted_step_us * 1e6:.0f} tokens/s{of}"] if plan.predicted_step_us else []
     if plan.link is not None and plan.link.hides_from:
         found.append(
             f"all that moves beside the backward hides from {plan.link.hides_from * tokens:.0f} tokens a step on"

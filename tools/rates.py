@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from chunkft_fx.errors import OptionError
-from chunkft_fx.machine.rates import Rates
+from chunkft_fx.machine.rates import ALONE, RankLink, Rates
 
 # What each name of the option stands for, and whether it may be left out.
 NAMES = {"matmul": False, "memory": False, "link": False, "both": True, "launch": True}
@@ -11,6 +11,8 @@ UNITS = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 # Of the link's rate one way, what it keeps each way when both are busy; one H200 keeps 0.83 to 0.91.
 BOTH_SHARE = 0.85
 LAUNCH_US = 7.0
+# Bus bandwidths of links between GPUs, bytes a second: two H200 were measured, PCIe 4.0 x16 is 80% of its data sheet's.
+LINKS = {"nvlink": 240e9, "pcie": 25e9}
 
 
 def parse_rates(text: str, dtype: str) -> Rates:
@@ -47,3 +49,20 @@ def _number(text: str, figure: str) -> float:
 
 def _wrong(text: str, why: str) -> OptionError:
     return OptionError(f'rates are {text!r}: {why}; give them as "matmul=165T,memory=1T,link=25G"')
+
+
+def parse_link(ranks: int, text: str) -> RankLink:
+    """The link of so many ranks: a word of `LINKS`, or a rate such as ``240G``; else raises `OptionError`."""
+    if ranks < 1:
+        raise OptionError(f"--ranks {ranks} must be 1 or more")
+    if ranks == 1:
+        return ALONE
+    if text in LINKS:
+        return RankLink(ranks, LINKS[text])
+    try:
+        rate = _number(text, text)
+    except OptionError:
+        rate = 0.0
+    if not rate > 0:
+        raise OptionError(f"--link {text!r} is neither {' nor '.join(LINKS)} nor a rate such as 240G")
+    return RankLink(ranks, rate)

@@ -32,7 +32,7 @@ from chunkft_fx.gradients.gate import Arrivals, GradientGate
 from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.gradients.used import UsedGradient
 from chunkft_fx.gradients.waiting import WaitingGradient
-from chunkft_fx.machine.rates import RankLink, Rates
+from chunkft_fx.machine.rates import ALONE, RankLink, Rates
 from chunkft_fx.module.micro_batches import MicroBatches, micro_batches
 from chunkft_fx.module.sessions import new_session
 from chunkft_fx.module.splits import BatchSplits, Part, new_part
@@ -148,9 +148,12 @@ class Training(Following):
         with self.residency.presented(), self._gradients_unseen():
             return call(*args, **kwargs)
 
-    def plan_elsewhere(self, batch: Any, rates: Rates) -> None:
-        """Have the plan made for a batch as on a machine of these rates. Nothing runs, and no weight is read."""
-        self.options = replace(self.options, batch=batch, rates=rates)
+    def plan_elsewhere(self, batch: Any, rates: Rates, link: RankLink = ALONE) -> None:
+        """Have the plan made for a batch as on a machine of these rates, one of the ranks that ``link`` joins.
+
+        Nothing runs, and no weight is read.
+        """
+        self.options = replace(self.options, batch=batch, rates=rates, link=link)
         args, kwargs = arguments_of(batch)
         with self.lock:
             self._plan_ahead(args, kwargs)

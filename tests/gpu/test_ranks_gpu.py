@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import get_context
 
-from tests.support.rank_runs import Case, losses_of, made
+import chunkft_fx
+from tests.support.rank_runs import Case, losses_of, model_of
 
 ONE, ALL = {"coverage": "one", "chunks": 3}, {"coverage": "all"}
 CASES = {
@@ -31,17 +32,23 @@ def _rank(rank: int, size: int, folder: str, answers: Any) -> None:
     if size > 1:
         where = f"file://{folder}/store"
         dist.init_process_group("cpu:gloo,cuda:nccl", init_method=where, rank=rank, world_size=size)
-    torch.set_default_device("cuda")
-    found = {}
-    for name, case in CASES.items():
-        if case.uses and size == 1:
-            continue
-        compiled, optimizer = made(case, seed=rank)
-        losses = losses_of(case, compiled, optimizer, range(8), rank, size)
-        found[name] = losses, [p.detach().cpu() for p in compiled.parameters()]
-    answers.put((rank, found))
+    try:
+        answers.put(
+            (rank, {name: _trained(case, rank, size) for name, case in CASES.items() if size > 1 or not case.uses})
+        )
+    except BaseException as error:
+        answers.put((rank, error))
     if size > 1:
         dist.destroy_process_group()
+
+
+def _trained(case: Case, rank: int, size: int) -> tuple[list[float], list[torch.Tensor]]:
+    options: dict[str, Any] = {"interval": 1} if case.options["coverage"] == "one" else {}
+    model = model_of(seed=rank).cuda()
+    compiled = chunkft_fx.compile(model, "1GB", backend="eager", **(options | case.options))
+    optimizer = chunkft_fx.AdamW(compiled, lr=1e-2, **case.optimizer)
+    losses = losses_of(case, compiled, optimizer, range(8), rank, size)
+    return losses, [p.detach().cpu() for p in compiled.parameters()]
 
 
 def _run(size: int, folder: str) -> dict[int, Any]:
@@ -53,6 +60,9 @@ def _run(size: int, folder: str) -> dict[int, Any]:
     found = dict(answers.get() for _ in range(size))
     for process in processes:
         process.join()
+    for result in found.values():
+        if isinstance(result, BaseException):
+            raise result
     return found
 
 
