@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from chunkft_fx.capture.capture import Capture, OutputName
+from chunkft_fx.capture.capture import OutputName
 from chunkft_fx.copies.engines import Engines
 from chunkft_fx.copies.states.stage import Updates
 from chunkft_fx.errors import DoubleBackward, UnsupportedGraph
@@ -33,6 +33,7 @@ from chunkft_fx.program.instructions import Executable
 from chunkft_fx.program.program import own_inputs
 from chunkft_fx.program.programs import Programs
 from chunkft_fx.runtime import random_state
+from chunkft_fx.runtime.expected import first_guess
 from chunkft_fx.runtime.late_updates import LateUpdates
 from chunkft_fx.runtime.lower_ahead import lowered_beside
 from chunkft_fx.runtime.step import Machine, Step, run_backward, run_forward
@@ -88,7 +89,7 @@ class Session:
             (i, self.capture.parameters[p]) for i, p in enumerate(self.capture.primals) if p in self.capture.parameters
         ]
         self._constants = list(self.capture.constants.values())
-        self._expected = _first_guess(self.capture)
+        self._expected = first_guess(self.capture)
         self._pending: list[weakref.ref[Step]] = []
         held = storages_nbytes(self._constants)
         self.plans = BatchPlans(lambda: self.owner, programs, batch, held, self._lowering, joined)
@@ -324,6 +325,8 @@ class Session:
         step.check(self.owner.active_slices())
         if not present <= step.provided:
             # Saved for fewer gradients than came: run the forward again for exactly these.
+            if not keeps_graph():
+                step.let_go()  # no plan has room for both
             step = step.replay(present)
         self._expected = present
         provided = [(name, n) for name in self.capture.tangents if name in step.provided for n in range(len(gradients))]
@@ -398,13 +401,6 @@ class _StepFunction(torch.autograd.Function):
         came = [{name: g for name, i in tangents.items() if (g := part[i]) is not None} for part in parts]
         with ctx.owner.lock, explained(session.plans.needed), as_traced():
             return (None, None, None, None, *session.finish(ctx.step, came, ctx.asked))
-
-
-def _first_guess(capture: Capture) -> frozenset[str]:
-    """Tangents expected in backward: the scalar outputs' (a loss) if there are any, else all."""
-    tangents = {n.name: n for n in capture.graph.find_nodes(op="placeholder") if n.name in capture.tangents}
-    scalars = frozenset(name for name, node in tangents.items() if node.meta["val"].ndim == 0)
-    return scalars or frozenset(tangents)
 
 
 def _restride(gradient: Tensor, like: Tensor) -> Tensor:

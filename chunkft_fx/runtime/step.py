@@ -155,6 +155,11 @@ class Step:
         shape, dtype, device = described
         return torch.zeros(shape, dtype=dtype, device=device)
 
+    def let_go(self) -> None:
+        """Hold saved activations no longer; no backward can come after that."""
+        self.slots = None
+        self.versions.clear()
+
     def check(self, owner: tuple[ActiveSlice, ...]) -> None:
         """Raise `StaleBackward` unless this step can still be run backward."""
         if self.slots is None:
@@ -195,9 +200,7 @@ def run_backward(step: Step, tangents: dict[int, Tensor], machine: Machine) -> d
     assert step.slots is not None
     slots = dict(step.slots)
     if not torch_internals.keeps_graph():
-        # from here on this frame alone holds the saved activations, and drops each with its last use
-        step.slots = None
-        step.versions.clear()
+        step.let_go()  # from here on this frame alone holds the saved activations, and drops each with its last use
     slots.update(tangents)
     totals: dict[str, Tensor] = {}
 
