@@ -46,6 +46,14 @@ def test_a_trainer_trains_as_it_does_without(tmp_path: Path) -> None:
     assert [g["weight_decay"] for g in found.param_groups] == [0.1, 0.0]
 
 
+@pytest.mark.parametrize("is_pinned", [True, False])
+def test_no_step_waits_for_a_batch_from_pinned_memory(tmp_path: Path, is_pinned: bool) -> None:
+    ours = trainer(tmp_path)
+    ours.args.dataloader_pin_memory = is_pinned  # a run on the CPU turns it off
+    chunkft_fx.attach(ours, "1GB", **EAGER)
+    assert ours.get_train_dataloader()._non_blocking is is_pinned
+
+
 def test_a_seq2seq_trainer_trains_as_it_does_without(tmp_path: Path) -> None:
     ran = []
     for name in ("plain", "ours"):
