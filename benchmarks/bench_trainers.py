@@ -84,7 +84,7 @@ def step(
     chunks: Annotated[int | None, typer.Option(help="a chunk a step, of so many; all parameters if not given")] = None,
     steps: Annotated[int, typer.Option(help="timed steps, rounded up to whole sweeps")] = 20,
 ) -> None:
-    """Print milliseconds of a step of Trainer, of Trainer that does not look at each loss, and of a loop."""
+    """Print milliseconds of a step of Trainer and of a loop."""
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments
 
@@ -94,10 +94,10 @@ def step(
     timed = -(-steps // sweep) * sweep
     warm = sweep + timed  # programs of all chunks are compiled in the first sweep
     clock = Clock(warm, timed)
-    drawn = list(ids.repeat(warm + 2 * timed, 1)[: (warm + 2 * timed) * batch].numpy())  # one epoch
+    drawn = list(ids.repeat(warm + timed, 1)[: (warm + timed) * batch].numpy())  # one epoch
     rows = Dataset.from_dict({"input_ids": drawn, "labels": drawn}).with_format("torch")
     args = TrainingArguments(
-        output_dir=tempfile.mkdtemp(), max_steps=warm + 2 * timed, per_device_train_batch_size=batch, max_grad_norm=0,
+        output_dir=tempfile.mkdtemp(), max_steps=warm + timed, per_device_train_batch_size=batch, max_grad_norm=0,
         logging_steps=10, report_to=[], save_strategy="no", disable_tqdm=True, learning_rate=1e-5,
     )  # fmt: skip
     trainer = Trainer(plain, args, train_dataset=rows, callbacks=[clock.callback()])
@@ -111,45 +111,40 @@ def step(
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
         loop.count(i + 1)
-    names = ("Trainer", "Trainer with logging_nan_inf_filter=False", "a loop")
-    for name, ms in zip(names, clock.found_ms + loop.found_ms, strict=True):
-        print(f"{shape}, {batch} x {sequence}, {budget}, {how}: {name} {ms:.1f} ms a step")
+    for name, timer in (("Trainer", clock), ("a loop", loop)):
+        print(f"{shape}, {batch} x {sequence}, {budget}, {how}: {name} {timer.found_ms:.1f} ms a step")
     print(f"{format_bytes(_reserved())} reserved", flush=True)
 
 
 class Clock:
-    """Times windows of ``timed`` steps, the first behind ``warm`` steps; ``found_ms`` are milliseconds of a step.
+    """Times ``timed`` steps behind ``warm`` others; ``found_ms`` are milliseconds of a step.
 
-    Garbage is collected before each window: what the compiler leaves takes Python's collector a second, once, and it
-    does not matter to a training when.
+    Garbage is collected before: what the compiler leaves takes Python's collector a second, once, and it does not
+    matter to a training when.
     """
 
     def __init__(self, warm: int, timed: int) -> None:
-        self._warm, self._timed, self._begin = warm, timed, 0.0
-        self.found_ms: list[float] = []
+        self._warm, self._timed, self._begin, self.found_ms = warm, timed, 0.0, 0.0
 
-    def count(self, steps: int) -> bool:
-        """Take note of the steps done so far; returns whether a window has ended."""
-        behind = steps - self._warm
-        if behind < 0 or behind % self._timed:
-            return False
-        torch.cuda.synchronize()
-        if behind:
-            self.found_ms.append((time.perf_counter() - self._begin) / self._timed * 1e3)
-        gc.collect()
-        self._begin = time.perf_counter()
-        return behind > 0
+    def count(self, steps: int) -> None:
+        """Take note of the steps done so far."""
+        if steps == self._warm:
+            torch.cuda.synchronize()
+            gc.collect()
+            self._begin = time.perf_counter()
+        if steps == self._warm + self._timed:
+            torch.cuda.synchronize()
+            self.found_ms = (time.perf_counter() - self._begin) / self._timed * 1e3
 
     def callback(self) -> Any:
-        """What counts the steps of a Trainer; behind the first window its losses are not looked at any more."""
+        """What counts the steps of a Trainer."""
         from transformers import TrainerCallback
 
         clock = self
 
         class Counter(TrainerCallback):  # type: ignore[misc, unused-ignore]
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                if clock.count(state.global_step):
-                    args.logging_nan_inf_filter = False
+                clock.count(state.global_step)
 
         return Counter()
 
