@@ -6,14 +6,17 @@
 ``sft`` trains a model on chats with the loss on answers alone (``python -m benchmarks.quality.documentation --chat``
 makes the text), by TRL as it is and by TRL with `chunkft_fx.attach` under a share of the bytes that torch reserved for
 the former, and prints their losses. ``step`` times Trainer with a compiled model, then a plain loop with the same model
-and optimizer.
+and optimizer, over the same chunks.
 """
 
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,81 +41,112 @@ def sft(
     batch: Annotated[int, typer.Option(help="sequences of 512 tokens in a step")] = 16,
     lr: Annotated[float, typer.Option(help="peak learning rate")] = 3e-4,
     share: Annotated[float, typer.Option(help="the budget, of the bytes that plain TRL reserves")] = 0.6,
+    budget: Annotated[int | None, typer.Option(help="the budget in bytes; plain TRL is then left out")] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda",
 ) -> None:
-    """Print losses and bytes of SFT with and without this library."""
+    """Print losses and bytes of SFT with and without this library, each run in a process of its own."""
+    how = (model, data, steps, batch, lr, device)
+    if budget is None:
+        budget = int(share * _apart(_sft, *how, torch.float32, None)) or 10**11
+    for dtype in (torch.float32, torch.bfloat16):
+        _apart(_sft, *how, dtype, budget)
+
+
+def _sft(
+    model: str, data: Path, steps: int, batch: int, lr: float, device: str, dtype: torch.dtype, budget: int | None
+) -> int:
+    """Train, attached if there is a budget; returns the bytes that were reserved."""
     from trl import SFTTrainer
 
+    args, plain = _sft_arguments(steps, batch, lr, device), load_model(model, dtype, torch.device(device))
     rows = chats(data, batch * steps)
-    budget = 10**11
-
-    def trainer(dtype: torch.dtype) -> Any:
-        _forget()
-        args = _sft_arguments(steps, batch, lr, device)
-        plain = load_model(model, dtype, torch.device(device))
-        return SFTTrainer(plain, args, train_dataset=rows, processing_class=load_tokenizer(model))
-
-    for name, dtype in (("TRL", torch.float32), ("attached", torch.float32), ("attached", torch.bfloat16)):
-        made = trainer(dtype)
-        if name == "attached":
-            compiled = chunkft_fx.attach(made, budget)
-        begin = time.perf_counter()
-        made.train()
-        seconds, reserved = time.perf_counter() - begin, _reserved()
-        losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
-        print(f"{name}, {dtype}: {format_bytes(reserved)} reserved, {seconds:.0f} s, losses {losses}", flush=True)
-        if name == "attached":
-            print(f"budget {format_bytes(budget)}, {len(compiled.plan.chunks)} chunks of a plan", flush=True)
-            del compiled
-        elif reserved:
-            budget = int(share * reserved)
-        del made
+    trainer = SFTTrainer(plain, args, train_dataset=rows, processing_class=load_tokenizer(model))
+    if budget is not None:
+        compiled = chunkft_fx.attach(trainer, budget)
+    begin = time.perf_counter()
+    trainer.train()
+    seconds, reserved = time.perf_counter() - begin, _reserved()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    name = "TRL" if budget is None else "attached"
+    print(f"{name}, {dtype}: {format_bytes(reserved)} reserved, {seconds:.0f} s, losses {losses}", flush=True)
+    if budget is not None:
+        print(f"budget {format_bytes(budget)}, {len(compiled.plan.chunks)} chunks of a plan", flush=True)
+    return reserved
 
 
 @app.command()
 def step(
     shape: Annotated[str, typer.Option(help=", ".join(SHAPES))] = "llama2-7b",
+    layers: Annotated[int | None, typer.Option(help="blocks, if not as many as the shape has")] = None,
     batch: Annotated[int, typer.Option(help="sequences in a step")] = 8,
     sequence: Annotated[int, typer.Option(help="tokens in a sequence")] = 1024,
     budget: Annotated[str, typer.Option(help="of compile")] = "24GB",
     chunks: Annotated[int | None, typer.Option(help="a chunk a step, of so many; all parameters if not given")] = None,
-    steps: Annotated[int, typer.Option(help="timed steps, behind as many to warm up and all chunks")] = 20,
+    steps: Annotated[int, typer.Option(help="timed steps, rounded up to whole sweeps")] = 20,
 ) -> None:
     """Print milliseconds of a step of Trainer and of a loop."""
     from datasets import Dataset
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainingArguments
 
-    plain = build(shape, "cpu")
+    plain = build(shape, "cpu", layers)
     ids = torch.cat(batches(SHAPES[shape](None)[1].vocab_size, batch, sequence, "cpu"))
-    warm, marks = steps + (chunks or 0), []  # programs of all chunks are compiled in the first sweep
-
-    class Clock(TrainerCallback):  # type: ignore[misc, unused-ignore]
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step in (warm, warm + steps):
-                torch.cuda.synchronize()
-                marks.append(time.perf_counter())
-
-    rows = Dataset.from_dict({"input_ids": list(ids.numpy()), "labels": list(ids.numpy())}).with_format("torch")
+    sweep = chunks or 1
+    timed = -(-steps // sweep) * sweep
+    warm = sweep + timed  # programs of all chunks are compiled in the first sweep
+    clock = Clock(warm, timed)
+    drawn = list(ids.repeat(warm + timed, 1)[: (warm + timed) * batch].numpy())  # one epoch
+    rows = Dataset.from_dict({"input_ids": drawn, "labels": drawn}).with_format("torch")
     args = TrainingArguments(
-        output_dir=tempfile.mkdtemp(), max_steps=warm + steps, per_device_train_batch_size=batch, max_grad_norm=0,
+        output_dir=tempfile.mkdtemp(), max_steps=warm + timed, per_device_train_batch_size=batch, max_grad_norm=0,
         logging_steps=10, report_to=[], save_strategy="no", disable_tqdm=True, learning_rate=1e-5,
     )  # fmt: skip
-    trainer = Trainer(plain, args, train_dataset=rows, callbacks=[Clock()])
+    trainer = Trainer(plain, args, train_dataset=rows, callbacks=[clock.callback()])
     how: Any = {"coverage": "all"} if chunks is None else {"chunks": chunks, "interval": 1}
     compiled = chunkft_fx.attach(trainer, budget, **how)
     trainer.train()
     fed = [ids[i : i + batch].cuda() for i in range(0, len(ids), batch)]
-    times = []
-    for i in range(warm + steps + 1):
-        if i in (warm, warm + steps):
-            torch.cuda.synchronize()
-            times.append(time.perf_counter())
+    loop = Clock(sweep, timed)
+    for i in range(sweep + timed):
         compiled(input_ids=fed[i % len(fed)], labels=fed[i % len(fed)]).loss.backward()
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
-    for name, (begin, end) in (("Trainer", marks), ("a loop", times)):
-        print(f"{shape}, {batch} x {sequence}, {budget}, {how}: {name} {(end - begin) / steps * 1e3:.1f} ms a step")
+        loop.count(i + 1)
+    for name, timer in (("Trainer", clock), ("a loop", loop)):
+        print(f"{shape}, {batch} x {sequence}, {budget}, {how}: {name} {timer.found_ms:.1f} ms a step")
     print(f"{format_bytes(_reserved())} reserved", flush=True)
+
+
+class Clock:
+    """Times ``timed`` steps behind ``warm`` others; ``found_ms`` are milliseconds of a step.
+
+    Garbage is collected before: what the compiler leaves takes Python's collector a second, once, and it does not
+    matter to a training when.
+    """
+
+    def __init__(self, warm: int, timed: int) -> None:
+        self._warm, self._timed, self._begin, self.found_ms = warm, timed, 0.0, 0.0
+
+    def count(self, steps: int) -> None:
+        """Take note of the steps done so far."""
+        if steps == self._warm:
+            torch.cuda.synchronize()
+            gc.collect()
+            self._begin = time.perf_counter()
+        if steps == self._warm + self._timed:
+            torch.cuda.synchronize()
+            self.found_ms = (time.perf_counter() - self._begin) / self._timed * 1e3
+
+    def callback(self) -> Any:
+        """What counts the steps of a Trainer."""
+        from transformers import TrainerCallback
+
+        clock = self
+
+        class Counter(TrainerCallback):  # type: ignore[misc, unused-ignore]
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                clock.count(state.global_step)
+
+        return Counter()
 
 
 def chats(path: Path, count: int) -> Any:
@@ -135,13 +169,10 @@ def _sft_arguments(steps: int, batch: int, lr: float, device: str) -> Any:
     )  # fmt: skip
 
 
-def _forget() -> None:
-    """Give memory back, and let the next trainer use all of the device until it has a budget of its own."""
-    gc.collect()  # trainers and their callbacks hold each other
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(1.0)
-        torch.cuda.reset_peak_memory_stats()
+def _apart(run: Callable[..., int], *given: Any) -> int:
+    """Run in a process that ends with it, whose memory nothing else has used."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(run, *given).result()
 
 
 def _reserved() -> int:

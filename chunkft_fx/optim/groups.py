@@ -63,8 +63,11 @@ def require_coverage(model: Training, spec: StateSpec, max_grad_norm: float | No
             'states="reset" begins a chunk anew, but with coverage="all" there is one chunk that is always active; '
             'use states="keep", or compile with coverage="one"'
         )
-    half = next((n for n, p in model.named_parameters() if p.dtype == torch.float16 and p.requires_grad), None)
-    if spec.in_backward and half is not None:
+    if not spec.in_backward:
+        return
+    known = model.residency.parameters  # a walk through the model takes a millisecond, for which a GPU may wait
+    half = next((n for n, p in known.items() if p.dtype == torch.float16 and p.requires_grad), None)
+    if half is not None:
         raise OptionError(
             f'{half} is float16, which is trained with a scaled loss, and update="backward" cannot take the scale out '
             'of gradients again; use update="step", or convert the model to bfloat16'

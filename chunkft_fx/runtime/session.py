@@ -16,12 +16,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from chunkft_fx.capture.capture import Capture, OutputName
+from chunkft_fx.capture.capture import OutputName
 from chunkft_fx.copies.engines import Engines
 from chunkft_fx.copies.states.stage import Updates
 from chunkft_fx.errors import DoubleBackward, UnsupportedGraph
+from chunkft_fx.gradients.reduction import Reduction, agreed
 from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.gradients.used import drop_used
+from chunkft_fx.graph import ops
 from chunkft_fx.head.missing_logits import MissingLogits
 from chunkft_fx.machine.memory_limit import explained
 from chunkft_fx.plan.plan import Plan
@@ -29,13 +31,13 @@ from chunkft_fx.plan.policy import Policy
 from chunkft_fx.planning.batch_plan import BatchPlans
 from chunkft_fx.planning.example_batch import PlanMade
 from chunkft_fx.predict.step_memory import storages_nbytes
-from chunkft_fx.program.instructions import Executable
+from chunkft_fx.program.instructions import Executable, StreamNode
 from chunkft_fx.program.program import own_inputs
 from chunkft_fx.program.programs import Programs
 from chunkft_fx.runtime import random_state
+from chunkft_fx.runtime.expected import first_guess
 from chunkft_fx.runtime.late_updates import LateUpdates
 from chunkft_fx.runtime.lower_ahead import lowered_beside
-from chunkft_fx.runtime.reduction import Reduction, agreed
 from chunkft_fx.runtime.step import Machine, Step, run_backward, run_forward
 from chunkft_fx.runtime.taking import TakingOwner, run_taking, takes_gradients
 from chunkft_fx.torch_internals import accumulates, as_traced, is_in_forward_mode, keeps_graph, version
@@ -92,7 +94,7 @@ class Session:
             (i, self.capture.parameters[p]) for i, p in enumerate(self.capture.primals) if p in self.capture.parameters
         ]
         self._constants = list(self.capture.constants.values())
-        self._expected = _first_guess(self.capture)
+        self._expected = first_guess(self.capture)
         self._pending: list[weakref.ref[Step]] = []
         held = storages_nbytes(self._constants)
         self.plans = BatchPlans(lambda: self.owner, programs, batch, held, self._lowering, joined)
@@ -330,6 +332,8 @@ class Session:
         step.check(self.owner.active_slices())
         if not present <= step.provided:
             # Saved for fewer gradients than came: run the forward again for exactly these.
+            if not keeps_graph():
+                step.let_go()  # no plan has room for both
             step = step.replay(present)
         self._expected = present
         provided = [(name, n) for name in self.capture.tangents if name in step.provided for n in range(len(gradients))]
@@ -353,12 +357,19 @@ class Session:
                     active[name].add(gradient)
         return given
 
+    def _agreed(self, executable: Executable) -> list[str] | None:
+        """What other ranks have a gradient of, and this one has not; see `gradients.reduction.agreed`."""
+        calls = [i.call for i in executable.backward if isinstance(i.call, StreamNode)]
+        own = [name for call in calls if call.target is ops.reduce for name in call.names]
+        pieces = [(call.number, call.names) for call in calls if call.target in ops.TAKERS]
+        return agreed(self.owner.ranks, own, pieces, self.owner.standing())
+
     def _backward(self, step: Step, tangents: dict[int, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Run a step's backward; the gradients that it leaves to autograd, by primal, and those of parameters that only
         other ranks have, by name."""
         for s in step.owner:
             drop_used(s.parameter)
-        others = agreed(self.owner.ranks, step.executable, self.owner.standing()) if step.is_reduced else None
+        others = self._agreed(step.executable) if step.is_reduced else None
         if takes_gradients(step.executable):
             return run_taking(self.owner, step, tangents, self._machine, accumulates(self._anchor)), {}
         reduction = Reduction(self.owner.ranks, {s.name: s for s in step.owner}, self.owner.residency.device, others)
@@ -409,13 +420,6 @@ class _StepFunction(torch.autograd.Function):
         came = [{name: g for name, i in tangents.items() if (g := part[i]) is not None} for part in parts]
         with ctx.owner.lock, ctx.owner.ranks.failing(), explained(session.plans.needed), as_traced():
             return (None, None, None, None, *session.finish(ctx.step, came, ctx.asked))
-
-
-def _first_guess(capture: Capture) -> frozenset[str]:
-    """Tangents expected in backward: the scalar outputs' (a loss) if there are any, else all."""
-    tangents = {n.name: n for n in capture.graph.find_nodes(op="placeholder") if n.name in capture.tangents}
-    scalars = frozenset(name for name, node in tangents.items() if node.meta["val"].ndim == 0)
-    return scalars or frozenset(tangents)
 
 
 def _restride(gradient: Tensor, like: Tensor) -> Tensor:

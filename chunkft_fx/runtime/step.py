@@ -18,12 +18,12 @@ from chunkft_fx.copies.saved_values import SavedValues
 from chunkft_fx.copies.states.stage import Stage, Updates
 from chunkft_fx.copies.weight_ring import Ring
 from chunkft_fx.errors import StaleBackward
+from chunkft_fx.gradients.reduction import Reduction
 from chunkft_fx.gradients.slices import ActiveSlice
 from chunkft_fx.graph import ops
 from chunkft_fx.program.instructions import Executable, Instruction, Slot, Slots, StreamNode
 from chunkft_fx.program.lower import lower
 from chunkft_fx.program.program import RegionCall
-from chunkft_fx.runtime.reduction import Reduction
 
 # How a forward's values are changed in place before its backward, and what to do instead.
 BY_USER = "place since the forward; call backward before optimizer.step(), or call the model again"
@@ -163,6 +163,11 @@ class Step:
         shape, dtype, device = described
         return torch.zeros(shape, dtype=dtype, device=device)
 
+    def let_go(self) -> None:
+        """Hold saved activations no longer; no backward can come after that."""
+        self.slots = None
+        self.versions.clear()
+
     def check(self, owner: tuple[ActiveSlice, ...]) -> None:
         """Raise `StaleBackward` unless this step can still be run backward."""
         if self.slots is None:
@@ -203,9 +208,7 @@ def run_backward(step: Step, tangents: dict[int, Tensor], machine: Machine) -> d
     assert step.slots is not None
     slots = dict(step.slots)
     if not torch_internals.keeps_graph():
-        # from here on this frame alone holds the saved activations, and drops each with its last use
-        step.slots = None
-        step.versions.clear()
+        step.let_go()  # from here on this frame alone holds the saved activations, and drops each with its last use
     slots.update(tangents)
     totals: dict[str, Tensor] = {}
 

@@ -31,8 +31,9 @@ def attach(
     of its arguments, without decay where Trainer's own rule has none, and adds a callback that logs what is trained,
     how fast, and the memory (`trainers.log.TrainerLog`). ``optimizer`` has options of `AdamW` beside those
     (``{"update": "late", "master": "remainder"}``), or is a function of the compiled model that makes another
-    optimizer of this library. Everything else stays the trainer's: schedulers, accumulation, clipping, evaluation,
-    checkpoints.
+    optimizer of this library. Batches are copied to a GPU without a wait (accelerate's ``non_blocking``), and NaN
+    is kept out of logged losses without one. Everything else stays the trainer's: schedulers, accumulation, clipping,
+    evaluation, checkpoints.
 
     TRL's fused head becomes one that can be compiled, with the same outputs. A reference model (``trainer.ref_model``)
     stays as it is and is not trained; its weights count against ``budget``.
@@ -44,6 +45,7 @@ def attach(
     """
     refuse_trainer(trainer)
     from chunkft_fx.trainers.log import TrainerLog  # these need transformers, which a trainer brings
+    from chunkft_fx.trainers.loss_filter import LossFilter
     from chunkft_fx.trainers.noise import TraceableNoise
 
     if not callable(optimizer):
@@ -57,9 +59,11 @@ def attach(
     hold_reference(trainer, compiled)
     trainer.model = trainer.model_wrapped = trainer.callback_handler.model = compiled
     trainer.optimizer = made
+    if trainer.args.dataloader_pin_memory:  # from pinned memory a batch comes behind the step before, nobody waits
+        trainer.accelerator.dataloader_config.non_blocking = True
     if isinstance(made, ChunkedOptimizer) and made.spec.in_backward:
         trainer._get_grad_norm = _no_norm
-    trainer.callback_handler.callbacks[:0] = [TrainerLog(), TraceableNoise()]
+    trainer.callback_handler.callbacks[:0] = [TrainerLog(), TraceableNoise(), LossFilter(trainer)]
     return compiled
 
 

@@ -77,3 +77,19 @@ def test_a_closure_is_evaluated_and_its_loss_returned(make: Callable[[Any], Chun
 
     losses = [optimizer.step(closure) for _ in range(4)]
     assert losses[0] > losses[-1]
+
+
+@pytest.mark.parametrize("update", ["step", "late", "backward"])
+def test_a_step_does_not_walk_through_the_model(update: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a deep model that takes a millisecond, for which a GPU waits behind a trainer that looks at each loss."""
+    module: Any = chunkft_fx.compile(net(), "1GB", coverage="all", backend="eager")
+    optimizer = chunkft_fx.AdamW(module, update=update)
+
+    def step(seed: int) -> None:
+        feed(module, seed)
+        optimizer.step()
+
+    step(0)
+    optimizer.zero_grad()
+    monkeypatch.delattr(torch.nn.Module, "named_modules")
+    step(1)

@@ -61,15 +61,21 @@ def test_a_result_is_written_over_an_operand_that_dies_with_it() -> None:
     assert peak(lambda x, w: (x @ w).relu() + 1, SQUARE, SQUARE, fused=False) == 2 * ONE
 
 
-def test_kernels_are_timed_beside_a_buffer_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_timed_beside_a_buffer_and_copies_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def on_gpu(function: Callable[..., Any], fused: bool = True) -> int:
         with FakeTensorMode():
             x, w = (torch.empty(10, 10, device="cuda") for _ in range(2))
             return allocated_peak(make_fx(function)(x, w).graph, fused)
 
-    before = on_gpu(lambda x, w: (x @ w).relu())
+    def scattered(x: Tensor, w: Tensor) -> Tensor:
+        return torch.zeros_like(x).scatter_add(0, w.long(), x)
+
+    assert on_gpu(lambda x, w: (x @ w).relu()) == ONE
+    scatter = on_gpu(scattered)
     monkeypatch.setattr(memory_model, "timing_nbytes", lambda device: 1000 if device.type == "cuda" else 0)
-    assert on_gpu(lambda x, w: (x @ w).relu()) == before + 1000
+    assert on_gpu(lambda x, w: (x @ w).relu()) == ONE + 1000 + ONE  # a copy of what is written over
+    assert on_gpu(lambda x, w: x.relu()) == ONE + 1000
+    assert on_gpu(scattered) == scatter + 1000 + ONE
     assert on_gpu(lambda x, w: (x @ w).relu(), fused=False) == 2 * ONE
     assert on_gpu(lambda x, w: x @ w) == ONE
     assert peak(lambda x, w: (x @ w).relu(), SQUARE, SQUARE) == ONE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from chunkft_fx.errors import ChunkFTWarning, OptionError, OutsideGradient
 from chunkft_fx.trainers import versions
 from chunkft_fx.trainers.log import TrainerLog
 from tests.module.test_trainer import padded, rows, t5, uneven
-from tests.support.tiny_trainers import arguments, assert_all_trained, assert_same_losses, llama
+from tests.support.tiny_trainers import arguments, assert_all_trained, assert_same_losses, llama, losses
 
 EAGER: Any = {"backend": "eager", "coverage": "all"}
 
@@ -44,6 +45,53 @@ def test_a_trainer_trains_as_it_does_without(tmp_path: Path) -> None:
         for option in ("betas", "eps", "weight_decay", "lr", "initial_lr"):
             assert a[option] == b[option]
     assert [g["weight_decay"] for g in found.param_groups] == [0.1, 0.0]
+
+
+@pytest.mark.parametrize("is_pinned", [True, False])
+def test_no_step_waits_for_a_batch_from_pinned_memory(tmp_path: Path, is_pinned: bool) -> None:
+    ours = trainer(tmp_path)
+    ours.args.dataloader_pin_memory = is_pinned  # a run on the CPU turns it off
+    chunkft_fx.attach(ours, "1GB", **EAGER)
+    assert ours.get_train_dataloader()._non_blocking is is_pinned
+
+
+class Broken(Trainer):  # type: ignore[misc, unused-ignore]
+    """Some of its losses are NaN or infinite, their gradients are not."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().compute_loss(*args, **kwargs)
+        wrong = {0: float("nan"), 3: float("inf"), 4: float("nan")}.get(self.state.global_step)
+        return found if wrong is None or kwargs.get("return_outputs") else found + wrong
+
+
+@pytest.mark.parametrize(("is_filtered", "accumulated"), [(True, 1), (True, 2), (False, 1)])
+def test_losses_are_filtered_as_by_the_plain_trainer(tmp_path: Path, is_filtered: bool, accumulated: int) -> None:
+    asked = {"logging_nan_inf_filter": is_filtered, "gradient_accumulation_steps": accumulated}
+    given = {"kind": Broken, "max_steps": 6, "logging_steps": 3, "eval_strategy": "steps", "eval_steps": 3} | asked
+    plain, ours = trainer(tmp_path / "plain", **given), trainer(tmp_path / "ours", **given)
+    chunkft_fx.attach(ours, "1GB", **EAGER)
+    for t in (plain, ours):
+        t.train()
+    assert losses(plain).isfinite().all() == is_filtered
+    torch.testing.assert_close(losses(ours), losses(plain), rtol=0, atol=1e-5, equal_nan=True)
+    assert ours.args.logging_nan_inf_filter is is_filtered
+
+
+def test_no_step_of_a_trainer_looks_at_its_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To look at it is to wait for the GPU."""
+    look, looks = torch.Tensor.__bool__, []
+
+    def noted(self: torch.Tensor) -> bool:
+        looks.append(sys._getframe(1).f_code.co_name)
+        return look(self)
+
+    monkeypatch.setattr(torch.Tensor, "__bool__", noted)
+    plain, ours = trainer(tmp_path / "plain", max_steps=3), trainer(tmp_path / "ours", max_steps=3)
+    chunkft_fx.attach(ours, "1GB", **EAGER)
+    for t, times in ((plain, 6), (ours, 0)):
+        looks.clear()
+        t.train()
+        assert looks.count("_run_epoch") == times
 
 
 def test_a_seq2seq_trainer_trains_as_it_does_without(tmp_path: Path) -> None:

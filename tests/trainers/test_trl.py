@@ -11,6 +11,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTr
 
 import chunkft_fx
 from chunkft_fx.errors import OptionError, OutsideGradient
+from chunkft_fx.runtime.session import Session
 from tests.support.reference_loop import Reference
 from tests.support.tiny_trainers import (
     answers,
@@ -80,6 +81,21 @@ def test_sft_is_the_plain_trainers(tmp_path: Path, case: str, how: Any) -> None:
         if case == "padded":
             t.evaluate()
     assert_same_run(ours, plain)
+
+
+def test_a_step_takes_one_forward_from_the_first_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the outputs that TRL's forward gives, the loss among them, its trainers take log-probabilities."""
+    begin, expected = Session.begin, []
+
+    def noted(self: Session, batches: Any, tangents: frozenset[str]) -> Any:
+        expected.append(tangents)
+        return begin(self, batches, tangents)
+
+    monkeypatch.setattr(Session, "begin", noted)
+    ours = sft(tmp_path, max_steps=2)
+    chunkft_fx.attach(ours, "1GB", **DENSE)
+    ours.train()
+    assert len(expected) == 2
 
 
 @pytest.mark.parametrize("precomputed", [False, True])

@@ -54,7 +54,8 @@ def allocated_peak(graph: fx.Graph, fused: bool = False, dying: Iterable[int] = 
         dead = {key for key in (*kernel.writes, *kernel.reads) if last[key] == i and key not in kept}
         new = sum(kernel.writes.values())
         over = _overwritten(kernel, {key: nbytes[key] for key in dead - fixed}) if fused else 0
-        peak = max(peak, total + new - over + _inside(kernel, sizes))
+        changed = over + (new if kernel.is_scatter else 0)
+        peak = max(peak, total + new - over + _inside(kernel, changed, sizes))
         total += new - over
         leaving += sum(nbytes[key] for key in dead) - over
     return peak
@@ -93,11 +94,16 @@ def _is_last(kernel: Kernel, key: Key, store: Store, before: set[Store]) -> bool
     return all(s is store or s in before or key not in s.reads for s in kernel.stores)
 
 
-def _inside(kernel: Kernel, sizes: Sizes) -> int:
-    """Bytes that a kernel has allocated beyond its results: by an operator for itself, or for timing it."""
+def _inside(kernel: Kernel, changed: int, sizes: Sizes) -> int:
+    """Bytes that a kernel has allocated beyond its results: by an operator for itself, or for timing it.
+
+    ``changed`` are the bytes that it changes in place. Inductor times a kernel on copies of those, so that every run
+    finds what the first did (``CachingAutotuner.maybe_clone_args`` in torch/_inductor/runtime/triton_heuristics.py).
+    """
     if kernel.generated:
         value = kernel.stores[-1].node.meta["val"]
-        return timing_nbytes(value.device) if isinstance(value, Tensor) else 0
+        flushed = timing_nbytes(value.device) if isinstance(value, Tensor) else 0
+        return flushed + changed if flushed else 0
     node = kernel.stores[0].node
     if node.target is _FLASH_BACKWARD:
         return _flash_workspace(node, sizes)

@@ -16,9 +16,7 @@ from torch.distributed import Work
 
 from chunkft_fx.errors import RanksDisagree
 from chunkft_fx.gradients.slices import ActiveSlice, summed
-from chunkft_fx.graph import ops
 from chunkft_fx.graph.layout import wide_dtype
-from chunkft_fx.program.instructions import Executable, StreamNode
 from chunkft_fx.ranks.ranks import Ranks
 
 
@@ -67,14 +65,14 @@ class Reduction:
         return missing
 
 
-def agreed(ranks: Ranks, executable: Executable, word: str) -> list[str] | None:
+def agreed(
+    ranks: Ranks, own: Sequence[str], pieces: Sequence[tuple[int, tuple[str, ...]]], word: str
+) -> list[str] | None:
     """What other ranks have a gradient of, and this one has not, in the backward that they are about to run together.
 
-    None where all have the same. ``word`` says what else has to be the same. Raises `RanksDisagree` on all ranks.
+    None where all have the same. ``own`` are the parameters whose gradients this one averages one by one, ``pieces``
+    those that it takes, with theirs. ``word`` says what else has to be the same. Raises `RanksDisagree` on all ranks.
     """
-    calls = [i.call for i in executable.backward if isinstance(i.call, StreamNode)]
-    own = [name for call in calls if call.target is ops.reduce for name in call.names]
-    pieces = [[call.number, *call.names] for call in calls if call.target in ops.TAKERS]
     found = ranks.compare("a backward", json.dumps([word, pieces, own]))
     if len(set(found)) == 1:
         return None
@@ -87,7 +85,9 @@ def agreed(ranks: Ranks, executable: Executable, word: str) -> list[str] | None:
         )
     other = next((rank for rank, (_, parts, _) in enumerate(read) if parts != read[0][1]), None)
     if other is not None:
-        missed = sorted({n for p in read[0][1] for n in p[1:]} ^ {n for p in read[other][1] for n in p[1:]})
+        missed = sorted(
+            {n for _, names in read[0][1] for n in names} ^ {n for _, names in read[other][1] for n in names}
+        )
         raise RanksDisagree(
             f"{', '.join(missed[:3]) or 'a parameter'} has a gradient on one of ranks 0 and {other} alone, and this "
             "plan takes gradients within the backward; have every batch use all parameters, or train a chunk a step "
