@@ -136,9 +136,16 @@ class Several(Ranks):
         return self._meeting.failing()
 
     def means(self, gradients: Sequence[tuple[Of, Tensor]]) -> list[tuple[Of, Tensor]]:
-        made = [(of, g.clone(memory_format=torch.contiguous_format)) for of, g in gradients]
-        self.average([g for _, g in made])
-        return made
+        """As one collective for each dtype: a call takes the host longer than a GPU takes for most of them."""
+        made = [g for _, g in gradients]
+        for dtype in {g.dtype for g in made}:
+            own = [i for i, g in enumerate(made) if g.dtype == dtype]
+            flat = torch.cat([made[i].reshape(-1) for i in own])
+            self.wait([self.mean(flat)])
+            parts = flat.split([made[i].numel() for i in own])
+            for i, part in zip(own, parts, strict=True):
+                made[i] = part.view(made[i].shape)
+        return [(of, g) for (of, _), g in zip(gradients, made, strict=True)]
 
     def average(self, values: Sequence[Tensor]) -> None:
         self.wait([self.mean(value) for value in values])
@@ -162,16 +169,25 @@ class Several(Ranks):
         work.wait()
 
     def spread(self, pairs: Sequence[tuple[Slice, Tensor]], device: torch.device) -> None:
-        begun = []
+        """As one collective for each dtype, of shares that are packed one behind the other."""
         with self._meeting.together():
-            for s, weight in pairs:
-                for share in self.share.each:
-                    own = share.within(s)
-                    if own is not None:
-                        part = weight.narrow(s.dim, own.start - s.start, own.length) if weight.ndim else weight
-                        begun.append(self._broadcast(part, share.rank, device))
-            for finish in begun:
-                finish()
+            for dtype in {weight.dtype for _, weight in pairs}:
+                self._spread([(s, weight) for s, weight in pairs if weight.dtype == dtype], dtype, device)
+
+    def _spread(self, pairs: Sequence[tuple[Slice, Tensor]], dtype: torch.dtype, device: torch.device) -> None:
+        shares = [[_part(s, weight, share) for s, weight in pairs] for share in self.share.each]
+        sizes = [sum(part.numel() for part in parts) for parts in shares]
+        sent = torch.zeros(max(sizes), dtype=dtype, device=device)
+        for part, place in zip(shares[self.rank], _places(sent, shares[self.rank]), strict=True):
+            place.copy_(part, non_blocking=True)
+        came = torch.empty(self.size * max(sizes), dtype=dtype, device=device)
+        work = dist.all_gather_into_tensor(came, sent, group=self._group, async_op=True)
+        assert work is not None
+        self._end(work)
+        for rank, (parts, theirs) in enumerate(zip(shares, came.chunk(self.size), strict=True)):
+            if rank != self.rank:
+                for part, place in zip(parts, _places(theirs, parts), strict=True):
+                    part.copy_(place, non_blocking=True)
 
     def same_everywhere(self, tensors: Sequence[Tensor], device: torch.device) -> None:
         with self._meeting.together():
@@ -214,6 +230,20 @@ def ranks_of(device: torch.device) -> Ranks:
 def on_this_host() -> int:
     """How many ranks share this machine's memory, as the launcher says in ``LOCAL_WORLD_SIZE``."""
     return max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+
+
+def _part(s: Slice, weight: Tensor, share: Share) -> Tensor:
+    """What of a slice's weight belongs to a share, a view; empty if that is nothing."""
+    own = share.within(s)
+    if not weight.ndim:
+        return weight if own is not None else weight.new_empty(0)
+    return weight.narrow(s.dim, 0 if own is None else own.start - s.start, 0 if own is None else own.length)
+
+
+def _places(flat: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:
+    """Views of a flat tensor, one behind the other, in the shapes of these parts."""
+    sizes = [part.numel() for part in parts]
+    return [v.view(p.shape) for v, p in zip(flat[: sum(sizes)].split(sizes), parts, strict=True)]
 
 
 def _shown(word: str) -> str:
