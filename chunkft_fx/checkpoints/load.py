@@ -17,7 +17,7 @@ from chunkft_fx.checkpoints.disk.sums import check_file
 from chunkft_fx.checkpoints.disk.tensor_file import read_tensors
 from chunkft_fx.checkpoints.plain import unpacked
 from chunkft_fx.checkpoints.random_states import check_random, restore_random
-from chunkft_fx.checkpoints.save import EXTRAS
+from chunkft_fx.checkpoints.save import EXTRAS, unwrapped
 from chunkft_fx.checkpoints.weights import left_out, matched, saved_weights
 from chunkft_fx.errors import CheckpointMismatch, OptimizerMismatch
 from chunkft_fx.module.module import training_of
@@ -115,8 +115,10 @@ def load(
     Raises `CheckpointMismatch`, before anything changes, where there is no checkpoint, for one that is damaged (with
     the file and the tensor), of another version of the format, or of another model, dtype, optimizer or plan.
     """
+    training = training_of(model, "load")
+    optimizer = unwrapped(optimizer, training.optimizer)
     path = find(Path(folder))
-    found = _read_dense(path, training_of(model, "load").plain, optimizer) if is_dense(path) else read(path)
+    found = _read_dense(path, training.plain, optimizer) if is_dense(path) else read(path)
     found.restore(model, optimizer, scheduler)
     return Loaded(found.path, found.step, found.extra)
 

@@ -31,6 +31,8 @@ from chunkft_fx.optim.optimizer import ChunkedOptimizer
 
 # The tensors among plain data.
 EXTRAS = "training.safetensors"
+# Of optimizers within optimizers.
+_LAYERS = 4
 
 
 def save(
@@ -65,6 +67,7 @@ def save(
     """
     training = training_of(model, "save")
     own: object = training.optimizer
+    optimizer = unwrapped(optimizer, own)
     if not isinstance(optimizer, ChunkedOptimizer) or optimizer is not own:
         raise OptimizerMismatch("save was given another optimizer than the one that was made last for this model")
     _check_counts(step, keep, best)
@@ -99,6 +102,16 @@ def save(
         else:
             saving.start()
     return target.place
+
+
+def unwrapped(optimizer: Any, own: object) -> Any:
+    """A model's ``own`` optimizer where that is in what was given, as Accelerate, Trainer and Fabric wrap it."""
+    inner = optimizer
+    for _ in range(_LAYERS):
+        if inner is own:
+            return own
+        inner = getattr(inner, "optimizer", None)
+    return optimizer
 
 
 @dataclass(frozen=True)
