@@ -30,7 +30,7 @@ def refuse_factory(optimizer: Any) -> None:
     if isinstance(optimizer, type):
         raise OptionError(
             f"optimizer={optimizer.__name__} is a class, which would go by its own defaults, not by the trainer's "
-            f"learning_rate; give options of AdamW in a dictionary, or lambda model: {optimizer.__name__}(model, lr=...)"
+            f"learning_rate; give options of AdamW in a dictionary, or lambda m: {optimizer.__name__}(m, lr=...)"
         )
     if optimizer is not None and not callable(optimizer) and not isinstance(optimizer, Mapping):
         raise OptionError(
