@@ -23,7 +23,7 @@ from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException, Unsup
 from torch._dynamo.guards import CheckFunctionManager
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
 
-from chunkft_fx.capture.output_hooks import install_output_hooks
+from chunkft_fx.capture.transformers_hooks import make_hooks_traceable
 from chunkft_fx.capture.user_code import where_in
 from chunkft_fx.errors import ChunkFTError, UnsupportedGraph
 from chunkft_fx.machine.garbage import COLLECTOR
@@ -51,7 +51,7 @@ def trace(model: nn.Module, backend: Backend) -> Callable[..., Any]:
             try:
                 return compiled(*args, **kwargs)
             except Unsupported:
-                if not install_output_hooks(model):
+                if not make_hooks_traceable(model):
                     raise
             return compiled(*args, **kwargs)
 

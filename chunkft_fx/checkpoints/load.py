@@ -17,8 +17,8 @@ from chunkft_fx.checkpoints.disk.sums import check_file
 from chunkft_fx.checkpoints.disk.tensor_file import read_tensors
 from chunkft_fx.checkpoints.plain import unpacked
 from chunkft_fx.checkpoints.random_states import check_random, restore_random
-from chunkft_fx.checkpoints.save import EXTRAS
-from chunkft_fx.checkpoints.weights import matched, saved_weights
+from chunkft_fx.checkpoints.save import EXTRAS, unwrapped
+from chunkft_fx.checkpoints.weights import left_out, matched, saved_weights
 from chunkft_fx.errors import CheckpointMismatch, OptimizerMismatch
 from chunkft_fx.module.module import training_of
 from chunkft_fx.optim.checkpoint import ENTRY
@@ -60,6 +60,8 @@ class SavedTraining:
             )
         if scheduler is not None and self.scheduler is None:
             raise CheckpointMismatch(f"{self.path} has no state of a scheduler; load it without one")
+        if scheduler is not None and self.scheduler is not None:
+            _require_same_kind(self.scheduler, scheduler, self.path)
         with training.lock, training.ranks.failing():
             training.ranks.require_same(
                 "what is loaded", f"{self.path} at step {self.step}", "load the same on all ranks"
@@ -70,7 +72,7 @@ class SavedTraining:
         randoms = [self.random, *self.random_of_others]
         random = randoms[rank] if rank < len(randoms) else None  # a rank that there was not goes on with its own
         saved = self.weights if self.weights is not None else saved_weights(plain, self.path)
-        weights = matched(saved, plain.state_dict(), self.path)
+        weights = matched(saved, plain.state_dict(), self.path, left_out(plain))
         if random is not None:
             check_random(random, str(self.path))
         try:
@@ -87,6 +89,17 @@ class SavedTraining:
             raise
         except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
             raise CheckpointMismatch(f"{self.path} is not a checkpoint of this run: {error!r}") from error
+
+
+def _require_same_kind(saved: Mapping[str, Any], scheduler: Any, where: Path) -> None:
+    """Refuse the state of another class of scheduler, which torch's take without looking, and go on wrongly."""
+    ours, theirs = ({k for k in state if not str(k).startswith("_")} for state in (scheduler.state_dict(), saved))
+    if ours - theirs and theirs - ours:  # another version of torch may have more, or fewer
+        raise CheckpointMismatch(
+            f"{where} has the state of another scheduler than this {type(scheduler).__name__}: it has "
+            f"{', '.join(sorted(theirs - ours))}, and not {', '.join(sorted(ours - theirs))}; make the one that was "
+            "saved, or load without one"
+        )
 
 
 def load(
@@ -108,8 +121,10 @@ def load(
     Raises `CheckpointMismatch`, before anything changes, where there is no checkpoint, for one that is damaged (with
     the file and the tensor), of another version of the format, or of another model, dtype, optimizer or plan.
     """
+    training = training_of(model, "load")
+    optimizer = unwrapped(optimizer, training.optimizer)
     path = find(Path(folder))
-    found = _read_dense(path, training_of(model, "load").plain, optimizer) if is_dense(path) else read(path)
+    found = _read_dense(path, training.plain, optimizer) if is_dense(path) else read(path)
     found.restore(model, optimizer, scheduler)
     return Loaded(found.path, found.step, found.extra)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from chunkft_fx.checkpoints.disk.tensor_file import unwritable
 from chunkft_fx.errors import OptionError
 
 _TUPLE, _TENSOR, _ITEMS = "$tuple", "$tensor", "$items"
@@ -21,19 +22,29 @@ def packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
     Raises `OptionError` for anything else than numbers, strings, None, tensors, and lists, tuples and dictionaries.
     """
+    try:
+        return _packed(value, name, tensors)
+    except RecursionError:
+        raise OptionError(f"{name} holds itself, or lies deeper than can be written; give plain data") from None
+
+
+def _packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):
+        why = unwritable(name, value)
+        if why is not None:
+            raise OptionError(f"{name} is {why}, and a checkpoint cannot hold it; give a plain tensor")
         tensors[name] = value.detach().cpu().clone()
         return {_TENSOR: name}
     if isinstance(value, list | tuple):
-        items = [packed(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]
+        items = [_packed(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]
         return items if isinstance(value, list) else {_TUPLE: items}
     if isinstance(value, Mapping):
         if all(isinstance(key, str) and not key.startswith("$") for key in value):
-            return {key: packed(v, f"{name}.{key}", tensors) for key, v in value.items()}
+            return {key: _packed(v, f"{name}.{key}", tensors) for key, v in value.items()}
         pairs = enumerate(value.items())
-        return {_ITEMS: [[packed(part, f"{name}.{i}.{j}", tensors) for j, part in enumerate(p)] for i, p in pairs]}
+        return {_ITEMS: [[_packed(part, f"{name}.{i}.{j}", tensors) for j, part in enumerate(p)] for i, p in pairs]}
     raise OptionError(
         f"{name} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint cannot hold; give "
         "numbers, strings, tensors, and lists, tuples and dictionaries of them"

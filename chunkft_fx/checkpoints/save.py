@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from chunkft_fx.bytes import format_bytes
 from chunkft_fx.checkpoints.disk.folders import VERSION, Target, name_of, next_serial, write_record
+from chunkft_fx.checkpoints.disk.places import os_failure
 from chunkft_fx.checkpoints.disk.sums import Sum, file_sums
 from chunkft_fx.checkpoints.disk.tensor_file import write_tensors
 from chunkft_fx.checkpoints.plain import packed, unpacked
 from chunkft_fx.checkpoints.random_states import random_states
 from chunkft_fx.checkpoints.saving import Saving
 from chunkft_fx.checkpoints.states import SHARD_NBYTES, SavedTensor, into_files, saved_tensors, weight_rows
-from chunkft_fx.checkpoints.weights import Copies, write_weights
+from chunkft_fx.checkpoints.weights import Copies, as_it_is, refuse_unwritable, write_weights
 from chunkft_fx.copies.host_memory import available_nbytes
 from chunkft_fx.errors import ChunkFTWarning, OptimizerMismatch, OptionError, SaveFailed
 from chunkft_fx.graph.layout import size_along
@@ -35,6 +36,8 @@ from chunkft_fx.ranks.ranks import Ranks
 
 # The tensors among plain data.
 EXTRAS = "training.safetensors"
+# Of optimizers within optimizers.
+_LAYERS = 4
 
 
 def save(
@@ -72,9 +75,13 @@ def save(
     """
     training = training_of(model, "save")
     own: object = training.optimizer
+    optimizer = unwrapped(optimizer, own)
     if not isinstance(optimizer, ChunkedOptimizer) or optimizer is not own:
         raise OptimizerMismatch("save was given another optimizer than the one that was made last for this model")
-    _check_counts(step, keep)
+    _check_counts(step, keep, best)
+    for what, given, method in (("scheduler", scheduler, "state_dict"), ("tokenizer", tokenizer, "save_pretrained")):
+        if given is not None and not hasattr(given, method):
+            raise OptionError(f"{what}={given!r} has no {method}(); give the {what} itself, or leave it out")
     ranks = training.ranks
     with training.lock, ranks.failing():
         ranks.require_same("a save", f"{folder} at step {step}", "save the same checkpoint on all ranks")
@@ -89,15 +96,17 @@ def save(
             "random_of_others": _of_other_ranks(ranks),
         }
         weights = training.plain.state_dict()
+        refuse_unwritable(training.plain, weights)
         copies = None if wait or not ranks.is_alone or not _has_room(weights.values()) else Copies()
         counts = _counts(optimizer, states)
         tensors = _state_tensors(optimizer, states, counts, copies)
         layouts, blocks = into_files(tensors, SHARD_NBYTES)
         taken["states"] = _described(counts, tensors)
-        moment = _Moment(training.plain, _taken(weights, copies), tokenizer, *_record(step, training, taken))
+        moment = _Moment(as_it_is(training.plain), _taken(weights, copies), *_record(step, training, taken))
         target = Target(Path(folder) / name_of(step), keep, best)
         if ranks.rank == 0:
             target.begin()
+            _write_tokenizer(tokenizer, target)
         ranks.compare("a folder for a checkpoint", "")
         if not target.new.is_dir():
             raise SaveFailed(
@@ -116,25 +125,46 @@ def save(
     return target.place
 
 
+def unwrapped(optimizer: Any, own: object) -> Any:
+    """A model's ``own`` optimizer where that is in what was given, as Accelerate, Trainer and Fabric wrap it."""
+    inner = optimizer
+    for _ in range(_LAYERS):
+        if inner is own:
+            return own
+        inner = getattr(inner, "optimizer", None)
+    return optimizer
+
+
 @dataclass(frozen=True)
 class _Moment:
     """All of a checkpoint but the states, as it was at one moment."""
 
     model: nn.Module
     weights: Mapping[str, Tensor]
-    tokenizer: Any
     record: Mapping[str, Any]
     extras: Mapping[str, Tensor]
 
     def write(self, folder: Path, sums: Mapping[str, Sequence[Sum]]) -> None:
         """Write it beside the states, whose files have these ``sums``."""
         write_weights(self.model, self.weights, folder, SHARD_NBYTES)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder)
         write_tensors(folder / EXTRAS, self.extras)
         files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
         all_sums = {name: sums[name] if name in sums else file_sums(path) for name, path in files.items()}
         write_record(folder, {**self.record, "files": all_sums, "serial": next_serial(folder.parent)})
+
+
+def _write_tokenizer(tokenizer: Any, target: Target) -> None:
+    """Write it at once, also beside training: it is small, and copying one means to write it, too."""
+    if tokenizer is None:
+        return
+    try:
+        tokenizer.save_pretrained(target.new)
+    except BaseException as error:
+        target.abandon()
+        known = os_failure(target.place, error)
+        if known is not None:
+            raise known from error
+        raise
 
 
 def _record(step: int, training: Training, taken: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -145,11 +175,17 @@ def _record(step: int, training: Training, taken: Mapping[str, Any]) -> tuple[di
     return {"version": VERSION, "step": step, "plan": plan, **record}, extras
 
 
-def _check_counts(step: Any, keep: Any) -> None:
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+def _check_counts(step: Any, keep: Any, best: Any) -> None:
+    if not _is_count(step, 0):
         raise OptionError(f"step={step!r} must be the number of steps done, 0 or more")
-    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
+    if keep is not None and not _is_count(keep, 1):
         raise OptionError(f"keep={keep!r} must be a number of checkpoints, 1 or more, or None to keep all")
+    if best is not None and not _is_count(best, 0):
+        raise OptionError(f"best={best!r} must be the step of the checkpoint that stays, 0 or more, or None")
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _has_room(weights: Iterable[Tensor]) -> bool:

@@ -119,7 +119,8 @@ class Saving:
                 self._target.complete()
             self._ranks.compare("a checkpoint that is complete", "")
         except BaseException as error:
-            self._target.abandon()  # before it is asked how much space there is
+            if self._ranks.rank == 0:
+                self._target.abandon()  # before it is asked how much space there is
             known = os_failure(self._target.place, error)
             if known is not None:
                 known.__cause__ = error

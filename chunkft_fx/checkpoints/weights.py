@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from chunkft_fx.checkpoints.disk.tensor_file import read_tensors, write_tensors
-from chunkft_fx.errors import CheckpointMismatch
+from chunkft_fx.checkpoints.disk.tensor_file import read_tensors, unwritable, write_tensors
+from chunkft_fx.errors import CheckpointMismatch, OptionError
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# What a model of transformers writes beside its weights.
+_SETTINGS = ("config", "generation_config")
 
 
 class Copies:
@@ -36,11 +39,36 @@ def memory_of(t: Tensor) -> tuple[object, ...]:
     return t.device, t.data_ptr(), t.shape, t.stride(), t.dtype
 
 
-def write_weights(model: nn.Module, weights: Mapping[str, Tensor], folder: Path, shard_nbytes: int) -> None:
-    """Write a model's state dict: with ``save_pretrained`` if it has that as transformers' do, else each tensor."""
+def refuse_unwritable(model: nn.Module, weights: Mapping[str, Any]) -> None:
+    """Raise `OptionError` for a state dict with something that no file of tensors holds."""
+    for name, value in weights.items():
+        why = unwritable(name, value) if not _writes_itself(model) or not isinstance(value, Tensor) else None
+        if why is not None:
+            raise OptionError(
+                f"the model's state_dict() has {name!r}, which is {why}, and a checkpoint cannot hold it; "
+                "keep it out of the state_dict (a buffer by persistent=False), and save it in extra"
+            )
+
+
+def as_it_is(model: nn.Module) -> nn.Module:
+    """The model to be written beside training, with its own copy of settings, which may change meanwhile."""
+    if not _writes_itself(model):
+        return model
+    still = type(model).__new__(type(model))
+    still.__dict__.update(model.__dict__)
+    still.__dict__.update({name: copy.deepcopy(model.__dict__[name]) for name in _SETTINGS if name in model.__dict__})
+    return still
+
+
+def _writes_itself(model: nn.Module) -> bool:
     write = getattr(model, "save_pretrained", None)
-    if write is not None and {"state_dict", "max_shard_size"} <= inspect.signature(write).parameters.keys():
-        write(folder, state_dict=dict(weights), max_shard_size=shard_nbytes)
+    return write is not None and {"state_dict", "max_shard_size"} <= inspect.signature(write).parameters.keys()
+
+
+def write_weights(model: Any, weights: Mapping[str, Tensor], folder: Path, shard_nbytes: int) -> None:
+    """Write a model's state dict: with ``save_pretrained`` if it has that as transformers' do, else each tensor."""
+    if _writes_itself(model):
+        model.save_pretrained(folder, state_dict=dict(weights), max_shard_size=shard_nbytes)
         return
     first = {memory_of(t) if t.numel() else (name,): name for name, t in reversed([*weights.items()])}
     write_tensors(folder / FILE, {name: weights[name] for name in sorted(first.values())})
@@ -68,8 +96,13 @@ def saved_weights(model: nn.Module, folder: Path) -> Mapping[str, Tensor]:
     return saved
 
 
-def matched(saved: Any, ours: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:
-    """Saved weights by all the names of a state dict, tied ones under each of theirs.
+def left_out(model: nn.Module) -> frozenset[str]:
+    """The names of weights that the model itself never saves, since each model makes the same (sinusoids)."""
+    return frozenset(getattr(model, "_keys_to_ignore_on_save", None) or () if _writes_itself(model) else ())
+
+
+def matched(saved: Any, ours: Mapping[str, Tensor], where: Path, optional: Collection[str] = ()) -> dict[str, Tensor]:
+    """Saved weights by all the names of a state dict, tied ones under each of theirs; ``optional`` may be missing.
 
     Raises `CheckpointMismatch` when names, shapes or dtypes are not this model's.
     """
@@ -77,7 +110,7 @@ def matched(saved: Any, ours: Mapping[str, Tensor], where: Path) -> dict[str, Te
         raise CheckpointMismatch(f"{where} is of another model: it has no weights")
     by_memory = {memory_of(t): name for name, t in ours.items() if t.numel() and name in saved}
     taken = {name: saved.get(by_memory.get(memory_of(t), name)) for name, t in ours.items()}
-    missing = [name for name, t in taken.items() if t is None and ours[name].numel()]
+    missing = [name for name, t in taken.items() if t is None and ours[name].numel() and name not in optional]
     wrong = sorted(saved.keys() - ours.keys()) + missing
     if wrong:
         raise CheckpointMismatch(f"{where} is of another model: it differs in {', '.join(map(str, wrong[:3]))}")

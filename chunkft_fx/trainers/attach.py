@@ -9,13 +9,13 @@ from typing import Any
 from torch.optim import Optimizer
 
 import chunkft_fx
-from chunkft_fx.errors import OutsideGradient
+from chunkft_fx.errors import OptimizerMismatch, OutsideGradient
 from chunkft_fx.module.module import CompiledModule, training_of
 from chunkft_fx.module.training import Training
 from chunkft_fx.optim.optimizer import ChunkedOptimizer
 from chunkft_fx.trainers.fused_head import traceable_head
 from chunkft_fx.trainers.reference import budget_beside, hold_reference
-from chunkft_fx.trainers.refusals import refuse_optimizer, refuse_trainer
+from chunkft_fx.trainers.refusals import refuse_factory, refuse_optimizer, refuse_trainer
 from chunkft_fx.trainers.versions import warn_of_version
 
 Factory = Callable[[CompiledModule], Optimizer]
@@ -39,15 +39,17 @@ def attach(
     stays as it is and is not trained; its weights count against ``budget``.
 
     Raises `OptionError`, before anything changes, for a trainer that cannot be followed: with an optimizer already,
-    with PEFT adapters, with arguments that do not go with a compiled model; and what `compile` and `AdamW` raise. An
-    optimizer step to which no backward of the compiled model led raises `OutsideGradient`. A version of TRL that was
-    not tested is warned of, once.
+    with PEFT adapters, with arguments that do not go with a compiled model; what `compile` and `AdamW` raise; and
+    `OptimizerMismatch` for a function that makes no optimizer of the compiled model. An optimizer step to which no
+    backward of the compiled model led raises `OutsideGradient`. A version of TRL that was not tested is warned of,
+    once.
     """
     refuse_trainer(trainer)
     from chunkft_fx.trainers.log import TrainerLog  # these need transformers, which a trainer brings
     from chunkft_fx.trainers.loss_filter import LossFilter
     from chunkft_fx.trainers.noise import TraceableNoise
 
+    refuse_factory(optimizer)
     if not callable(optimizer):
         refuse_optimizer(trainer, optimizer or {})
     warn_of_version(trainer)
@@ -55,7 +57,14 @@ def attach(
     with traceable_head(model):
         compiled = chunkft_fx.compile(model, rest, device=device, **options)
         made = optimizer(compiled) if callable(optimizer) else _adamw(trainer, compiled, optimizer or {})
-        made.register_step_pre_hook(_refuse_bypass(training_of(compiled, "attach")))
+        training = training_of(compiled, "attach")
+        own: object = training.optimizer
+        if own is None or made is not own:
+            raise OptimizerMismatch(
+                f"the optimizer function gave {made!r:.80}, which is not an optimizer of chunkft_fx for the compiled "
+                "model that it was called with, and would not train it; write lambda model: chunkft_fx.SGD(model, ...)"
+            )
+        made.register_step_pre_hook(_refuse_bypass(training))
     hold_reference(trainer, compiled)
     trainer.model = trainer.model_wrapped = trainer.callback_handler.model = compiled
     trainer.optimizer = made

@@ -35,14 +35,13 @@ class TrainerLog(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 f"TrainerLog logs what a compiled model does, but the trainer's is a plain {type(model).__name__}; "
                 "compile it with chunkft_fx.compile, or attach to the trainer, or leave the callback out"
             )
+        self._forget_hook()  # of a training that was interrupted
         self._tokens, self._since = 0, time.perf_counter()
         self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stop counting."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        self._forget_hook()
 
     def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **_: Any) -> None:
         """Add the numbers to a log of training; those of evaluations and the summary at the end have none."""
@@ -53,6 +52,11 @@ class TrainerLog(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._tokens, self._since = 0, now
         logs.update(found)
         state.log_history[-1].update(found)
+
+    def _forget_hook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def _count(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)

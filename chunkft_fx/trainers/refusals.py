@@ -25,6 +25,20 @@ def refuse_trainer(trainer: Any) -> None:
         raise OptionError(f"attach cannot follow this {type(trainer).__name__}: {reason}")
 
 
+def refuse_factory(optimizer: Any) -> None:
+    """Raise `OptionError` for what is neither options of AdamW nor a function that makes an optimizer."""
+    if isinstance(optimizer, type):
+        raise OptionError(
+            f"optimizer={optimizer.__name__} is a class, which would go by its own defaults, not by the trainer's "
+            f"learning_rate; give options of AdamW in a dictionary, or lambda m: {optimizer.__name__}(m, lr=...)"
+        )
+    if optimizer is not None and not callable(optimizer) and not isinstance(optimizer, Mapping):
+        raise OptionError(
+            f"optimizer={optimizer!r} is neither a dictionary of options of AdamW nor a function of the model; "
+            'give {"update": "late"} or lambda model: chunkft_fx.SGD(model, lr=...)'
+        )
+
+
 def refuse_optimizer(trainer: Any, own: Mapping[str, Any]) -> None:
     """Raise `OptionError` where the trainer's arguments do not lead to AdamW, or do not go with its options."""
     from transformers import Trainer
@@ -77,5 +91,10 @@ def _reasons(trainer: Any) -> Iterator[str]:
         yield "a compiled model runs on one device; leave DeepSpeed and FSDP out, and let the process see one GPU"
     if args.torch_compile:
         yield "torch_compile=True would compile the model a second time; leave it out"
+    if args.bf16_full_eval or args.fp16_full_eval:
+        yield (
+            "bf16_full_eval and fp16_full_eval convert the weights for an evaluation outside of training, and those in "
+            "training keep their dtype; leave them out, or use bf16=True"
+        )
     if getattr(args, "activation_offloading", False):
         yield "activation_offloading=True is left to the plan, which offloads what pays; leave it out"

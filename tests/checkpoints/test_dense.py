@@ -163,6 +163,14 @@ def test_masters_become_the_weights(tmp_path: Path, state_dtype: str) -> None:
     steps(plain, *others, range(3, 5))
 
 
+def test_what_needs_no_converting_is_told(trainers: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="is a checkpoint of Trainer's, which resumes from it as it is"):
+        convert.command(trainers, tmp_path / "dense")
+    with pytest.raises(OptionError, match="batch_size=0 must be"):
+        convert.command(trainers, tmp_path / "dense", 0)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_dense_training_cannot_have_is_told(tmp_path: Path) -> None:
     net = chunkft_fx.compile(Net(), "1GB", chunks=3, interval=1, backend="eager")
     path = chunkft_fx.save(tmp_path, net, chunkft_fx.AdamW(net), 0)

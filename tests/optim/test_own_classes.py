@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import chunkft_fx
 from chunkft_fx.errors import OptimizerMismatch, OptimizerNotSupported, OptionError
+from chunkft_fx.optim.classes import torch_optimizer
 from chunkft_fx.optim.states.numbers import Number
 from tests.support.slice_twin import SliceTwin
 from tests.support.small_net import compiled, feed, net
@@ -103,6 +105,51 @@ def test_other_classes_run_over_whole_parameters(kind: type[Own], dtype: torch.d
         twin.step(optimizer, step)
 
 
+class GlobalNorm(Own):
+    def before(self, group: dict[str, Any]) -> None:
+        self.norm = sum(float(p.grad.norm()) for p in group["params"] if p.grad is not None)
+
+    def move(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        p -= group["lr"] * g / self.norm
+
+
+class ByNorm(Own):
+    """By the norm of the whole gradient, of which its state says nothing."""
+
+    def move(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        p -= group["lr"] * g / (1 + g.norm())
+
+
+class Clipped(Own):
+    """By the norm of the whole gradient where that is large."""
+
+    def move(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        p -= group["lr"] * g * (1000 / (1 + g.norm())).clamp(max=1)
+
+
+class Floored(Own):
+    """By the norm of the whole gradient where that is small."""
+
+    def move(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        p -= group["lr"] * g / g.norm().clamp(max=1e-2)
+
+
+@pytest.mark.parametrize("rate", [0.01, 1e-5, 0.0, torch.tensor(1e-6)])
+@pytest.mark.parametrize("kind", [torch.optim.Muon, ByNorm, Clipped, Floored, GlobalNorm])
+def test_what_a_class_needs_is_found_at_any_rate_and_size_of_gradients(
+    kind: type[torch.optim.Optimizer], rate: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in float32, where an update at a small rate is lost beside the weight."""
+    monkeypatch.setattr(torch_optimizer, "_KNOWN", WeakKeyDictionary())  # what was found at another rate
+    model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Linear(16, 4, bias=False))
+    module = chunkft_fx.compile(model, "1GB", chunks=1, backend="eager")
+    if kind is GlobalNorm:
+        with pytest.raises(OptimizerNotSupported, match="depends on the others"):
+            chunkft_fx.optimizer(module, kind, lr=rate)
+    else:
+        assert chunkft_fx.optimizer(module, kind, lr=rate).spec.is_whole
+
+
 def test_a_class_that_needs_whole_parameters_comes_too_late() -> None:
     module = compiled(net(), 20)
     first = chunkft_fx.optimizer(module, Lion)
@@ -139,14 +186,6 @@ def test_the_class_of_the_page_of_limits_runs_muon_for_matrices_and_adamw_for_th
             feed(trained, step)
             stepped.step()
     assert all(torch.equal(p, q) for p, q in zip(module.parameters(), again.parameters(), strict=True))
-
-
-class GlobalNorm(Own):
-    def before(self, group: dict[str, Any]) -> None:
-        self.norm = sum(float(p.grad.norm()) for p in group["params"] if p.grad is not None)
-
-    def move(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        p -= group["lr"] * g / self.norm
 
 
 class Attribute(Own):

@@ -11,10 +11,11 @@ import pytest
 import torch
 import trl
 from torch import nn
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
 
 import chunkft_fx
-from chunkft_fx.errors import ChunkFTWarning, OptionError, OutsideGradient
+from chunkft_fx.errors import ChunkFTWarning, OptimizerMismatch, OptionError, OutsideGradient
+from chunkft_fx.module.module import training_of
 from chunkft_fx.trainers import versions
 from chunkft_fx.trainers.log import TrainerLog
 from tests.module.test_trainer import padded, rows, t5, uneven
@@ -221,7 +222,7 @@ def _with_scheduler(folder: Path) -> Any:
     return t
 
 
-REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
+REFUSED: dict[str, tuple[Any, Any, str]] = {
     "no trainer": (lambda _: llama(), {}, "which is no transformers Trainer"),
     "compiled before": (lambda f: trainer(f, chunkft_fx.compile(llama(), "1GB")), {}, "was compiled before"),
     "adapters": (lambda f: trainer(f, _with_adapter()), {}, r"PEFT adapters \(LoraModel\)"),
@@ -232,12 +233,66 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "torch_compile": (lambda f: trainer(f, torch_compile=True), {}, "torch_compile=True"),
     "another optim": (lambda f: trainer(f, optim="sgd"), {}, 'optim="sgd" asks for another'),
     "an optimizer in a way of its own": (lambda f: trainer(f, kind=_OwnOptimizer), {}, "create_optimizer"),
+    "a class of optimizers": (trainer, chunkft_fx.AdamW, "AdamW is a class, which would go by its own defaults"),
+    "no optimizer": (trainer, "adamw", "optimizer='adamw' is neither a dictionary"),
+    "weights converted to be evaluated": (lambda f: trainer(f, bf16_full_eval=True), {}, "bf16_full_eval"),
     "clipping behind updates": (trainer, {"update": "backward"}, "max_grad_norm=1.0"),
     "accumulation behind updates": (
         lambda f: trainer(f, gradient_accumulation_steps=2, max_grad_norm=0.0), {"update": "backward"},
         "gradient_accumulation_steps=2",
     ),
 }  # fmt: skip
+
+
+def test_an_optimizer_that_would_not_train_the_model_is_refused(tmp_path: Path) -> None:
+    other = chunkft_fx.AdamW(chunkft_fx.compile(llama(), "1GB", **EAGER))
+    for made in (None, other, torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1)):
+        ours = trainer(tmp_path)
+
+        def make(_: Any, made: Any = made) -> Any:
+            return made
+
+        with pytest.raises(OptimizerMismatch, match="is not an optimizer of chunkft_fx for the compiled model"):
+            chunkft_fx.attach(ours, "1GB", optimizer=make, **EAGER)
+        assert ours.optimizer is None
+        chunkft_fx.attach(ours, "1GB", **EAGER)
+
+
+class _Interrupts(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Once, before the first step."""
+
+    is_done = False
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        if not self.is_done:
+            self.is_done = True
+            raise KeyboardInterrupt
+
+
+def test_a_training_after_an_interrupted_one_counts_tokens_once(tmp_path: Path) -> None:
+    ours = trainer(tmp_path)
+    ours.add_callback(_Interrupts())
+    compiled = chunkft_fx.attach(ours, "1GB", **EAGER)
+    with pytest.raises(KeyboardInterrupt):
+        ours.train()
+    ours.train()
+    assert not compiled._forward_pre_hooks
+
+
+def test_its_checkpoints_are_gone_on_from_at_their_place_in_the_sweep(tmp_path: Path) -> None:
+    """Those that Trainer writes by `load`, and those of `save`, which takes Trainer's wrapped optimizer."""
+    turns: Any = {"backend": "eager", "chunks": 3, "interval": 1, "coverage": "one"}
+    ours = trainer(tmp_path, save_strategy="steps", save_steps=4)
+    compiled = chunkft_fx.attach(ours, "1GB", **turns)
+    ours.train()
+    assert ours.optimizer is not training_of(compiled, "test").optimizer
+    paths = tmp_path / "checkpoint-4", chunkft_fx.save(tmp_path / "own", compiled, ours.optimizer, 4)
+    for path in paths:
+        again = chunkft_fx.compile(llama(1), "1GB", **turns)
+        optimizer = chunkft_fx.AdamW(again, no_decay=("*norm*",))
+        assert chunkft_fx.load(path, again, optimizer).step == 4
+        assert again.schedule.state_dict() == compiled.schedule.state_dict()
+        assert all(torch.equal(p, q) for p, q in zip(again.parameters(), compiled.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chunkft_fx.checkpoints.dense.trainer import OPTIMIZER, PROGRESS, SCHEDULER, decay_groups
+from chunkft_fx.checkpoints.dense.trainer import OPTIMIZER, PROGRESS, SCHEDULER, decay_groups, is_dense
 from chunkft_fx.checkpoints.disk.folders import RECORD, Target
 from chunkft_fx.checkpoints.disk.places import os_failure
 from chunkft_fx.checkpoints.load import SavedTraining, find, read
@@ -38,7 +38,12 @@ def export(folder: Path, target: Path, batch_size: int) -> int:
     """
     if target.exists():
         raise OptionError(f"{target} is there already; give the path of a folder that is to be made")
-    found = read(find(folder))
+    if batch_size < 1:
+        raise OptionError(f"batch_size={batch_size!r} must be Trainer's number of samples for each device, 1 or more")
+    path = find(folder)
+    if is_dense(path):
+        raise OptionError(f"{path} is a checkpoint of Trainer's, which resumes from it as it is; nothing was converted")
+    found = read(path)
     states, groups = _adamw(found)
     model = _model(found, states)
     optimizer = _dense(model, states, groups, found.path)

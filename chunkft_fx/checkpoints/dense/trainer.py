@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from chunkft_fx.errors import CheckpointMismatch
+from chunkft_fx.optim.checkpoint import ENTRY
 from chunkft_fx.optim.optimizer import ChunkedOptimizer
 
 OPTIMIZER, SCHEDULER, PROGRESS = "optimizer.pt", "scheduler.pt", "trainer_state.json"
@@ -73,7 +74,19 @@ def regrouped(saved: Mapping[str, Any], model: nn.Module, optimizer: ChunkedOpti
                 "has them in one; make it with no_decay patterns that match the parameters without decay"
             )
         groups.append(options[0] | {"params": [keys[n] for n in own], "param_names": list(own)})
-    return {"state": saved["state"], "param_groups": groups}
+    found = {"state": saved["state"], "param_groups": groups}
+    if ENTRY in saved:  # an optimizer of this library in a Trainer: it knows of its sweep, too
+        found[ENTRY] = _reordered(saved[ENTRY], wanted)
+    return found
+
+
+def _reordered(entry: Any, names: Sequence[str]) -> Any:
+    """What an optimizer of this library says of itself, with its parameters in this order."""
+    place = {name: i for i, name in enumerate(names)}
+    try:
+        return {**entry, "parameters": sorted(entry["parameters"], key=lambda parameter: place[parameter[0]])}
+    except (TypeError, KeyError, IndexError):
+        return entry  # is refused where it is read
 
 
 def _names(groups: Sequence[Mapping[str, Any]], model: nn.Module, where: Path) -> list[list[str]]:

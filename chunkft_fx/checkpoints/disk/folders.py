@@ -5,15 +5,24 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chunkft_fx.checkpoints.disk.places import REPLACED, UNFINISHED, install, save_failed, sync_files
-from chunkft_fx.errors import CheckpointMismatch
+from chunkft_fx.checkpoints.disk.places import (
+    REPLACED,
+    UNFINISHED,
+    hold,
+    install,
+    let_go,
+    remove,
+    save_failed,
+    sync_files,
+)
+from chunkft_fx.errors import CheckpointMismatch, SaveFailed
 
 # Of a checkpoint: a folder. Version 1 was this file.
 VERSION, READABLE = 2, (2,)
@@ -22,27 +31,32 @@ RECORD = "checkpoint.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
-@dataclass(frozen=True)
 class Target:
     """A checkpoint that is to be: its folder ``new`` gets the name ``place`` once it is whole.
 
     Then others go, but the ``keep`` that were saved last (None: all) and that of step ``best``.
     """
 
-    place: Path
-    keep: int | None = None
-    best: int | None = None
-
-    @property
-    def new(self) -> Path:
-        return self.place.with_name(self.place.name + UNFINISHED)
+    def __init__(self, place: Path, keep: int | None = None, best: int | None = None) -> None:
+        self.place, self.keep, self.best = Path(os.path.abspath(place)), keep, best
+        self.new = self.place.with_name(self.place.name + UNFINISHED)
+        self._held: int | None = None
 
     def begin(self) -> None:
         """Make its folder, and remove what a killed process left. Raises `SaveFailed`."""
+        _refuse_foreign(self.place)
         try:
             self.place.parent.mkdir(parents=True, exist_ok=True)
             clear_unfinished(self.place.parent)
             self.new.mkdir()
+            self._held = hold(self.new)
+        except FileExistsError as error:
+            if not self.new.is_dir():
+                raise save_failed(self.place, error) from error
+            raise SaveFailed(
+                f"{self.place} was not written: another process, or a save of another model, is writing {self.new}; "
+                "give each a folder of its own (or remove that one, if nobody is)"
+            ) from error
         except OSError as error:
             raise save_failed(self.place, error) from error
 
@@ -50,12 +64,30 @@ class Target:
         """Have all of it on the disk, give it its name, and remove others."""
         sync_files(self.new)
         install(self.new, self.place)
+        self._let_go()
         if self.keep is not None:
             prune(self.place.parent, self.keep, self.best)
 
     def abandon(self) -> None:
         """Remove what there is of it."""
         shutil.rmtree(self.new, ignore_errors=True)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        held, self._held = self._held, None
+        if held is not None:
+            let_go(held)
+
+
+def _refuse_foreign(place: Path) -> None:
+    """Raise `SaveFailed` where a checkpoint would take the place of something else, such as one of Trainer's."""
+    is_ours = (place / RECORD).is_file() or not os.path.lexists(place)
+    if is_ours or (place.is_dir() and not any(place.iterdir())):
+        return
+    raise SaveFailed(
+        f"{place} was not written: something that save did not make is there already; give another folder, or move it "
+        "away"
+    )
 
 
 def name_of(step: int) -> str:
@@ -96,8 +128,11 @@ def clear_unfinished(folder: Path) -> None:
     for path in folder.iterdir() if folder.is_dir() else ():
         whole = path.name.removesuffix(UNFINISHED).removesuffix(REPLACED)
         is_old = path.name.endswith(REPLACED) and (folder / whole / RECORD).is_file()
-        if _NAME.fullmatch(whole) and path.is_dir() and (path.name.endswith(UNFINISHED) or is_old):
-            shutil.rmtree(path, ignore_errors=True)
+        is_left = _NAME.fullmatch(whole) and path.is_dir() and (path.name.endswith(UNFINISHED) or is_old)
+        held = hold(path) if is_left else None
+        if held is not None:  # else somebody is writing it
+            remove(path)
+            let_go(held)
 
 
 def prune(folder: Path, keep: int, best: int | None) -> None:
@@ -106,10 +141,11 @@ def prune(folder: Path, keep: int, best: int | None) -> None:
     by_age = sorted(whole, key=lambda path: int(read_record(path)["serial"]))
     for path in by_age[:-keep]:
         if best is None or path.name != name_of(best):
-            # its record first: what is left of a killed removal is then no checkpoint
+            # at once no checkpoint any more: what is left of a killed removal goes with the next save
+            gone = path.with_name(path.name + UNFINISHED)
             with contextlib.suppress(OSError):
-                (path / RECORD).unlink()
-            shutil.rmtree(path, ignore_errors=True)
+                os.replace(path, gone)
+                remove(gone)
 
 
 def _is_readable(path: Path) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -34,12 +36,43 @@ def sync(path: Path) -> None:
 def install(new: Path, place: Path) -> None:
     """Give a whole folder its name; one that has it already stays until then, at the worst under another name."""
     old = place.with_name(place.name + REPLACED)
-    if place.exists():
-        shutil.rmtree(old, ignore_errors=True)
+    if os.path.lexists(place):
+        remove(old)
         os.replace(place, old)
     os.replace(new, place)
     sync(place.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with all that is in it, as far as that can be; of a link the link alone."""
+    if path.is_symlink():
+        with contextlib.suppress(OSError):
+            path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def hold(folder: Path) -> int | None:
+    """A descriptor that holds a folder against others until it is closed, or its process dies; None if one is held.
+
+    Nothing is held on a disk that has no locks.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:
+        pass
+    return descriptor
+
+
+def let_go(descriptor: int) -> None:
+    """Hold a folder no longer, also where a process that was forked meanwhile has the descriptor, too."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
 
 
 def os_failure(path: Path, error: BaseException) -> SaveFailed | None:

@@ -56,6 +56,17 @@ class Layout:
     nbytes: int
 
 
+def unwritable(name: str, t: object) -> str | None:
+    """Why a value cannot be in a file under this name; None if it can be."""
+    if not isinstance(t, Tensor):
+        return f"a {type(t).__module__}.{type(t).__qualname__}, no tensor"
+    if t.layout != torch.strided or t.is_meta:
+        return f"a tensor whose values cannot be written as they lie ({t.layout} on {t.device})"
+    if t.dtype not in _NAMES:
+        return f"a tensor of {t.dtype}, which safetensors does not have"
+    return f"named as safetensors names what is no tensor ({_METADATA})" if name == _METADATA else None
+
+
 def layout(kinds: Mapping[str, Kind]) -> Layout:
     """The layout of a file with these tensors, those of wide dtypes first, so that each is aligned."""
     header: dict[str, object] = {_METADATA: {"format": "pt"}}
@@ -82,7 +93,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def as_bytes(t: Tensor) -> memoryview:
     """The bytes of a tensor in host memory, copied only if they are not one run of memory."""
-    return t.contiguous().view(-1).view(torch.uint8).numpy().data if t.numel() else memoryview(b"")
+    if not t.numel():
+        return memoryview(b"")
+    return t.resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def places(path: Path) -> dict[str, tuple[Kind, Place]]:

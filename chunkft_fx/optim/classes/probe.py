@@ -27,7 +27,11 @@ STEPS = 8
 # Elements of the parameters that steps are compared on, and of one that is looked at only: classes that keep states in
 # 8 bits do so from 4096 elements on, in blocks of 256.
 NUMEL, LARGE_NUMEL = 32, 4096
-# How far results may differ, against the largest value.
+# The rate of all steps here: at a small one nothing would differ, and at none nothing changes.
+RATE = 0.1
+# Sizes of the gradients that steps are compared with: what a class does beyond a threshold shows at one of them.
+SCALES = (1.0, 1e4, 1e-4)
+# How far results may differ, against the largest value, or for weights the largest change.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 # What every update of a low-precision element moves beside the class: the master is compared with its weight (30), and
 # rounded (6).
@@ -56,10 +60,11 @@ class Findings:
 
 @dataclass(frozen=True)
 class _Track:
-    """Where some steps have led: weights, and the states that are left."""
+    """Where some steps have led, from which weights: weights, and the states that are left."""
 
     weights: list[Tensor]
     states: list[State]
+    starts: list[Tensor]
 
 
 def find(kind: OptimizerClass, options: Mapping[str, Any], dimensions: int, dtype: torch.dtype) -> Findings:
@@ -68,21 +73,37 @@ def find(kind: OptimizerClass, options: Mapping[str, Any], dimensions: int, dtyp
     Raises `OptimizerNotSupported` with the reason if it cannot be run a parameter at a time, and what the class itself
     raises.
     """
+    options = _with_rate(options)
     large = _inputs(dimensions, dtype, 0, LARGE_NUMEL)
     of_large = _kept(_plain(kind, options, [(large[0], large[1][:1])]).states[0], large[0].shape)
     one, other = (_inputs(dimensions, dtype, seed) for seed in (0, 1))
     plain = _plain(kind, options, [one])
-    (state,) = plain.states
-    tensors, numbers = _kept(state, one[0].shape)
+    tensors, numbers = _kept(plain.states[0], one[0].shape)
     if of_large != (tensors, numbers):
         raise OptimizerNotSupported("it keeps states of large parameters in another form or dtype than of small ones")
-    if not _same(_parked(kind, options, one), plain):
-        raise OptimizerNotSupported("it keeps something from step to step that is not in its state")
-    beside = _plain(kind, options, [other, one])
-    if not _same(_Track(beside.weights[1:], beside.states[1:]), plain):
-        raise OptimizerNotSupported("its update of one parameter depends on the others, or is random")
-    is_whole = not all(_is_cut(kind, options, one, plain, dim) for dim in range(dimensions))
+    is_whole = False
+    for scale in SCALES:
+        own, beside = _scaled(one, scale), _scaled(other, scale)
+        plain = _plain(kind, options, [own])
+        if not _same(_parked(kind, options, own), plain):
+            raise OptimizerNotSupported("it keeps something from step to step that is not in its state")
+        both = _plain(kind, options, [beside, own])
+        if not _same(_Track(both.weights[1:], both.states[1:], both.starts[1:]), plain):
+            raise OptimizerNotSupported("its update of one parameter depends on the others, or is random")
+        is_whole |= not all(_is_cut(kind, options, own, plain, dim) for dim in range(dimensions))
     return Findings(tensors, numbers, is_whole)
+
+
+def _with_rate(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The same options with a learning rate at which what differs is seen beside weights of about 1."""
+    rate = options.get("lr")
+    if isinstance(rate, Tensor):
+        return {**options, "lr": torch.full_like(rate, RATE)}
+    return {**options, "lr": RATE} if isinstance(rate, float | int) else dict(options)
+
+
+def _scaled(inputs: tuple[Tensor, list[Tensor]], scale: float) -> tuple[Tensor, list[Tensor]]:
+    return inputs[0], [g * scale for g in inputs[1]]
 
 
 def writes_gradients(kind: OptimizerClass, options: Mapping[str, Any], dimensions: int, dtype: torch.dtype) -> bool:
@@ -150,7 +171,7 @@ def _plain(
     if strangers:
         raise OptimizerNotSupported("its state has entries that belong to no parameter")
     states = [{k: v for k, v in optimizer.state[p].items() if v is not None} for p in parameters]
-    return _Track([p.detach() for p in parameters], states)
+    return _Track([p.detach() for p in parameters], states, [w for w, _ in inputs])
 
 
 def _over_steps(optimizer: torch.optim.Optimizer, gradients: Sequence[Sequence[Tensor]]) -> None:
@@ -169,7 +190,7 @@ def _parked(kind: OptimizerClass, options: Mapping[str, Any], inputs: tuple[Tens
             (state,) = kind.step(options, [weight], [gradient.clone()], [state])
         state = {key: _again(key, value) for key, value in state.items()}
     assert state is not None
-    return _Track([weight], [state])
+    return _Track([weight], [state], [inputs[0]])
 
 
 def _again(name: str, value: Any) -> Any:
@@ -192,7 +213,7 @@ def _is_cut(
         except (RuntimeError, ValueError, TypeError):
             return False
         whole = {k: cut(v) if isinstance(v, Tensor) else v for k, v in plain.states[0].items()}
-        if not _same(found, _Track([cut(plain.weights[0])], [whole])):
+        if not _same(found, _Track([cut(plain.weights[0])], [whole], [cut(weight)])):
             return False
     return True
 
@@ -225,9 +246,9 @@ def _kept(state: State, shape: Sequence[int]) -> tuple[dict[str, Kept], dict[str
 def _same(a: _Track, b: _Track) -> bool:
     if [s.keys() for s in a.states] != [s.keys() for s in b.states]:
         return False
-    pairs = list(zip(a.weights, b.weights, strict=True))
-    pairs += [(s[k], t[k]) for s, t in zip(a.states, b.states, strict=True) for k in s]
-    return all(_is_close(x, y) for x, y in pairs)
+    pairs = [(s[k], t[k]) for s, t in zip(a.states, b.states, strict=True) for k in s]
+    moved = zip(a.weights, b.weights, b.starts, strict=True)
+    return all(_is_close(x, y) for x, y in pairs) and all(_is_moved_alike(*weights) for weights in moved)
 
 
 def _is_close(a: Any, b: Any) -> bool:
@@ -238,6 +259,13 @@ def _is_close(a: Any, b: Any) -> bool:
     a, b = a.double(), b.double()
     largest = float(b.abs().max())
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance * largest, equal_nan=True)
+
+
+def _is_moved_alike(a: Tensor, b: Tensor, start: Tensor) -> bool:
+    """Whether two weights that began as ``start`` are the same, by how far they moved, and but for their rounding."""
+    tolerance = TOLERANCES[a.dtype] * float((b - start).abs().max())
+    tolerance += STEPS * torch.finfo(a.dtype).eps * float(b.abs().max())
+    return torch.allclose(a, b, rtol=0.0, atol=tolerance, equal_nan=True)
 
 
 def _is_equal(a: Any, b: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Hidden states, attentions and router logits of transformers models come out of compiled calls, whenever asked for."""
+"""Hooks of transformers are traced: outputs asked for come out of compiled calls, embeddings need no mark."""
 
 from __future__ import annotations
 
@@ -103,3 +103,19 @@ class Unsupported(nn.Module):
 def test_another_reason_not_to_trace_is_still_an_error() -> None:
     with pytest.raises(UnsupportedGraph, match="one graph"):
         own(Unsupported())(torch.ones(2))
+
+
+def test_marked_embeddings_that_are_frozen_or_evaluated() -> None:
+    """What activation checkpointing hooks onto embeddings changes no gradient, and goes as it came."""
+    model: Any = llama()
+    model.get_input_embeddings().weight.requires_grad_(False)
+    compiled: Any = own(model)
+    for m in (model, compiled):
+        m.enable_input_require_grads()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled.eval()(**BATCH).loss, model.eval()(**BATCH).loss)
+    assert_same_gradients(compiled.train(), model.train(), BATCH, 1e-5)
+    plain = compiled._model
+    assert plain.get_input_embeddings()(IDS).requires_grad  # as long as no trace runs, the hook is what it was
+    compiled.disable_input_require_grads()
+    assert not plain.get_input_embeddings()(IDS).requires_grad
