@@ -97,12 +97,20 @@ def _turns(where: str, record: Mapping[str, Any], field: str, example: str) -> l
 
 
 def _chat(where: str, record: Mapping[str, Any], has_template: bool) -> Document:
-    return Chat(_turns(where, record, "messages", '{"role": "user", "content": "..."}'), record.get("tools"))
+    turns = _turns(where, record, "messages", '{"role": "user", "content": "..."}')
+    if all("from" in turn for turn in turns):
+        return _sharegpt(where, record, has_template, "messages")
+    for i, turn in enumerate(turns, start=1):
+        if "role" not in turn:
+            raise DataError(f'{where}: turn {i} of "messages" has the fields {", ".join(turn) or "none"}, and no role')
+        if "content" not in turn and "tool_calls" not in turn:
+            raise DataError(f'{where}: turn {i} of "messages", of role {turn["role"]}, has no content')
+    return Chat(turns, record.get("tools"))
 
 
-def _sharegpt(where: str, record: Mapping[str, Any], has_template: bool) -> Document:
+def _sharegpt(where: str, record: Mapping[str, Any], has_template: bool, field: str = "conversations") -> Document:
     messages = []
-    for turn in _turns(where, record, "conversations", '{"from": "human", "value": "..."}'):
+    for turn in _turns(where, record, field, '{"from": "human", "value": "..."}'):
         speaker, value = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
         if speaker not in ROLES:
             raise DataError(f'{where}: a turn is from {speaker!r}; "from" must be one of {", ".join(ROLES)}')

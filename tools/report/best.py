@@ -29,6 +29,13 @@ class Best:
             found = json.loads(note.read_text())
             self.loss, self.step = float(found["loss"]), int(found["step"])
 
+    def is_enough(self, step: int, every: int, patience: int) -> bool:
+        """Whether the last ``patience`` scores, one in each ``every`` steps, were no better than the best; 0 never is.
+
+        It follows from steps alone, so that a run that was killed ends where it would have ended.
+        """
+        return bool(patience) and step // every - self.step // every >= patience
+
     def offer(self, step: int, score: Score) -> bool:
         """Save the model if it is better than all before; says whether it was."""
         if not score.loss < self.loss:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,8 +11,7 @@ from chunkft_fx.machine.rates import Rates
 from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.plan.plan import Plan
 from chunkft_fx.tools.data.rows import Batch
-from chunkft_fx.tools.load import reasons, source
-from chunkft_fx.tools.models.tasks import CLASSES, call_options
+from chunkft_fx.tools.models.tasks import call_options
 from chunkft_fx.tools.training.options import TrainOptions
 
 # Of host memory, of which nothing is taken to plan: the plan says how much training needs.
@@ -39,18 +37,6 @@ def plan_of(
         compiled(**{n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in arguments.items()})
     assert compiled._training.optimizer is optimizer, "held until there is a plan, which is for its states"
     return compiled.plan
-
-
-def without_weights(model: str, dtype: torch.dtype, task: str, changes: dict[str, Any]) -> nn.Module:
-    """A model of a config whose weights are not read: memory that nothing writes to."""
-    import transformers
-
-    place, options = source(model)
-    with reasons(model), torch.device("meta"):
-        config = transformers.AutoConfig.from_pretrained(place, **options, **changes)
-        empty = getattr(transformers, CLASSES[task]).from_config(config, dtype=dtype)
-    made: nn.Module = empty.to_empty(device="cpu").train()
-    return made
 
 
 def times(plan: Plan, options: TrainOptions, row_length: int) -> list[str]:

@@ -44,12 +44,13 @@ class StepInfo:
 
 @dataclass(frozen=True)
 class TrainReport:
-    """A finished run: the loss of each step, wall-clock seconds, tokens seen, and the peak of memory."""
+    """A finished run: the loss of each step, seconds, tokens seen, the peak of memory, and the step it ended at."""
 
     losses: tuple[float, ...]
     seconds: float
     tokens: int
     peak_nbytes: int
+    ended: int = 0
 
 
 @saves_finished
@@ -67,6 +68,7 @@ def train(
     tokenizer: Any = None,
     keep: int = 2,
     stop: Callable[[], int | None] = lambda: None,
+    enough: Callable[[int], bool] = lambda _: False,
 ) -> TrainReport:
     """Train a compiled model on ``data``: rows, or sequences in memory (``i64[count, length]``).
 
@@ -74,7 +76,8 @@ def train(
     checkpoints, which have the ``tokenizer`` and of which the last ``keep`` stay; they are written while training goes
     on, and there when this returns. ``resume`` is a folder with one: the run then continues at its step, as if it had
     never stopped, after ``on_resume`` was told which. ``stop`` is asked after each step: given the number of a signal,
-    the run is saved in ``out`` and `Stopped` raised, unless that step was the last. Raises `OptionError` for a schedule
+    the run is saved in ``out`` and `Stopped` raised, unless that step was the last. ``enough`` is asked for a number of
+    steps that were done, scores among them, whether training ends there. Raises `OptionError` for a schedule
     that does not exist, `DataError` for too few sequences, `CheckpointMismatch` for a checkpoint of another run or a
     damaged one, `TrainingDiverged`, with the latest checkpoint as it was, for a loss or weights that are not finite
     numbers.
@@ -91,12 +94,14 @@ def train(
     first = 0 if resume is None else run.load(resume)
     if resume is not None:
         on_resume(first)
-    scored_every = options.eval_every or max(1, batches.in_epoch // options.accumulate)
+    scored_every = scoring_interval(options, rows)
     step_tokens = options.accumulate * options.batch_size * rows.length
     losses: list[float] = []
     model.train()
     begin = last = time.perf_counter()
     for step in range(first, options.steps):
+        if enough(step):
+            break
         loss = float(_backward(run, device))
         _require_finite(loss, step + 1)
         if step == first:
@@ -112,6 +117,7 @@ def train(
         is_last = step + 1 == options.steps
         if held_out is not None and ((step + 1) % scored_every == 0 or is_last):
             on_score(step + 1, evaluate(model, held_out, options.batch_size, options.task))
+            is_last = is_last or enough(step + 1)
         if out is not None and options.save_every and ((step + 1) % options.save_every == 0 or is_last):
             run.save(out, step + 1)
         signal = None if is_last else stop()
@@ -119,7 +125,14 @@ def train(
             raise _stopped(signal, run, out, step + 1)
         # scores and checkpoints are no part of a step's time
         last = time.perf_counter()
-    return TrainReport(tuple(losses), time.perf_counter() - begin, len(losses) * step_tokens, peak_nbytes(device))
+    seconds, done = time.perf_counter() - begin, len(losses)
+    return TrainReport(tuple(losses), seconds, done * step_tokens, peak_nbytes(device), first + done)
+
+
+def scoring_interval(options: TrainOptions, rows: Rows) -> int:
+    """Optimizer steps between scores: as the options say, or once an epoch."""
+    in_epoch = len(rows) // options.batch_size
+    return options.eval_every or max(1, in_epoch // options.accumulate)
 
 
 def _backward(run: Run, device: torch.device) -> Tensor:

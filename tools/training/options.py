@@ -15,12 +15,13 @@ from chunkft_fx.plan.schedule import ChunkSchedule, check_interval
 from chunkft_fx.plan.state_spec import MASTERS, STATE_DTYPES, UPDATES
 from chunkft_fx.planning.coverage.asked import check_coverage
 from chunkft_fx.planning.planner import BACKENDS
+from chunkft_fx.tools.changes.wanted import ModelChanges
 from chunkft_fx.tools.models.tasks import check_task
 from chunkft_fx.tools.setup.optimizers import check_optimizer, make_optimizer
 
 # The data order multiplies the seed, and torch's generators take 64 bits.
 MAX_SEED = 2**32 - 1
-_LEAST = {"steps": 1, "batch_size": 1, "accumulate": 1, "warmup": 0, "save_every": 0, "eval_every": 0}
+_LEAST = {"steps": 1, "batch_size": 1, "accumulate": 1, "warmup": 0, "save_every": 0, "eval_every": 0, "patience": 0}
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class TrainOptions:
     those of `chunkft_fx.AdamW`: when weights change, how float32 masters of bfloat16 weights are kept, and moments.
     ``optimizer`` is a name that `chunkft_fx.tools.setup.optimizers` knows, ``optimizer_options`` its own arguments.
     ``task`` is what the model is trained for. ``eval_every`` is in optimizer steps; 0 evaluates once an epoch.
+    ``patience`` is how many scores in a row may be no better than the best before training ends; 0 trains on.
+    ``changes`` are those of the model before it is trained.
     Raises `OptionError` for a value out of range.
     """
 
@@ -53,6 +56,8 @@ class TrainOptions:
     optimizer_options: Mapping[str, Any] = field(default_factory=dict)
     task: str = "causal"
     eval_every: int = 0
+    patience: int = 0
+    changes: ModelChanges = field(default_factory=ModelChanges)
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
@@ -102,7 +107,7 @@ class TrainOptions:
         """What must be the same when a run is resumed: all but when it ends and how often it saves."""
         kept = ("accumulate", "lr", "schedule", "warmup", "weight_decay", "max_grad_norm", "optimizer", "task")
         tables = {name: dict(getattr(self, name)) for name in ("schedule_options", "optimizer_options")}
-        return {name: getattr(self, name) for name in kept} | tables
+        return {name: getattr(self, name) for name in kept} | tables | self.changes.lasting()
 
 
 def at_least(name: str, value: int, least: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,11 +12,12 @@ import torch
 import typer
 
 import chunkft_fx
-from chunkft_fx.errors import CheckpointMismatch, OptionError
+from chunkft_fx.errors import CheckpointMismatch, ChunkFTWarning, OptionError
+from chunkft_fx.tools.changes.wanted import ModelChanges
 from chunkft_fx.tools.console import quiet, run_command
 from chunkft_fx.tools.data.store import Reading
 from chunkft_fx.tools.data.templates import check_template
-from chunkft_fx.tools.load import pick_device, pick_dtype
+from chunkft_fx.tools.load import CONFIG, pick_device, pick_dtype
 from chunkft_fx.tools.rates import parse_rates
 from chunkft_fx.tools.report import log
 from chunkft_fx.tools.setup.job import Job
@@ -34,7 +37,7 @@ from chunkft_fx.tools.training.options import (
 )
 
 AUTO, NEVER = "auto", "never"
-DATA, LEARN, PLAN, KEEP = "Data", "Learning", "Memory and speed", "Scores, logs and checkpoints"
+DATA, LEARN, MODEL, PLAN, KEEP = "Data", "Learning", "Model", "Memory and speed", "Scores, logs and checkpoints"
 
 
 def _first(context: typer.Context, value: str | None) -> str | None:
@@ -82,6 +85,9 @@ def command(
     eval: Annotated[list[str] | None, _option("Held-out data to score on; can be given several times.", KEEP)] = None,
     eval_split: Annotated[float, _option("The share of the data to hold out instead.", KEEP)] = 0.0,
     eval_every: Annotated[int, _option("Optimizer steps between scores; 0: once an epoch.", KEEP)] = 0,
+    patience: Annotated[
+        int, _option("End the run after so many scores in a row that are no better; 0 trains all steps.", KEEP)
+    ] = 0,
     steps: Annotated[int | None, _option("Optimizer steps, in place of --epochs.", LEARN)] = None,
     epochs: Annotated[float | None, _option("Passes over the data; 1 if neither is given.", LEARN)] = None,
     batch_size: Annotated[int, _option("Rows in a batch.", LEARN)] = 1,
@@ -96,6 +102,28 @@ def command(
     warmup: Annotated[int, _option("Optimizer steps in which the learning rate rises.", LEARN)] = 0,
     weight_decay: Annotated[float, _option("Decoupled weight decay.", LEARN)] = 0.01,
     max_grad_norm: Annotated[float, _option("Largest gradient norm of a chunk; 0 does not clip.", LEARN)] = 1.0,
+    label_smoothing: Annotated[
+        float, _option("The share of each target that all tokens have alike, such as 0.1.", LEARN)
+    ] = 0.0,
+    neftune_noise_alpha: Annotated[
+        float, _option("Noise on the embeddings while training, such as 5; 0 adds none.", LEARN)
+    ] = 0.0,
+    freeze: Annotated[
+        list[str] | None,
+        _option("Parameters to leave as they are, such as embed_tokens or layers.[0-7]; several times.", MODEL),
+    ] = None,
+    train_only: Annotated[
+        list[str] | None, _option("Parameters to train, all others stay; can be given several times.", MODEL)
+    ] = None,
+    add_tokens: Annotated[
+        list[str] | None, _option("A token to add to the tokenizer and the embeddings; several times.", MODEL)
+    ] = None,
+    add_special_tokens: Annotated[
+        list[str] | None, _option("The same, for tokens that are no text, such as <|call|>.", MODEL)
+    ] = None,
+    model_config: Annotated[
+        str, _option("Changes to the model's config, as a JSON object; saved with it.", MODEL)
+    ] = "{}",
     seed: Annotated[int, _option("Seed of data order, chunk order and dropout.", LEARN)] = 0,
     coverage: Annotated[
         str,
@@ -139,11 +167,20 @@ def command(
         raise OptionError('there is no model; give MODEL, or "model" in a .toml file')
     where = torch.device("cpu") if rates else pick_device(device)
     number = torch.bfloat16 if rates and dtype == "auto" else pick_dtype(dtype, where)
+    changes = ModelChanges(
+        tuple(freeze or ()), tuple(train_only or ()), tuple(add_tokens or ()), tuple(add_special_tokens or ()),
+        neftune_noise_alpha, label_smoothing, json_object(model_config),
+    )  # fmt: skip
     options = TrainOptions(
         max(1, warmup) if steps is None else steps, batch_size, accumulate, lr, schedule,
         json_object(schedule_options), warmup, weight_decay, max_grad_norm or None, seed, save_every, update, master,
-        state_dtype, optimizer, json_object(optimizer_options), task, eval_every,
+        state_dtype, optimizer, json_object(optimizer_options), task, eval_every, patience, changes,
     )  # fmt: skip
+    if epochs is not None and not (math.isfinite(epochs) and epochs > 0):
+        raise OptionError(f"epochs is {epochs}; it must be a number above 0")
+    for name, value in (("eval-every", eval_every), ("patience", patience)):
+        if value and not eval and not eval_split:
+            raise OptionError(f"{name} is {value}, but nothing is held out to score on; give --eval or --eval-split")
     count, turn = chunk_count(chunks), turn_steps(interval)
     check_compile_options(budget, order, turn, backend, coverage, count)
     at_least("keep", keep, 1)
@@ -168,6 +205,9 @@ def command(
         return
     folder = _resumed(resume, out)
     with claimed(out, model):
+        if folder is None and (out / CONFIG).exists():
+            told = f"--out {out} holds a model, which this run replaces when it ends"
+            warnings.warn(told, ChunkFTWarning, stacklevel=2)
         job.run(out, folder, keep, track or [], {k: v for k, v in context.params.items() if v is not None})
 
 
