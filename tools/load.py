@@ -51,14 +51,18 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def source(model: str) -> tuple[str, dict[str, str]]:
-    """What transformers' ``from_pretrained`` takes for a model: a folder or hub name, and the GGUF file in it."""
+    """What transformers' ``from_pretrained`` takes for a model: a folder or hub name, and the GGUF file in it.
+
+    Behind ``@`` a hub name has the branch, tag or commit that is taken.
+    """
     path = Path(model)
     if path.suffix != ".gguf":
         if not path.exists() and (path.is_absolute() or model.startswith((".", "~"))):
             raise OptionError(f"there is no model at {model}; give a folder, a hub name or a .gguf file")
         if path.is_dir() and not (path / CONFIG).exists():
             raise OptionError(f"the folder {model} holds no model: there is no {CONFIG} in it{_checkpoints(path)}")
-        return model, {}
+        name, _, revision = model.partition("@")
+        return (name, {"revision": revision}) if revision and not path.exists() else (model, {})
     if not path.is_file():
         raise OptionError(f"there is no GGUF file at {model}")
     return str(path.parent), {"gguf_file": path.name}
@@ -87,17 +91,17 @@ def load_config(model: str, changes: Mapping[str, Any] = MappingProxyType({})) -
     import transformers
 
     place, options = source(model)
-    if options:
+    if "gguf_file" in options:
         return None
     with reasons(model):
-        config = transformers.AutoConfig.from_pretrained(place)
+        config = transformers.AutoConfig.from_pretrained(place, **options)
     for name in changes:
         if not hasattr(config, name):
             near = difflib.get_close_matches(name, config.to_dict(), 1)
             hint = f"; did you mean {near[0]}?" if near else f", whose config is a {type(config).__name__}"
             raise OptionError(f"model-config has {name}, which model {model!r} has not{hint}")
     with reasons(model):
-        return transformers.AutoConfig.from_pretrained(place, **changes) if changes else config
+        return transformers.AutoConfig.from_pretrained(place, **options, **changes) if changes else config
 
 
 def check_config(

@@ -158,7 +158,7 @@ def test_a_folder_of_other_splits_and_a_broken_table_are_named(tmp_path: Path) -
 def test_a_name_with_an_owner_is_a_data_set_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def load(name: str, **options: Any) -> list[Any]:
+    def load(name: str, subset: str | None = None, **options: Any) -> list[Any]:
         asked.append((name, options["split"], options["streaming"]))
         return [RECORD]
 

@@ -113,7 +113,12 @@ def test_the_same_command_goes_on_from_a_checkpoint_by_itself(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning_rat = 1", "has the key learning_rat, which train does not have; known are accumulate, backend"),
+        (
+            "learning_rat = 1",
+            "has the key learning_rat, which train does not have; known are accumulate, add-special-tokens",
+        ),
+        ("learning_rate = 1", "has the key learning_rate, which train does not have; did you mean lr?"),
+        ("num_train_epochs = 1", "did you mean epochs?"),
         ("batch_sise = 1", "has the key batch_sise, which train does not have; did you mean batch-size?"),
         ("lr = [1, 2]", "lr has a list, and takes one value"),
         ("lr = ", "is not TOML"),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from chunkft_fx.errors import DataError
+from chunkft_fx.errors import DataError, OptionError
 from chunkft_fx.tools.data.records import Part
 
 # The fields by which each format is known; the first that a record has decides.
@@ -20,6 +20,8 @@ ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
     "bot": "assistant", "model": "assistant", "system": "system", "tool": "tool", "observation": "tool",
 }  # fmt: skip
+# What a field can be called otherwise in a data set: those above, and what goes with them.
+FIELDS = ("text", *(name for names in FORMATS.values() for name in names), "input", "system", "tools")
 # What Alpaca's own prompts say, for tokenizers without a chat template.
 ALPACA = (
     "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the "
@@ -73,6 +75,34 @@ def document(where: str, record: Any, field: str = "text", has_template: bool = 
     return {"chat": _chat, "sharegpt": _sharegpt, "alpaca": _alpaca, "prompt-completion": _reply}[kind](
         where, record, has_template
     )
+
+
+def renamed(record: Any, columns: Mapping[str, str]) -> Any:
+    """A record whose fields have the names of ``FIELDS``; ``columns`` says what the data calls them."""
+    if not isinstance(record, Mapping):
+        return record
+    found = {name: record[own] for name, own in columns.items() if own in record}
+    return {name: value for name, value in record.items() if name not in columns.values()} | found
+
+
+def check_columns(columns: Mapping[str, Any]) -> None:
+    """Raise `OptionError` for other names of fields that no format has."""
+    for name, own in columns.items():
+        if name not in FIELDS:
+            raise OptionError(f"columns has {name}, which no format has; known are {', '.join(FIELDS)}")
+        if not isinstance(own, str):
+            raise OptionError(f"columns has {own!r} for {name}; give the name of a field")
+
+
+def adjusted(chat: Chat, system: str, last_turn: bool) -> Chat:
+    """A conversation that begins with a system message, and of which all turns or the last are learned."""
+    first = chat.first
+    if system and chat.messages[0].get("role") != "system":
+        chat = replace(chat, messages=[{"role": "system", "content": system}, *chat.messages], first=first + 1)
+    if not last_turn:
+        return chat
+    turns = [i for i, message in enumerate(chat.messages) if message.get("role") == "assistant"]
+    return replace(chat, first=max([chat.first, *turns[-1:]]))
 
 
 def _known(field: str) -> str:

@@ -44,8 +44,9 @@ def check_template(given: str) -> None:
 def rendered(where: str, chat: Chat, tokenizer: Any) -> tuple[str, list[Span], int]:
     """A conversation as text, the places in it that the assistant wrote, and how many of its turns have no place.
 
-    A turn of the assistant is what the template adds behind its own prompt for it. A turn has no place where the
-    template writes it in another way once others follow, as some do with turns that hold thoughts.
+    A turn of the assistant is what the template adds behind its own prompt for it; one with a ``weight`` of 0 is left
+    out, as in OpenAI's format. A turn has no place where the template writes it in another way once others follow, as
+    some do with turns that hold thoughts.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         raise DataError(
@@ -55,7 +56,7 @@ def rendered(where: str, chat: Chat, tokenizer: Any) -> tuple[str, list[Span], i
     spans: list[Span] = []
     lost = 0
     for i, message in enumerate(chat.messages):
-        if message.get("role") != "assistant" or i < chat.first:
+        if message.get("role") != "assistant" or i < chat.first or message.get("weight") == 0:
             continue
         before = _render(where, chat, i, tokenizer, False) if i else ""
         prompted = _render(where, chat, i, tokenizer, True) if i else ""

@@ -31,7 +31,10 @@ from chunkft_fx.tools.training.signals import Stopped
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What there is to say after an optimizer step: ``chunk`` is the one that was updated, ``lr`` the rate used."""
+    """What there is to say after an optimizer step: ``chunk`` is the one that was updated, ``lr`` the rate used.
+
+    ``grad_norm`` is the norm before clipping, where there is clipping.
+    """
 
     step: int
     loss: float
@@ -40,6 +43,7 @@ class StepInfo:
     tokens_per_s: float
     peak_nbytes: int
     epoch: float = 0.0
+    grad_norm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,8 @@ def train(
         _advance(scheduler, loss)
         now = time.perf_counter()
         rate, epoch = step_tokens / (now - last), batches.position / batches.in_epoch
-        on_step(StepInfo(step + 1, loss, chunk, float(optimizer.last_rates[0]), rate, peak_nbytes(device), epoch))
+        norm = None if optimizer.last_grad_norm is None else float(optimizer.last_grad_norm)
+        on_step(StepInfo(step + 1, loss, chunk, float(optimizer.last_rates[0]), rate, peak_nbytes(device), epoch, norm))
         is_last = step + 1 == options.steps
         if held_out is not None and ((step + 1) % scored_every == 0 or is_last):
             on_score(step + 1, evaluate(model, held_out, options.batch_size, options.task))
@@ -198,7 +203,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, options: TrainOptions) -> A
         return get_scheduler(
             options.schedule,
             optimizer,
-            num_warmup_steps=options.warmup,
+            num_warmup_steps=options.warmup_steps,
             num_training_steps=options.steps,
             scheduler_specific_kwargs=dict(options.schedule_options),
         )

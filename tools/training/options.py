@@ -21,16 +21,17 @@ from chunkft_fx.tools.setup.optimizers import check_optimizer, make_optimizer
 
 # The data order multiplies the seed, and torch's generators take 64 bits.
 MAX_SEED = 2**32 - 1
-_LEAST = {"steps": 1, "batch_size": 1, "accumulate": 1, "warmup": 0, "save_every": 0, "eval_every": 0, "patience": 0}
+_LEAST = {"steps": 1, "batch_size": 1, "accumulate": 1, "save_every": 0, "eval_every": 0, "patience": 0}
 
 
 @dataclass(frozen=True)
 class TrainOptions:
     """What a run does; ``steps`` counts optimizer steps, each over ``accumulate`` batches of ``batch_size``.
 
-    ``schedule`` is a name that ``transformers.get_scheduler`` knows, ``schedule_options`` its own arguments.
-    ``save_every`` is in optimizer steps; 0 writes no checkpoints. ``update``, ``master`` and ``state_dtype`` are
-    those of `chunkft_fx.AdamW`: when weights change, how float32 masters of bfloat16 weights are kept, and moments.
+    ``schedule`` is a name that ``transformers.get_scheduler`` knows, ``schedule_options`` its own arguments; ``warmup``
+    is in optimizer steps, or below 1 a share of them. ``save_every`` is in optimizer steps; 0 writes no checkpoints.
+    ``update``, ``master`` and ``state_dtype`` are those of `chunkft_fx.AdamW`: when weights change, how float32 masters
+    of bfloat16 weights are kept, and moments.
     ``optimizer`` is a name that `chunkft_fx.tools.setup.optimizers` knows, ``optimizer_options`` its own arguments.
     ``task`` is what the model is trained for. ``eval_every`` is in optimizer steps; 0 evaluates once an epoch.
     ``patience`` is how many scores in a row may be no better than the best before training ends; 0 trains on.
@@ -44,7 +45,7 @@ class TrainOptions:
     lr: float = 1e-5
     schedule: str = "cosine"
     schedule_options: Mapping[str, Any] = field(default_factory=dict)
-    warmup: int = 0
+    warmup: float = 0
     weight_decay: float = 0.01
     max_grad_norm: float | None = 1.0
     seed: int = 0
@@ -70,6 +71,8 @@ class TrainOptions:
                 raise OptionError(f"{name.replace('_', '-')} is {value}; it must be a finite number, 0 or more")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise OptionError(f"max-grad-norm is {self.max_grad_norm}; it must be above 0, or 0 to not clip")
+        if not (math.isfinite(self.warmup) and self.warmup >= 0) or (self.warmup > 1 and self.warmup % 1):
+            raise OptionError(f"warmup is {self.warmup}; it must be 0 or more steps, or a share of all steps below 1")
         if self.warmup > self.steps:
             raise OptionError(f"warmup is {self.warmup}, more than all {self.steps} steps: lr would never be reached")
         for name, known in {"update": UPDATES, "master": MASTERS, "state_dtype": STATE_DTYPES}.items():
@@ -83,6 +86,11 @@ class TrainOptions:
             )
         if not 0 <= self.seed <= MAX_SEED:
             raise OptionError(f"seed is {self.seed}; it must be from 0 to {MAX_SEED}")
+
+    @property
+    def warmup_steps(self) -> int:
+        """The steps in which the rate rises; below 1 ``warmup`` is a share of all steps."""
+        return math.ceil(self.warmup * self.steps) if self.warmup < 1 else int(self.warmup)
 
     @property
     def formats(self) -> dict[str, str]:

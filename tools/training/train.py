@@ -76,6 +76,11 @@ def command(
     task: Annotated[str, _option("causal, masked or classification.", LEARN)] = "causal",
     field: Annotated[str, _option("The field of a record that holds plain text.", DATA)] = "text",
     label_field: Annotated[str, _option("The field that holds the label, for classification.", DATA)] = "label",
+    columns: Annotated[
+        str, _option('Other names of fields, as a JSON object: {"prompt": "question", "completion": "answer"}.', DATA)
+    ] = "{}",
+    system: Annotated[str, _option("What conversations begin with that have no system message.", DATA)] = "",
+    last_turn: Annotated[bool, _option("Of a conversation learn the assistant's last turn alone.", DATA)] = False,
     train_on_prompts: Annotated[bool, _option("Learn prompts too, not replies alone.", DATA)] = False,
     chat_template: Annotated[
         str, _option("A file with a Jinja template, or zephyr; the tokenizer's own if not given.", DATA)
@@ -99,7 +104,9 @@ def command(
     lr: Annotated[float, _option("Peak learning rate.", LEARN)] = 1e-5,
     schedule: Annotated[str, _option("A schedule of transformers.get_scheduler.", LEARN)] = "cosine",
     schedule_options: Annotated[str, _option("The schedule's own arguments, as a JSON object.", LEARN)] = "{}",
-    warmup: Annotated[int, _option("Optimizer steps in which the learning rate rises.", LEARN)] = 0,
+    warmup: Annotated[
+        float, _option("Optimizer steps in which the learning rate rises; below 1 a share of all.", LEARN)
+    ] = 0,
     weight_decay: Annotated[float, _option("Decoupled weight decay.", LEARN)] = 0.01,
     max_grad_norm: Annotated[float, _option("Largest gradient norm of a chunk; 0 does not clip.", LEARN)] = 1.0,
     label_smoothing: Annotated[
@@ -151,7 +158,8 @@ def command(
         str, _option("auto goes on from a checkpoint in --out, never does not, or the --out folder of a run.", KEEP)
     ] = AUTO,
     track: Annotated[
-        list[str] | None, _option("tensorboard or wandb, beside log.jsonl; can be given twice.", KEEP)
+        list[str] | None,
+        _option("tensorboard, wandb, mlflow, ..., beside log.jsonl; can be given several times.", KEEP),
     ] = None,
     dry_run: Annotated[bool, _option("Show the data, the plan, steps and hours, and train nothing.", KEEP)] = False,
     rates: Annotated[
@@ -172,9 +180,10 @@ def command(
         neftune_noise_alpha, label_smoothing, json_object(model_config),
     )  # fmt: skip
     options = TrainOptions(
-        max(1, warmup) if steps is None else steps, batch_size, accumulate, lr, schedule,
-        json_object(schedule_options), warmup, weight_decay, max_grad_norm or None, seed, save_every, update, master,
-        state_dtype, optimizer, json_object(optimizer_options), task, eval_every, patience, changes,
+        max(1, math.ceil(warmup)) if steps is None else steps, batch_size, accumulate, lr, schedule,
+        json_object(schedule_options), warmup if warmup % 1 else int(warmup), weight_decay, max_grad_norm or None,
+        seed, save_every, update, master, state_dtype, optimizer, json_object(optimizer_options), task, eval_every,
+        patience, changes,
     )  # fmt: skip
     if epochs is not None and not (math.isfinite(epochs) and epochs > 0):
         raise OptionError(f"epochs is {epochs}; it must be a number above 0")
@@ -192,7 +201,10 @@ def command(
     known = parse_rates(rates, str(number).removeprefix("torch.")) if rates else None
     if rates and not dry_run:
         raise OptionError("--rates are of another machine, which cannot train here; give --dry-run with them")
-    reading = Reading(seq_len, field, train_on_prompts, label_field if task == "classification" else "")
+    reading = Reading(
+        seq_len, field, train_on_prompts, label_field if task == "classification" else "", json_object(columns), system,
+        last_turn,
+    )  # fmt: skip
     sources = data or context.lookup_default("data") or []
     chosen = DataOptions(tuple(sources), reading, packing, tuple(eval or ()), eval_split)
     compiling = partial(
