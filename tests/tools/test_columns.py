@@ -11,12 +11,16 @@ import pytest
 import torch
 import transformers
 
-from chunkft_fx.errors import DataError, OptionError
+from chunkft_fx.errors import CheckpointMismatch, DataError, OptionError
+from chunkft_fx.tools.changes.vocabulary import add_tokens
 from chunkft_fx.tools.data.formats import Chat, adjusted
 from chunkft_fx.tools.data.records import Source, located, records
+from chunkft_fx.tools.data.rows import Sequences
 from chunkft_fx.tools.data.store import Reading, stored
+from chunkft_fx.tools.data.templates import set_template
 from chunkft_fx.tools.load import load_tokenizer, source
 from chunkft_fx.tools.report.log import TRACKERS
+from chunkft_fx.tools.training.data import Batches
 from chunkft_fx.tools.training.loop import make_scheduler, train
 from chunkft_fx.tools.training.options import TrainOptions
 from tests.support.tiny_text import TEMPLATE, character_tokenizer, tiny_folder
@@ -128,7 +132,7 @@ def test_a_changed_split_of_a_folder_is_read_anew(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("warmup", "steps"), [(0.25, 2), (2, 2), (0.3, 3), (0, 0), (1, 1)])
 def test_a_warm_up_can_be_a_share(warmup: float, steps: int) -> None:
     options = TrainOptions(8, warmup=warmup)
-    assert options.warmup_steps == steps
+    assert options.counted(options.warmup) == steps
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=options.lr)
     scheduler, rates = make_scheduler(optimizer, options), []
     for _ in range(8):
@@ -138,10 +142,44 @@ def test_a_warm_up_can_be_a_share(warmup: float, steps: int) -> None:
     assert rates.index(max(rates)) == steps
 
 
-@pytest.mark.parametrize("warmup", [-0.1, 1.5, float("nan"), float("inf")])
-def test_a_warm_up_that_is_neither_steps_nor_a_share_is_refused(warmup: float) -> None:
-    with pytest.raises(OptionError, match=f"warmup is {warmup}"):
-        TrainOptions(8, warmup=warmup)
+@pytest.mark.parametrize("name", ["warmup", "save_every", "eval_every"])
+@pytest.mark.parametrize("value", [-0.1, 1.5, float("nan"), float("inf")])
+def test_what_is_neither_steps_nor_a_share_is_refused(name: str, value: float) -> None:
+    with pytest.raises(OptionError, match=f"{name.replace('_', '-')} is {value}"):
+        TrainOptions(8, **{name: value})  # type: ignore[arg-type]
+
+
+def test_rows_are_taken_as_they_stand_if_asked() -> None:
+    rows = Sequences(torch.arange(12).reshape(6, 2))
+
+    def dealt(batches: Batches, count: int) -> list[int]:
+        return [int(next(batches)["input_ids"][0, 0]) // 2 for _ in range(count)]
+
+    batches = Batches(rows, 1, 0, shuffled=False)
+    assert dealt(batches, 8) == [0, 1, 2, 3, 4, 5, 0, 1]
+    resumed = Batches(rows, 1, 0, shuffled=False)
+    resumed.load_state_dict(batches.state_dict())
+    assert dealt(resumed, 2) == [2, 3]
+    with pytest.raises(CheckpointMismatch, match=r"shuffled False \(now True\)"):
+        Batches(rows, 1, 0).load_state_dict(batches.state_dict())
+    old = {name: value for name, value in Batches(rows, 1, 0).state_dict().items() if name != "shuffled"}
+    Batches(rows, 1, 0).load_state_dict(old)  # of before there was a choice
+
+
+def test_chatml_asks_for_its_marks_and_learns_what_the_assistant_says() -> None:
+    tokenizer = character_tokenizer()
+    with pytest.raises(OptionError, match=r"--add-special-tokens '<\|im_start\|>' --add-special-tokens '<\|im_end\|>'"):
+        set_template(tokenizer, "chatml")
+    add_tokens(tokenizer, [], ["<|im_start|>", "<|im_end|>"])
+    set_template(tokenizer, "chatml")
+    begin = "_" * len("*user\nhi*\n*assistant\n")  # a mark is one token
+    assert learned({"messages": [USER, REPLY]}, tokenizer) == (f"{begin}ho<|im_end|>\n</s>", 0)
+
+
+def test_a_file_that_is_given_twice_counts_twice(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "ab"}')
+    assert len(stored([str(path), str(path)], character_tokenizer(), Reading(8))) == 2
 
 
 def test_the_norm_of_gradients_is_told_where_there_is_one() -> None:

@@ -9,11 +9,14 @@ from typing import Any
 from chunkft_fx.errors import DataError, OptionError
 from chunkft_fx.tools.data.formats import Chat
 
-# For tokenizers without one: Zephyr's, which needs no tokens but the end of text.
+# For tokenizers without one: Zephyr's, which needs no tokens but the end of text, and ChatML, which has two of its own.
 BUILT_IN = {
+    "chatml": "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + "
+    "'<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
     "zephyr": "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + "
-    "'\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+    "'\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}",
 }
+MARKS = {"chatml": ("<|im_start|>", "<|im_end|>")}
 
 Span = tuple[int, int]
 
@@ -23,6 +26,12 @@ def set_template(tokenizer: Any, given: str) -> None:
     if not given:
         return
     if given in BUILT_IN:
+        marks = [mark for mark in MARKS.get(given, ()) if mark not in tokenizer.get_vocab()]
+        if marks:
+            named = " ".join(f"--add-special-tokens '{mark}'" for mark in marks)
+            raise OptionError(
+                f"chat-template {given} has marks that the tokenizer does not know as tokens; give {named}"
+            )
         if tokenizer.eos_token is None:
             raise OptionError(
                 f"chat-template {given} ends each turn with an end-of-text token, and the tokenizer has none"

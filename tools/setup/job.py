@@ -74,7 +74,7 @@ class Job:
     def show(self, rates: Rates | None) -> None:
         """Print the data's first row, the plan and what the run would take."""
         tokenizer, data, options, changes = self.prepared()
-        first = Batches(data.rows, options.batch_size, options.seed)
+        first = Batches(data.rows, options.batch_size, options.seed, options.shuffle)
         _print(*data.lines, "the first row (+ is learned, - is not):", *describe(next(first), tokenizer))
         plain = self.built(tokenizer, data, changes, has_weights=rates is None)
         plan = dry_run.plan_of(self.compiling, plain, next(first), options, rates)

@@ -93,12 +93,12 @@ def train(
     torch.manual_seed(options.seed)
     optimizer = options.make_optimizer(model)
     scheduler = make_scheduler(optimizer, options)
-    batches = Batches(rows, options.batch_size, options.seed)
+    batches = Batches(rows, options.batch_size, options.seed, options.shuffle)
     run = Run(model, optimizer, scheduler, batches, options, tokenizer, keep)
     first = 0 if resume is None else run.load(resume)
     if resume is not None:
         on_resume(first)
-    scored_every = scoring_interval(options, rows)
+    scored_every, saved_every = scoring_interval(options, rows), options.counted(options.save_every)
     step_tokens = options.accumulate * options.batch_size * rows.length
     losses: list[float] = []
     model.train()
@@ -123,7 +123,7 @@ def train(
         if held_out is not None and ((step + 1) % scored_every == 0 or is_last):
             on_score(step + 1, evaluate(model, held_out, options.batch_size, options.task))
             is_last = is_last or enough(step + 1)
-        if out is not None and options.save_every and ((step + 1) % options.save_every == 0 or is_last):
+        if out is not None and saved_every and ((step + 1) % saved_every == 0 or is_last):
             run.save(out, step + 1)
         signal = None if is_last else stop()
         if signal is not None:
@@ -137,7 +137,7 @@ def train(
 def scoring_interval(options: TrainOptions, rows: Rows) -> int:
     """Optimizer steps between scores: as the options say, or once an epoch."""
     in_epoch = len(rows) // options.batch_size
-    return options.eval_every or max(1, in_epoch // options.accumulate)
+    return options.counted(options.eval_every) or max(1, in_epoch // options.accumulate)
 
 
 def _backward(run: Run, device: torch.device) -> Tensor:
@@ -203,7 +203,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, options: TrainOptions) -> A
         return get_scheduler(
             options.schedule,
             optimizer,
-            num_warmup_steps=options.warmup_steps,
+            num_warmup_steps=options.counted(options.warmup),
             num_training_steps=options.steps,
             scheduler_specific_kwargs=dict(options.schedule_options),
         )

@@ -21,19 +21,21 @@ from chunkft_fx.tools.setup.optimizers import check_optimizer, make_optimizer
 
 # The data order multiplies the seed, and torch's generators take 64 bits.
 MAX_SEED = 2**32 - 1
-_LEAST = {"steps": 1, "batch_size": 1, "accumulate": 1, "save_every": 0, "eval_every": 0, "patience": 0}
+_LEAST = {"steps": 1, "batch_size": 1, "accumulate": 1, "patience": 0}
+# Counts of steps, or below 1 shares of all.
+_SHARES = ("warmup", "save_every", "eval_every")
 
 
 @dataclass(frozen=True)
 class TrainOptions:
     """What a run does; ``steps`` counts optimizer steps, each over ``accumulate`` batches of ``batch_size``.
 
-    ``schedule`` is a name that ``transformers.get_scheduler`` knows, ``schedule_options`` its own arguments; ``warmup``
-    is in optimizer steps, or below 1 a share of them. ``save_every`` is in optimizer steps; 0 writes no checkpoints.
-    ``update``, ``master`` and ``state_dtype`` are those of `chunkft_fx.AdamW`: when weights change, how float32 masters
-    of bfloat16 weights are kept, and moments.
+    ``schedule`` is a name that ``transformers.get_scheduler`` knows, ``schedule_options`` its own arguments.
+    ``warmup``, ``save_every`` (0 writes no checkpoints) and ``eval_every`` (0 scores once an epoch) are in optimizer
+    steps, or below 1 shares of all (`counted`). ``update``, ``master`` and ``state_dtype`` are those of
+    `chunkft_fx.AdamW`: when weights change, how float32 masters of bfloat16 weights are kept, and moments.
     ``optimizer`` is a name that `chunkft_fx.tools.setup.optimizers` knows, ``optimizer_options`` its own arguments.
-    ``task`` is what the model is trained for. ``eval_every`` is in optimizer steps; 0 evaluates once an epoch.
+    ``task`` is what the model is trained for. Without ``shuffle`` each epoch has the rows in the order of the data.
     ``patience`` is how many scores in a row may be no better than the best before training ends; 0 trains on.
     ``changes`` are those of the model before it is trained.
     Raises `OptionError` for a value out of range.
@@ -49,14 +51,15 @@ class TrainOptions:
     weight_decay: float = 0.01
     max_grad_norm: float | None = 1.0
     seed: int = 0
-    save_every: int = 0
+    save_every: float = 0
     update: str = "step"
     master: str = "float32"
     state_dtype: str = "float32"
     optimizer: str = "adamw"
     optimizer_options: Mapping[str, Any] = field(default_factory=dict)
     task: str = "causal"
-    eval_every: int = 0
+    eval_every: float = 0
+    shuffle: bool = True
     patience: int = 0
     changes: ModelChanges = field(default_factory=ModelChanges)
 
@@ -71,8 +74,12 @@ class TrainOptions:
                 raise OptionError(f"{name.replace('_', '-')} is {value}; it must be a finite number, 0 or more")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise OptionError(f"max-grad-norm is {self.max_grad_norm}; it must be above 0, or 0 to not clip")
-        if not (math.isfinite(self.warmup) and self.warmup >= 0) or (self.warmup > 1 and self.warmup % 1):
-            raise OptionError(f"warmup is {self.warmup}; it must be 0 or more steps, or a share of all steps below 1")
+        for name in _SHARES:
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0) or (value > 1 and value % 1):
+                raise OptionError(
+                    f"{name.replace('_', '-')} is {value}; it must be 0 or more steps, or a share of all steps below 1"
+                )
         if self.warmup > self.steps:
             raise OptionError(f"warmup is {self.warmup}, more than all {self.steps} steps: lr would never be reached")
         for name, known in {"update": UPDATES, "master": MASTERS, "state_dtype": STATE_DTYPES}.items():
@@ -87,10 +94,9 @@ class TrainOptions:
         if not 0 <= self.seed <= MAX_SEED:
             raise OptionError(f"seed is {self.seed}; it must be from 0 to {MAX_SEED}")
 
-    @property
-    def warmup_steps(self) -> int:
-        """The steps in which the rate rises; below 1 ``warmup`` is a share of all steps."""
-        return math.ceil(self.warmup * self.steps) if self.warmup < 1 else int(self.warmup)
+    def counted(self, given: float) -> int:
+        """Optimizer steps that are given as a number, or below 1 as a share of all."""
+        return math.ceil(given * self.steps) if given < 1 else int(given)
 
     @property
     def formats(self) -> dict[str, str]:

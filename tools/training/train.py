@@ -83,13 +83,16 @@ def command(
     last_turn: Annotated[bool, _option("Of a conversation learn the assistant's last turn alone.", DATA)] = False,
     train_on_prompts: Annotated[bool, _option("Learn prompts too, not replies alone.", DATA)] = False,
     chat_template: Annotated[
-        str, _option("A file with a Jinja template, or zephyr; the tokenizer's own if not given.", DATA)
+        str, _option("A file with a Jinja template, zephyr or chatml; the tokenizer's own if not given.", DATA)
     ] = "",
     packing: Annotated[bool, _option("Put several documents in a row, or pad a row for each.", DATA)] = True,
+    shuffle: Annotated[bool, _option("Shuffle the rows in each epoch, or take them as they stand.", DATA)] = True,
     seq_len: Annotated[int, _option("Tokens in a row.", DATA)] = 512,
     eval: Annotated[list[str] | None, _option("Held-out data to score on; can be given several times.", KEEP)] = None,
     eval_split: Annotated[float, _option("The share of the data to hold out instead.", KEEP)] = 0.0,
-    eval_every: Annotated[int, _option("Optimizer steps between scores; 0: once an epoch.", KEEP)] = 0,
+    eval_every: Annotated[
+        float, _option("Optimizer steps between scores, below 1 a share of all; 0: once an epoch.", KEEP)
+    ] = 0,
     patience: Annotated[
         int, _option("End the run after so many scores in a row that are no better; 0 trains all steps.", KEEP)
     ] = 0,
@@ -152,7 +155,9 @@ def command(
     dtype: Annotated[str, _option("auto, float32 or bfloat16.", PLAN)] = "auto",
     device: Annotated[str, _option("auto, cpu or cuda.", PLAN)] = "auto",
     backend: Annotated[str, _option("inductor compiles the graphs, eager runs them as they are.", PLAN)] = "inductor",
-    save_every: Annotated[int, _option("Optimizer steps between checkpoints; 0 writes none.", KEEP)] = 0,
+    save_every: Annotated[
+        float, _option("Optimizer steps between checkpoints, below 1 a share of all; 0 writes none.", KEEP)
+    ] = 0,
     keep: Annotated[int, _option("How many of the last checkpoints stay.", KEEP)] = 2,
     resume: Annotated[
         str, _option("auto goes on from a checkpoint in --out, never does not, or the --out folder of a run.", KEEP)
@@ -183,13 +188,13 @@ def command(
         max(1, math.ceil(warmup)) if steps is None else steps, batch_size, accumulate, lr, schedule,
         json_object(schedule_options), warmup if warmup % 1 else int(warmup), weight_decay, max_grad_norm or None,
         seed, save_every, update, master, state_dtype, optimizer, json_object(optimizer_options), task, eval_every,
-        patience, changes,
+        shuffle, patience, changes,
     )  # fmt: skip
     if epochs is not None and not (math.isfinite(epochs) and epochs > 0):
         raise OptionError(f"epochs is {epochs}; it must be a number above 0")
     for name, value in (("eval-every", eval_every), ("patience", patience)):
         if value and not eval and not eval_split:
-            raise OptionError(f"{name} is {value}, but nothing is held out to score on; give --eval or --eval-split")
+            raise OptionError(f"{name} is {value:g}, but nothing is held out to score on; give --eval or --eval-split")
     count, turn = chunk_count(chunks), turn_steps(interval)
     check_compile_options(budget, order, turn, backend, coverage, count)
     at_least("keep", keep, 1)
