@@ -32,6 +32,22 @@ def test_patience_counts_scores_behind_the_best(
     assert (found.index(True) + 1 if True in found else None) == ended
 
 
+def test_a_run_that_goes_on_from_elsewhere_counts_from_there(tmp_path: Path) -> None:
+    best = Best(tmp_path, None, character_tokenizer())
+    best.resume(100)
+    assert [best.is_enough(step, 10, 2) for step in (100, 110, 120)] == [False, False, True]
+
+
+def test_a_dry_run_says_how_often_is_scored_and_when_it_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, data = tiny_folder(tmp_path / "model"), tmp_path / "a.txt"
+    data.write_text("abcdefgh" * 40)
+    arguments = ["train", str(folder), str(data), *EAGER, "--seq-len", "32", "--out", str(tmp_path), "--dry-run"]
+    chunkft(*arguments, "--eval-split", "0.2", "--eval-every", "0.25", "--steps", "8", "--patience", "3")
+    assert "scored every 2 steps, and ended behind 3 that are no better" in capsys.readouterr().out
+
+
 def test_a_run_ends_early_also_when_it_is_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, data, other = tiny_folder(tmp_path / "model"), tmp_path / "a.txt", tmp_path / "b.txt"
     data.write_text("abcdefgh" * 40)

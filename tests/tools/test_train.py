@@ -249,12 +249,12 @@ def test_the_best_model_stays_until_a_better_one_comes(tmp_path: Path) -> None:
     assert not best.offer(2, Score(2.0))
     assert not best.offer(3, Score(float("nan")))
     again = Best(tmp_path, model, character_tokenizer())
-    again.resume()
+    again.resume(2)
     assert (again.step, again.loss) == (1, 2.0)
     assert again.offer(4, Score(1.5))
     (tmp_path / "best" / "config.json").unlink()  # as a run that was killed while it saved leaves it
     damaged = Best(tmp_path, model, character_tokenizer())
-    damaged.resume()
+    damaged.resume(4)
     assert damaged.offer(5, Score(9.0))
 
 

@@ -58,6 +58,8 @@ class ModelChanges:
         lines = freeze(model, self.freeze, self.train_only)
         if self.neftune_noise_alpha:
             add_noise(model, self.neftune_noise_alpha)
+            lines.append(f"embeddings have noise of alpha {self.neftune_noise_alpha:g} while they are trained")
         if self.label_smoothing:
             smooth_labels(model, self.label_smoothing, task, can_run)
+            lines.append(f"labels are smoothed by {self.label_smoothing:g}, but in scores")
         return lines

@@ -22,8 +22,9 @@ class Best:
         self.folder, self.model, self.tokenizer = out / FOLDER, model, tokenizer
         self.loss, self.step = math.inf, 0
 
-    def resume(self) -> None:
-        """Take up the score of the model that is there, if it is whole."""
+    def resume(self, step: int) -> None:
+        """Take up the score of the model that is there, if it is whole; else scores count from this step on."""
+        self.step = step
         note = self.folder / NOTE
         if note.exists() and (self.folder / "config.json").exists():
             found = json.loads(note.read_text())

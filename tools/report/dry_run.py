@@ -39,12 +39,15 @@ def plan_of(
     return compiled.plan
 
 
-def times(plan: Plan, options: TrainOptions, row_length: int) -> list[str]:
-    """What a run takes, as far as it is known."""
+def times(plan: Plan, options: TrainOptions, row_length: int, scored_every: int | None = None) -> list[str]:
+    """What a run takes, as far as it is known; ``scored_every`` so many steps, if anything is held out."""
     tokens = options.steps * options.accumulate * options.batch_size * row_length
     fewest, most = plan.updates_in(options.steps)
     updates = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
     lines = [f"{options.steps:,} steps over {tokens:,} tokens update each weight {updates} times"]
+    if scored_every is not None:
+        early = f", and ended behind {options.patience} that are no better" if options.patience else ""
+        lines.append(f"scored every {scored_every:,} steps{early}")
     if plan.predicted_step_us is None:
         return [*lines, "hours are not known: no rates of this machine are; plan for a GPU with --rates"]
     hours = options.steps * options.accumulate * plan.predicted_step_us / HOUR_US

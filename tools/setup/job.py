@@ -78,7 +78,8 @@ class Job:
         _print(*data.lines, "the first row (+ is learned, - is not):", *describe(next(first), tokenizer))
         plain = self.built(tokenizer, data, changes, has_weights=rates is None)
         plan = dry_run.plan_of(self.compiling, plain, next(first), options, rates)
-        _print(str(plan), *dry_run.times(plan, options, data.rows.length))
+        every = scoring_interval(options, data.rows) if data.held_out is not None else None
+        _print(str(plan), *dry_run.times(plan, options, data.rows.length, every))
 
     def built(self, tokenizer: Any, data: Prepared, changes: dict[str, Any], has_weights: bool = True) -> nn.Module:
         """The model as it is compiled: with what the run changes of it, and, if it is to train, with weights."""
@@ -130,7 +131,7 @@ class Job:
 
                 def resumed(step: int) -> None:
                     written.begin(step)
-                    best.resume()
+                    best.resume(step)
                     _print(f"going on after step {step}")
 
                 report = train(
