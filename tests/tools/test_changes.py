@@ -173,6 +173,22 @@ def test_tied_weights_go_by_both_of_their_names() -> None:
     assert model.model.norm.weight.requires_grad
 
 
+def test_smoothed_labels_take_no_more_memory() -> None:
+    made: Any = tiny("llama")[0]
+    config = transformers.LlamaConfig(**(made.config.to_dict() | {"vocab_size": 8000, "num_hidden_layers": 1}))
+    peaks = []
+    for share in (0.0, 0.1):
+        model: Any = transformers.LlamaForCausalLM(config)
+        if share:
+            smooth_labels(model, share, "causal")
+        module = chunkft_fx.compile(model, "1GB", backend="eager", coverage="all")
+        optimizer = chunkft_fx.AdamW(module, lr=1e-3)
+        own_loss(module, sequences().repeat(2, 2)).backward()
+        optimizer.step()
+        peaks.append(module.plan.predicted_peak_bytes)
+    assert peaks[0] == peaks[1]
+
+
 @pytest.mark.parametrize(
     ("frozen", "only", "message"),
     [

@@ -2,7 +2,8 @@
 
 It is torch's ``cross_entropy(..., label_smoothing=share)`` in the place of the model's own, by the hook that
 transformers has for it, ``model.loss_function``; that of a Trainer with ``label_smoothing_factor`` is the same number.
-Scores, for which no gradients are taken, have the plain loss.
+As a part of the model's graph it goes through the head that holds a block of logits at a time. Scores, for which no
+gradients are taken, have the plain loss.
 """
 
 from __future__ import annotations
