@@ -311,6 +311,13 @@ def test_a_pattern_or_an_entry_that_is_not_there_is_named_before_weights_are_rea
     for given, message in (
         (["--freeze", "embd_tokens"], "did you mean embed_tokens?"),
         (["--train-only", "model", "--freeze", "model"], "leaves no parameter of this model to train"),
+        (
+            ["--model-config", '{"hidden_size": 128}'],
+            "changes the weights of model "
+            + repr(str(folder))
+            + ": model.embed_tokens.weight is (160, 128) with it, and",
+        ),
+        (["--model-config", '{"num_hidden_layers": 2}'], "model.layers.2.self_attn.q_proj.weight is not there with it"),
         (["--model-config", '{"rope_scalin": 1}'], "model-config has rope_scalin, which model"),
     ):
         with pytest.raises(SystemExit) as ended:

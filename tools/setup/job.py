@@ -15,6 +15,7 @@ from chunkft_fx.bytes import format_bytes
 from chunkft_fx.machine.rates import Rates
 from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.tools.changes.frozen import freeze
+from chunkft_fx.tools.changes.shapes import require_same_shapes
 from chunkft_fx.tools.changes.vocabulary import add_tokens
 from chunkft_fx.tools.console import progress
 from chunkft_fx.tools.data.templates import set_template
@@ -56,8 +57,8 @@ class Job:
         tokenizer = load_tokenizer(self.model)
         added = add_tokens(tokenizer, asked.add_tokens, asked.add_special_tokens)
         set_template(tokenizer, self.template)
-        if config is not None and (asked.freeze or asked.train_only):  # a pattern that fits nothing is found here
-            freeze(empty_model(self.model, self.dtype, self.options.task, {}), asked.freeze, asked.train_only)
+        if config is not None and (asked.freeze or asked.train_only or asked.model_config):
+            self._try_changes()
         data = prepare(tokenizer, config, self.data, self.options.task, self.options.seed)
         options = replace(self.options, steps=_steps(*self.length, data, self.options))
         data = replace(data, lines=(*added, *data.lines))
@@ -94,6 +95,14 @@ class Job:
         _print(*self.options.changes.make(plain, task, has_weights))
         model: nn.Module = plain
         return model
+
+    def _try_changes(self) -> None:
+        """Find patterns that fit nothing, and a config that does not fit the weights, before these are read."""
+        asked, task = self.options.changes, self.options.task
+        plain = empty_model(self.model, self.dtype, task, {})
+        if asked.model_config:
+            require_same_shapes(plain, empty_model(self.model, self.dtype, task, asked.model_config), self.model)
+        freeze(plain, asked.freeze, asked.train_only)
 
     def _tokens(self, tokenizer: Any) -> int:
         """For how many tokens there must be embeddings; 0 leaves them as they are."""
