@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,10 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from chunkft_fx.checkpoints.disk.folders import newest
 from chunkft_fx.errors import ChunkFTError, ChunkFTWarning, ModelUnusable, OptionError
+from chunkft_fx.tools.changes.vocabulary import fit_embeddings, fitted
 from chunkft_fx.tools.data.tokens import check_vocabulary
 from chunkft_fx.tools.models.tasks import CLASSES
 
+# What makes a folder a model.
+CONFIG = "config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -46,15 +51,27 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def source(model: str) -> tuple[str, dict[str, str]]:
-    """What transformers' ``from_pretrained`` takes for a model: a folder or hub name, and the GGUF file in it."""
+    """What transformers' ``from_pretrained`` takes for a model: a folder or hub name, and the GGUF file in it.
+
+    Behind ``@`` a hub name has the branch, tag or commit that is taken.
+    """
     path = Path(model)
     if path.suffix != ".gguf":
         if not path.exists() and (path.is_absolute() or model.startswith((".", "~"))):
             raise OptionError(f"there is no model at {model}; give a folder, a hub name or a .gguf file")
-        return model, {}
+        if path.is_dir() and not (path / CONFIG).exists():
+            raise OptionError(f"the folder {model} holds no model: there is no {CONFIG} in it{_checkpoints(path)}")
+        name, _, revision = model.partition("@")
+        return (name, {"revision": revision}) if revision and not path.exists() else (model, {})
     if not path.is_file():
         raise OptionError(f"there is no GGUF file at {model}")
     return str(path.parent), {"gguf_file": path.name}
+
+
+def _checkpoints(path: Path) -> str:
+    """What to take of a run that has saved no model yet."""
+    found = newest(path)
+    return "" if found is None else f", but a checkpoint: give {found}"
 
 
 def load_tokenizer(model: str) -> Any:
@@ -66,21 +83,34 @@ def load_tokenizer(model: str) -> Any:
         return transformers.AutoTokenizer.from_pretrained(place, **options)
 
 
-def load_config(model: str) -> Any:
-    """The config of a model without its weights, or None for a GGUF file, which would have to be read for it."""
+def load_config(model: str, changes: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """The config of a model without its weights, or None for a GGUF file, which would have to be read for it.
+
+    Raises `OptionError` for ``changes`` of entries that it does not have.
+    """
     import transformers
 
     place, options = source(model)
-    if options:
+    if "gguf_file" in options:
         return None
     with reasons(model):
-        return transformers.AutoConfig.from_pretrained(place)
+        config = transformers.AutoConfig.from_pretrained(place, **options)
+    for name in changes:
+        if not hasattr(config, name):
+            near = difflib.get_close_matches(name, config.to_dict(), 1)
+            hint = f"; did you mean {near[0]}?" if near else f", whose config is a {type(config).__name__}"
+            raise OptionError(f"model-config has {name}, which model {model!r} has not{hint}")
+    with reasons(model):
+        return transformers.AutoConfig.from_pretrained(place, **options, **changes) if changes else config
 
 
-def check_config(model: str, config: Any, seq_len: int, largest: int | None = None, tokenizer: Any = None) -> None:
+def check_config(
+    model: str, config: Any, seq_len: int, largest: int | None = None, tokenizer: Any = None, tokens: int = 0
+) -> None:
     """Raise `OptionError` for a length that a model of this config has no positions for.
 
-    And `DataError` for data of which the ``largest`` token is one that it has no embeddings for.
+    And `DataError` for data of which the ``largest`` token is one that it has no embeddings for, also once it has been
+    given some for so many ``tokens``.
     """
     try:
         text = config.get_text_config()
@@ -93,7 +123,7 @@ def check_config(model: str, config: Any, seq_len: int, largest: int | None = No
             "in its config); lower --seq-len"
         )
     if largest is not None:
-        check_vocabulary(largest, tokenizer, text.vocab_size)
+        check_vocabulary(largest, tokenizer, fitted(tokens, text.vocab_size))
 
 
 def load_model(
@@ -102,8 +132,11 @@ def load_model(
     device: torch.device,
     task: str = "causal",
     changes: Mapping[str, Any] = MappingProxyType({}),
+    tokens: int = 0,
 ) -> nn.Module:
     """A model for a task in training mode, GGUF weights dequantised; ``changes`` are of its config.
+
+    It gets new embeddings where it has fewer than ``tokens``.
 
     Raises `ModelUnusable` when it cannot be loaded, with the reason, or when weights are missing or of another
     shape, which transformers would otherwise fill with random values. A classifier's head may be missing.
@@ -119,8 +152,23 @@ def load_model(
     if getattr(loaded, "hf_quantizer", None) is not None:
         # GGUF weights are plain tensors by now, but transformers would still refuse to save the model
         loaded.hf_quantizer.remove_quantization_config(loaded)
+    if tokens:
+        fit_embeddings(loaded, tokens)
     trained: nn.Module = loaded.to(device).train()
     return trained
+
+
+def empty_model(model: str, dtype: torch.dtype, task: str, changes: Mapping[str, Any], tokens: int = 0) -> nn.Module:
+    """A model whose weights are not read, and take no memory; otherwise as `load_model` gives it."""
+    import transformers
+
+    place, options = source(model)
+    with reasons(model), torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(place, **options, **changes)
+        empty: nn.Module = getattr(transformers, CLASSES[task]).from_config(config, dtype=dtype)
+        if tokens:
+            fit_embeddings(empty, tokens, draw=False)
+    return empty.train()
 
 
 def _check_report(model: str, loaded: Any, report: Mapping[str, Collection[Any]], task: str) -> None:
@@ -173,4 +221,5 @@ def reasons(model: str) -> Iterator[None]:
     except (ChunkFTError, ModuleNotFoundError, MemoryError):
         raise
     except Exception as error:  # a broken file fails in as many ways as there are formats and libraries
-        raise ModelUnusable(f"model {model!r} could not be loaded: {type(error).__name__}: {error}") from error
+        what = f"model {model!r}" if Path(model).exists() else f"model {model!r}, of which there is no folder here,"
+        raise ModelUnusable(f"{what} could not be loaded: {type(error).__name__}: {error}") from error

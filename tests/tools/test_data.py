@@ -65,7 +65,7 @@ def test_text_that_cannot_be_used_is_refused(tmp_path: Path, name: str, content:
 
 
 def test_messages_that_the_template_refuses_are_named(tmp_path: Path) -> None:
-    path = write(tmp_path, "a.jsonl", '{"messages": [{"role": "user"}]}')
+    path = write(tmp_path, "a.jsonl", '{"messages": [{"role": "user", "content": ""}]}')
     template = "{{ raise_exception('no content') }}"
     with pytest.raises(DataError, match="line 1: the chat template refused these messages: no content"):
         texts(path, character_tokenizer(template))

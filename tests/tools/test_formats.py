@@ -94,7 +94,7 @@ def test_turns_that_a_template_writes_otherwise_later_are_counted_and_not_learne
     assert learned({"messages": [USER, REPLY, USER, REPLY]}, tokenizer) == (f"{'_' * 17}ho!{EOS}", 1)
     with pytest.raises(DataError, match=r"here has no turn of the assistant to learn \(the chat template writes them"):
         learned({"messages": [USER, REPLY, USER]}, tokenizer)
-    with pytest.raises(DataError, match=r"\(it has none\); mend it, or give --train-on-prompts"):
+    with pytest.raises(DataError, match=r"\(its roles are user\); mend it, or give --train-on-prompts"):
         learned({"messages": [USER]}, tokenizer)
 
 
@@ -158,7 +158,7 @@ def test_a_folder_of_other_splits_and_a_broken_table_are_named(tmp_path: Path) -
 def test_a_name_with_an_owner_is_a_data_set_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def load(name: str, **options: Any) -> list[Any]:
+    def load(name: str, subset: str | None = None, **options: Any) -> list[Any]:
         asked.append((name, options["split"], options["streaming"]))
         return [RECORD]
 

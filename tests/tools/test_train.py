@@ -106,14 +106,20 @@ def test_the_same_command_goes_on_from_a_checkpoint_by_itself(
     expected, found = (load_file(out / "model.safetensors") for out in (whole, twice))
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert [line["loss"] for line in logged(twice)] == [line["loss"] for line in logged(whole)]
-    chunkft(*arguments, "--out", str(twice), "--steps", "1", "--resume", "never")
+    with pytest.warns(match="holds a model, which this run replaces when it ends"):
+        chunkft(*arguments, "--out", str(twice), "--steps", "1", "--resume", "never")
     assert [line["step"] for line in logged(twice)] == [1]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning_rat = 1", "has the key learning_rat, which train does not have; known are accumulate, backend"),
+        (
+            "learning_rat = 1",
+            "has the key learning_rat, which train does not have; known are accumulate, add-special-tokens",
+        ),
+        ("learning_rate = 1", "has the key learning_rate, which train does not have; did you mean lr?"),
+        ("num_train_epochs = 1", "did you mean epochs?"),
         ("batch_sise = 1", "has the key batch_sise, which train does not have; did you mean batch-size?"),
         ("lr = [1, 2]", "lr has a list, and takes one value"),
         ("lr = ", "is not TOML"),
@@ -244,12 +250,12 @@ def test_the_best_model_stays_until_a_better_one_comes(tmp_path: Path) -> None:
     assert not best.offer(2, Score(2.0))
     assert not best.offer(3, Score(float("nan")))
     again = Best(tmp_path, model, character_tokenizer())
-    again.resume()
+    again.resume(2)
     assert (again.step, again.loss) == (1, 2.0)
     assert again.offer(4, Score(1.5))
     (tmp_path / "best" / "config.json").unlink()  # as a run that was killed while it saved leaves it
     damaged = Best(tmp_path, model, character_tokenizer())
-    damaged.resume()
+    damaged.resume(4)
     assert damaged.offer(5, Score(9.0))
 
 

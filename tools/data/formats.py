@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from chunkft_fx.errors import DataError
+from chunkft_fx.errors import DataError, OptionError
 from chunkft_fx.tools.data.records import Part
 
 # The fields by which each format is known; the first that a record has decides.
@@ -20,6 +20,8 @@ ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
     "bot": "assistant", "model": "assistant", "system": "system", "tool": "tool", "observation": "tool",
 }  # fmt: skip
+# What a field can be called otherwise in a data set: those above, and what goes with them.
+FIELDS = ("text", *(name for names in FORMATS.values() for name in names), "input", "system", "tools")
 # What Alpaca's own prompts say, for tokenizers without a chat template.
 ALPACA = (
     "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the "
@@ -75,6 +77,34 @@ def document(where: str, record: Any, field: str = "text", has_template: bool = 
     )
 
 
+def renamed(record: Any, columns: Mapping[str, str]) -> Any:
+    """A record whose fields have the names of ``FIELDS``; ``columns`` says what the data calls them."""
+    if not isinstance(record, Mapping):
+        return record
+    found = {name: record[own] for name, own in columns.items() if own in record}
+    return {name: value for name, value in record.items() if name not in columns.values()} | found
+
+
+def check_columns(columns: Mapping[str, Any]) -> None:
+    """Raise `OptionError` for other names of fields that no format has."""
+    for name, own in columns.items():
+        if name not in FIELDS:
+            raise OptionError(f"columns has {name}, which no format has; known are {', '.join(FIELDS)}")
+        if not isinstance(own, str):
+            raise OptionError(f"columns has {own!r} for {name}; give the name of a field")
+
+
+def adjusted(chat: Chat, system: str, last_turn: bool) -> Chat:
+    """A conversation that begins with a system message, and of which all turns or the last are learned."""
+    first = chat.first
+    if system and chat.messages[0].get("role") != "system":
+        chat = replace(chat, messages=[{"role": "system", "content": system}, *chat.messages], first=first + 1)
+    if not last_turn:
+        return chat
+    turns = [i for i, message in enumerate(chat.messages) if message.get("role") == "assistant"]
+    return replace(chat, first=max([chat.first, *turns[-1:]]))
+
+
 def _known(field: str) -> str:
     kinds = "; ".join(f"{kind}: {' and '.join(names)}" for kind, names in FORMATS.items())
     return f'known are {kinds}; text: "{field}" (another name: --field)'
@@ -97,12 +127,20 @@ def _turns(where: str, record: Mapping[str, Any], field: str, example: str) -> l
 
 
 def _chat(where: str, record: Mapping[str, Any], has_template: bool) -> Document:
-    return Chat(_turns(where, record, "messages", '{"role": "user", "content": "..."}'), record.get("tools"))
+    turns = _turns(where, record, "messages", '{"role": "user", "content": "..."}')
+    if all("from" in turn for turn in turns):
+        return _sharegpt(where, record, has_template, "messages")
+    for i, turn in enumerate(turns, start=1):
+        if "role" not in turn:
+            raise DataError(f'{where}: turn {i} of "messages" has the fields {", ".join(turn) or "none"}, and no role')
+        if "content" not in turn and "tool_calls" not in turn:
+            raise DataError(f'{where}: turn {i} of "messages", of role {turn["role"]}, has no content')
+    return Chat(turns, record.get("tools"))
 
 
-def _sharegpt(where: str, record: Mapping[str, Any], has_template: bool) -> Document:
+def _sharegpt(where: str, record: Mapping[str, Any], has_template: bool, field: str = "conversations") -> Document:
     messages = []
-    for turn in _turns(where, record, "conversations", '{"from": "human", "value": "..."}'):
+    for turn in _turns(where, record, field, '{"from": "human", "value": "..."}'):
         speaker, value = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
         if speaker not in ROLES:
             raise DataError(f'{where}: a turn is from {speaker!r}; "from" must be one of {", ".join(ROLES)}')

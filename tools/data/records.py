@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +28,53 @@ class Part(str):
     is_last: bool
 
 
-def records(source: str, split: str = "train") -> Iterator[tuple[str, Any]]:
+@dataclass(frozen=True)
+class Source:
+    """A data set by its file, folder or name on the hub; the ``subset`` and ``split`` of it that are read."""
+
+    name: str
+    subset: str | None = None
+    split: str = "train"
+
+
+def located(source: str) -> Source:
+    """What ``"owner/name/subset:split"`` and ``"folder:split"`` name; a file of that name comes first."""
+    if Path(source).exists():
+        return Source(source)
+    name, colon, split = source.rpartition(":")
+    if not colon:
+        name, split = source, "train"
+    if Path(name).exists():
+        return Source(name, None, split)
+    *hub, subset = name.split("/")
+    is_file = Path(subset).suffix.lower() in (*LINES, *TABLES, ".json", ".txt")
+    if len(hub) == 2 and not is_file and is_hub_name("/".join(hub)):
+        return Source("/".join(hub), subset, split)
+    return Source(name, None, split)
+
+
+def records(source: str) -> Iterator[tuple[str, Any]]:
     """Each record of a data set with its place: a dict of fields as a rule, a `Part` of a text file.
 
-    ``source`` is a file, a folder, or the name of a data set on the Hugging Face hub, with an owner; ``split`` is read
-    where there are several. Raises `DataError`, with file and line, for what is missing, empty or broken.
+    ``source`` is a file, a folder, or the name of a data set on the Hugging Face hub, with an owner (`located`). Raises
+    `DataError`, with file and line, for what is missing, empty or broken.
     """
-    path, found = Path(source), False
-    for where, record in _records(source, path, split):
+    found = False
+    for where, record in _records(source, located(source)):
         found = True
         yield where, record
     if not found:
         raise DataError(f"{source} holds no text; give a file with text to train on")
 
 
-def _records(source: str, path: Path, split: str) -> Iterator[tuple[str, Any]]:
+def _records(source: str, place: Source) -> Iterator[tuple[str, Any]]:
+    path = Path(place.name)
     suffix = path.suffix.lower()
     if path.is_dir():
-        return _table(source, "row", _folder, path, split)
+        return _table(source, "row", _folder, path, place.split)
     if not path.exists():
-        if is_hub_name(source):
-            return _table(source, "row", _loaded, source, split)
+        if is_hub_name(place.name):
+            return _table(source, "row", _loaded, place.name, place.split, None, place.subset)
         raise DataError(f"there is no data at {source}; give {KNOWN}")
     if suffix in TABLES:
         return _table(source, "row", _loaded, TABLES[suffix], "train", str(path))
@@ -87,10 +114,10 @@ def _folder(path: Path, split: str) -> Any:
     return saved[split]
 
 
-def _loaded(kind: str, split: str, file: str | None = None) -> Any:
+def _loaded(kind: str, split: str, file: str | None = None, subset: str | None = None) -> Any:
     import datasets
 
-    return datasets.load_dataset(kind, data_files=file, split=split, streaming=True)
+    return datasets.load_dataset(kind, subset, data_files=file, split=split, streaming=True)
 
 
 def _array(path: Path) -> Iterator[tuple[str, Any]]:

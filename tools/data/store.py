@@ -5,20 +5,21 @@ The library datasets writes and maps them: they may be larger than memory, and a
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from chunkft_fx.errors import DataError
-from chunkft_fx.tools.data.formats import Text, document
-from chunkft_fx.tools.data.records import records
+from chunkft_fx.errors import DataError, OptionError
+from chunkft_fx.tools.data.formats import Chat, Text, adjusted, check_columns, document, renamed
+from chunkft_fx.tools.data.records import located, records
 from chunkft_fx.tools.data.tokens import Piece, beginning, pieces, tokenized, written
 
 # Of what is kept; changes when the same input comes out as other pieces.
-VERSION = 1
+VERSION = 2
 # Documents that are made tokens of together.
 TOGETHER = 256
 
@@ -27,16 +28,26 @@ TOGETHER = 256
 class Reading:
     """How records become pieces: their field of text, whether prompts are learned, and the tokens of a row.
 
-    ``label_field`` names the label of each document, where these are to be classified.
+    ``label_field`` names the label of each document, where these are to be classified. ``columns`` has the names of the
+    data for those of formats, ``system`` what conversations begin with that have no such message. With ``last_turn``
+    the last turn of each is learned alone. Raises `OptionError` for what does not go together.
     """
 
     length: int
     field: str = "text"
     train_on_prompts: bool = False
     label_field: str = ""
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    system: str = ""
+    last_turn: bool = False
+
+    def __post_init__(self) -> None:
+        check_columns(self.columns)
+        if self.last_turn and self.train_on_prompts:
+            raise OptionError("last-turn and train-on-prompts say what is learned of a conversation; give one of them")
 
 
-def stored(sources: Sequence[str], tokenizer: Any, reading: Reading, split: str = "train") -> Any:
+def stored(sources: Sequence[str], tokenizer: Any, reading: Reading) -> Any:
     """A `datasets.Dataset` of the pieces of all sources, in their order.
 
     Its columns are ``ids`` and ``learned`` (both empty where nothing can be learned), ``cut`` (tokens left off),
@@ -50,9 +61,9 @@ def stored(sources: Sequence[str], tokenizer: Any, reading: Reading, split: str 
     datasets.disable_progress_bars()
     try:
         return datasets.Dataset.from_generator(
-            _keeping(raised, lambda: _entries(sources, tokenizer, reading, split)),
+            _keeping(raised, lambda: _entries(sources, tokenizer, reading)),
             features=datasets.Features(kinds | counts | {"label": datasets.Value("string")}),
-            fingerprint=_fingerprint(sources, tokenizer, reading, split),
+            fingerprint=_fingerprint(sources, tokenizer, reading),
         )
     except datasets.exceptions.DatasetGenerationError as error:
         # the library wraps what is raised in its generator
@@ -76,17 +87,20 @@ def _keeping(raised: list[DataError], make: Callable[[], Iterator[Any]]) -> Call
     return generate
 
 
-def _entries(sources: Sequence[str], tokenizer: Any, reading: Reading, split: str) -> Iterator[dict[str, Any]]:
+def _entries(sources: Sequence[str], tokenizer: Any, reading: Reading) -> Iterator[dict[str, Any]]:
     begin = beginning(tokenizer)
     number = 0
-    for batch in _together((r for source in sources for r in records(source, split)), TOGETHER):
+    for batch in _together((r for source in sources for r in records(source)), TOGETHER):
         labels, texts = [], []
         for where, record in batch:
             labels.append(_label(where, record, reading.label_field) if reading.label_field else "")
             has_template = getattr(tokenizer, "chat_template", None) is not None
-            found = document(where, record, reading.field, has_template and not reading.label_field)
+            named = renamed(record, reading.columns)
+            found = document(where, named, reading.field, has_template and not reading.label_field)
             if reading.label_field and not isinstance(found, Text):
                 raise DataError(f'{where} has no text to classify; name its field with --field, now "{reading.field}"')
+            if isinstance(found, Chat):
+                found = adjusted(found, reading.system, reading.last_turn)
             text = written(where, found, tokenizer, reading.train_on_prompts)
             texts.append(text if text.text.strip() else None)
         made = tokenized([t for t in texts if t is not None], tokenizer)
@@ -126,14 +140,14 @@ def _together(items: Iterator[Any], count: int) -> Iterator[list[Any]]:
         yield batch
 
 
-def _fingerprint(sources: Sequence[str], tokenizer: Any, reading: Reading, split: str) -> str:
+def _fingerprint(sources: Sequence[str], tokenizer: Any, reading: Reading) -> str:
     """What the pieces follow from: files by path, size and time of their last change."""
-    files = [path for source in sources for path in _files(Path(source))]
+    files = [path for source in sources for path in _files(Path(located(source).name))]
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    parts = [VERSION, list(sources), stats, asdict(reading), split, special, getattr(tokenizer, "chat_template", None)]
+    parts = [VERSION, list(sources), stats, asdict(reading), special, getattr(tokenizer, "chat_template", None)]
     digest = hashlib.sha256(json.dumps([*parts, type(tokenizer).__name__], default=str).encode())
     digest.update(vocabulary.encode())
     return digest.hexdigest()[:16]

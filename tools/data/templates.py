@@ -9,11 +9,14 @@ from typing import Any
 from chunkft_fx.errors import DataError, OptionError
 from chunkft_fx.tools.data.formats import Chat
 
-# For tokenizers without one: Zephyr's, which needs no tokens but the end of text.
+# For tokenizers without one: Zephyr's, which needs no tokens but the end of text, and ChatML, which has two of its own.
 BUILT_IN = {
     "zephyr": "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + "
-    "'\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+    "'\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}",
+    "chatml": "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + "
+    "'<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
 }
+MARKS = {"chatml": ("<|im_start|>", "<|im_end|>")}
 
 Span = tuple[int, int]
 
@@ -23,6 +26,12 @@ def set_template(tokenizer: Any, given: str) -> None:
     if not given:
         return
     if given in BUILT_IN:
+        marks = [mark for mark in MARKS.get(given, ()) if mark not in tokenizer.get_vocab()]
+        if marks:
+            named = " ".join(f"--add-special-tokens '{mark}'" for mark in marks)
+            raise OptionError(
+                f"chat-template {given} has marks that the tokenizer does not know as tokens; give {named}"
+            )
         if tokenizer.eos_token is None:
             raise OptionError(
                 f"chat-template {given} ends each turn with an end-of-text token, and the tokenizer has none"
@@ -44,8 +53,9 @@ def check_template(given: str) -> None:
 def rendered(where: str, chat: Chat, tokenizer: Any) -> tuple[str, list[Span], int]:
     """A conversation as text, the places in it that the assistant wrote, and how many of its turns have no place.
 
-    A turn of the assistant is what the template adds behind its own prompt for it. A turn has no place where the
-    template writes it in another way once others follow, as some do with turns that hold thoughts.
+    A turn of the assistant is what the template adds behind its own prompt for it; one with a ``weight`` of 0 is left
+    out, as in OpenAI's format. A turn has no place where the template writes it in another way once others follow, as
+    some do with turns that hold thoughts.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         raise DataError(
@@ -55,7 +65,7 @@ def rendered(where: str, chat: Chat, tokenizer: Any) -> tuple[str, list[Span], i
     spans: list[Span] = []
     lost = 0
     for i, message in enumerate(chat.messages):
-        if message.get("role") != "assistant" or i < chat.first:
+        if message.get("role") != "assistant" or i < chat.first or message.get("weight") == 0:
             continue
         before = _render(where, chat, i, tokenizer, False) if i else ""
         prompted = _render(where, chat, i, tokenizer, True) if i else ""

@@ -54,7 +54,10 @@ def written(where: str, document: Document, tokenizer: Any, all_learned: bool = 
     if all_learned:
         return Written(text, ((0, len(text)),), special=False, ends=ends)
     if not spans:
-        why = "the chat template writes them in another way once others follow" if lost else "it has none"
+        roles = ", ".join(dict.fromkeys(str(message.get("role")) for message in document.messages))
+        if any(message.get("weight") == 0 for message in document.messages):
+            roles += ", some of a weight of 0"
+        why = "the chat template writes them in another way once others follow" if lost else f"its roles are {roles}"
         raise DataError(
             f"{where} has no turn of the assistant to learn ({why}); mend it, or give --train-on-prompts to learn all"
         )

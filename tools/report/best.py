@@ -22,12 +22,20 @@ class Best:
         self.folder, self.model, self.tokenizer = out / FOLDER, model, tokenizer
         self.loss, self.step = math.inf, 0
 
-    def resume(self) -> None:
-        """Take up the score of the model that is there, if it is whole."""
+    def resume(self, step: int) -> None:
+        """Take up the score of the model that is there, if it is whole; else scores count from this step on."""
+        self.step = step
         note = self.folder / NOTE
         if note.exists() and (self.folder / "config.json").exists():
             found = json.loads(note.read_text())
             self.loss, self.step = float(found["loss"]), int(found["step"])
+
+    def is_enough(self, step: int, every: int, patience: int) -> bool:
+        """Whether the last ``patience`` scores, one in each ``every`` steps, were no better than the best; 0 never is.
+
+        It follows from steps alone, so that a run that was killed ends where it would have ended.
+        """
+        return bool(patience) and step // every - self.step // every >= patience
 
     def offer(self, step: int, score: Score) -> bool:
         """Save the model if it is better than all before; says whether it was."""

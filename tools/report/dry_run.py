@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,8 +11,7 @@ from chunkft_fx.machine.rates import Rates
 from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.plan.plan import Plan
 from chunkft_fx.tools.data.rows import Batch
-from chunkft_fx.tools.load import reasons, source
-from chunkft_fx.tools.models.tasks import CLASSES, call_options
+from chunkft_fx.tools.models.tasks import call_options
 from chunkft_fx.tools.training.options import TrainOptions
 
 # Of host memory, of which nothing is taken to plan: the plan says how much training needs.
@@ -41,24 +39,15 @@ def plan_of(
     return compiled.plan
 
 
-def without_weights(model: str, dtype: torch.dtype, task: str, changes: dict[str, Any]) -> nn.Module:
-    """A model of a config whose weights are not read: memory that nothing writes to."""
-    import transformers
-
-    place, options = source(model)
-    with reasons(model), torch.device("meta"):
-        config = transformers.AutoConfig.from_pretrained(place, **options, **changes)
-        empty = getattr(transformers, CLASSES[task]).from_config(config, dtype=dtype)
-    made: nn.Module = empty.to_empty(device="cpu").train()
-    return made
-
-
-def times(plan: Plan, options: TrainOptions, row_length: int) -> list[str]:
-    """What a run takes, as far as it is known."""
+def times(plan: Plan, options: TrainOptions, row_length: int, scored_every: int | None = None) -> list[str]:
+    """What a run takes, as far as it is known; ``scored_every`` so many steps, if anything is held out."""
     tokens = options.steps * options.accumulate * options.batch_size * row_length
     fewest, most = plan.updates_in(options.steps)
     updates = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
     lines = [f"{options.steps:,} steps over {tokens:,} tokens update each weight {updates} times"]
+    if scored_every is not None:
+        early = f", and ended behind {options.patience} that are no better" if options.patience else ""
+        lines.append(f"scored every {scored_every:,} steps{early}")
     if plan.predicted_step_us is None:
         return [*lines, "hours are not known: no rates of this machine are; plan for a GPU with --rates"]
     hours = options.steps * options.accumulate * plan.predicted_step_us / HOUR_US

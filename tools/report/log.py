@@ -16,7 +16,11 @@ from chunkft_fx.tools.training.loop import StepInfo
 
 FILE = "log.jsonl"
 # The classes of Accelerate for what a run can be tracked with, which are packages of the same name.
-TRACKERS = {"tensorboard": "TensorBoardTracker", "wandb": "WandBTracker"}
+TRACKERS = {
+    "tensorboard": "TensorBoardTracker", "wandb": "WandBTracker", "mlflow": "MLflowTracker",
+    "comet_ml": "CometMLTracker", "swanlab": "SwanLabTracker", "trackio": "TrackioTracker", "aim": "AimTracker",
+    "clearml": "ClearMLTracker", "dvclive": "DVCLiveTracker",
+}  # fmt: skip
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -43,7 +47,7 @@ class Log:
 
     def step(self, info: StepInfo) -> None:
         """Log a step."""
-        values = asdict(info)
+        values = {name: value for name, value in asdict(info).items() if value is not None}
         self._write(values.pop("step"), values)
 
     def score(self, step: int, score: Score) -> None:

@@ -14,9 +14,12 @@ from torch import nn
 from chunkft_fx.bytes import format_bytes
 from chunkft_fx.machine.rates import Rates
 from chunkft_fx.module.module import CompiledModule
+from chunkft_fx.tools.changes.frozen import freeze
+from chunkft_fx.tools.changes.shapes import require_same_shapes
+from chunkft_fx.tools.changes.vocabulary import add_tokens
 from chunkft_fx.tools.console import progress
 from chunkft_fx.tools.data.templates import set_template
-from chunkft_fx.tools.load import check_config, load_config, load_model, load_tokenizer
+from chunkft_fx.tools.load import check_config, empty_model, load_config, load_model, load_tokenizer
 from chunkft_fx.tools.models.apart import needs_masks
 from chunkft_fx.tools.models.evaluate import Score
 from chunkft_fx.tools.models.tasks import class_config
@@ -27,7 +30,7 @@ from chunkft_fx.tools.setup.prepare import DataOptions, Prepared, prepare
 from chunkft_fx.tools.training import signals
 from chunkft_fx.tools.training.data import Batches
 from chunkft_fx.tools.training.folder import save_model
-from chunkft_fx.tools.training.loop import StepInfo, train
+from chunkft_fx.tools.training.loop import StepInfo, scoring_interval, train
 from chunkft_fx.tools.training.options import TrainOptions
 
 
@@ -46,17 +49,22 @@ class Job:
 
     def prepared(self) -> tuple[Any, Prepared, TrainOptions, dict[str, Any]]:
         """The tokenizer, data, options with the number of steps, and changes to the config; no weights are read."""
-        config = load_config(self.model)
+        asked = self.options.changes
+        config = load_config(self.model, asked.model_config)
         length = self.data.reading.length
         if config is not None:
             check_config(self.model, config, length)
         tokenizer = load_tokenizer(self.model)
+        added = add_tokens(tokenizer, asked.add_tokens, asked.add_special_tokens)
         set_template(tokenizer, self.template)
+        if config is not None and (asked.freeze or asked.train_only or asked.model_config):
+            self._try_changes()
         data = prepare(tokenizer, config, self.data, self.options.task, self.options.seed)
         options = replace(self.options, steps=_steps(*self.length, data, self.options))
+        data = replace(data, lines=(*added, *data.lines))
         if config is not None:
-            check_config(self.model, config, length, data.largest, tokenizer)
-        changes = class_config(data.classes, config) if data.classes is not None else {}
+            check_config(self.model, config, length, data.largest, tokenizer, self._tokens(tokenizer))
+        changes = dict(asked.model_config) | (class_config(data.classes, config) if data.classes is not None else {})
         if self.options.task == "classification" and getattr(config, "pad_token_id", None) is None:
             # a classifier made of a decoder looks for the last token that is none
             changes["pad_token_id"] = (
@@ -67,15 +75,38 @@ class Job:
     def show(self, rates: Rates | None) -> None:
         """Print the data's first row, the plan and what the run would take."""
         tokenizer, data, options, changes = self.prepared()
-        first = Batches(data.rows, options.batch_size, options.seed)
+        first = Batches(data.rows, options.batch_size, options.seed, options.shuffle)
         _print(*data.lines, "the first row (+ is learned, - is not):", *describe(next(first), tokenizer))
-        if rates is None:
-            plain = load_model(self.model, self.dtype, self.device, options.task, changes)
+        plain = self.built(tokenizer, data, changes, has_weights=rates is None)
+        plan = dry_run.plan_of(self.compiling, plain, next(first), options, rates)
+        every = scoring_interval(options, data.rows) if data.held_out is not None else None
+        _print(str(plan), *dry_run.times(plan, options, data.rows.length, every))
+
+    def built(self, tokenizer: Any, data: Prepared, changes: dict[str, Any], has_weights: bool = True) -> nn.Module:
+        """The model as it is compiled: with what the run changes of it, and, if it is to train, with weights."""
+        task, tokens = self.options.task, self._tokens(tokenizer)
+        plain: Any
+        if has_weights:
+            plain = load_model(self.model, self.dtype, self.device, task, changes, tokens)
+            check_config(self.model, plain.config, self.data.reading.length, data.largest, tokenizer, tokens)
             self.keep_apart(plain, data)
         else:
-            plain = dry_run.without_weights(self.model, self.dtype, options.task, changes)
-        plan = dry_run.plan_of(self.compiling, plain, next(first), options, rates)
-        _print(str(plan), *dry_run.times(plan, options, data.rows.length))
+            plain = empty_model(self.model, self.dtype, task, changes, tokens).to_empty(device="cpu")
+        _print(*self.options.changes.make(plain, task, has_weights))
+        model: nn.Module = plain
+        return model
+
+    def _try_changes(self) -> None:
+        """Find patterns that fit nothing, and a config that does not fit the weights, before these are read."""
+        asked, task = self.options.changes, self.options.task
+        plain = empty_model(self.model, self.dtype, task, {})
+        if asked.model_config:
+            require_same_shapes(plain, empty_model(self.model, self.dtype, task, asked.model_config), self.model)
+        freeze(plain, asked.freeze, asked.train_only)
+
+    def _tokens(self, tokenizer: Any) -> int:
+        """For how many tokens there must be embeddings; 0 leaves them as they are."""
+        return len(tokenizer) if self.options.changes.adds_tokens else 0
 
     def keep_apart(self, plain: Any, data: Prepared) -> None:
         """Give the model what keeps documents apart that share a row, or refuse to pack."""
@@ -87,13 +118,12 @@ class Job:
         """Train, and save the model; the last ``keep`` checkpoints stay."""
         tokenizer, data, options, changes = self.prepared()
         torch.manual_seed(options.seed)  # of a classifier's head
-        plain = load_model(self.model, self.dtype, self.device, options.task, changes)
-        check_config(self.model, plain.config, self.data.reading.length, data.largest, tokenizer)
-        self.keep_apart(plain, data)
+        plain = self.built(tokenizer, data, changes)
         compiled = self.compiling(plain)
         best = Best(out, compiled, tokenizer)
         _print(*data.lines, f"{options.steps:,} steps; training on {self.device}")
         with log.tracking(track, out, settings) as written, signals.between_steps() as stop:
+            every = scoring_interval(options, data.rows)
             if resume is None:
                 written.begin(0)
             with progress("training", options.steps) as on_step:
@@ -110,15 +140,20 @@ class Job:
 
                 def resumed(step: int) -> None:
                     written.begin(step)
-                    best.resume()
+                    best.resume(step)
                     _print(f"going on after step {step}")
 
                 report = train(
                     compiled, data.rows, options, on_step=step, held_out=data.held_out, on_score=score,
                     on_resume=resumed, out=out, resume=resume, tokenizer=tokenizer, keep=keep, stop=stop,
+                    enough=lambda step: best.is_enough(step, every, options.patience),
                 )  # fmt: skip
             if report.losses:
                 print(compiled.plan)
+            if report.ended < options.steps:
+                print(f"ended after step {report.ended}: no score was better than that of step {best.step} since")
+            elif not report.losses:
+                print(f"all {options.steps:,} steps were done before: nothing was trained")
             save_model(out, compiled, tokenizer)
         if data.held_out is not None and math.isfinite(best.loss):
             print(f"the best model, of step {best.step} with held-out loss {best.loss:.4f}, is in {best.folder}")

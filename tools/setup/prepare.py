@@ -65,7 +65,7 @@ def prepare(tokenizer: Any, config: Any, data: DataOptions, task: str, seed: int
 
     def rows(pieces: Pieces) -> Rows:
         if not len(pieces.chosen):
-            raise DataError(f"{', '.join(data.sources)} holds no text to learn; give a file with text to train on")
+            raise DataError(_nothing(data, pieces.total("cut")))
         pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
         is_packed = data.packing and task != "classification"
         made = (
@@ -93,6 +93,17 @@ def _split(data: Any, share: float, seed: int) -> tuple[Pieces, Pieces | None]:
     if is_held.all():
         raise DataError(f"eval-split is {share}, which leaves nothing of so little data to train on; give --eval FILE")
     return Pieces(data, filled[~is_held]), Pieces(data, filled[is_held])
+
+
+def _nothing(data: DataOptions, cut: int) -> str:
+    """Why there is nothing to train on: ``cut`` tokens were too far behind to fit in a row."""
+    named = ", ".join(data.sources)
+    if cut:
+        return (
+            f"{named} holds nothing to learn within the first {data.reading.length} tokens of any document: prompts "
+            "take them, and replies lie behind; raise --seq-len, or give --train-on-prompts"
+        )
+    return f"{named} holds no text to learn; give a file with text to train on"
 
 
 def _check_classes(held: Pieces, classes: dict[str, int]) -> None:

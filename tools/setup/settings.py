@@ -13,6 +13,18 @@ import typer
 from chunkft_fx.errors import OptionError
 
 SUFFIX = ".toml"
+# What torchtune, transformers, LLaMA-Factory and axolotl call options of this name.
+ELSEWHERE = {
+    "lr": ("learning_rate",), "epochs": ("num_train_epochs", "num_epochs"), "steps": ("max_steps",),
+    "batch_size": ("per_device_train_batch_size", "micro_batch_size"), "accumulate": ("gradient_accumulation_steps",),
+    "out": ("output_dir",), "model": ("base_model", "model_name_or_path"), "data": ("dataset", "datasets"),
+    "seq_len": ("cutoff_len", "sequence_len", "max_seq_len", "max_length"), "packing": ("sample_packing", "packed"),
+    "schedule": ("lr_scheduler", "lr_scheduler_type"), "warmup": ("warmup_steps", "warmup_ratio"),
+    "eval_split": ("val_set_size", "val_size"), "eval_every": ("eval_steps",), "save_every": ("save_steps",),
+    "keep": ("save_total_limit",), "patience": ("early_stopping_patience",), "track": ("report_to",),
+    "label_smoothing": ("label_smoothing_factor",), "optimizer": ("optim",), "max_grad_norm": ("clip_grad_norm",),
+    "train_on_prompts": ("train_on_inputs", "train_on_prompt"), "dtype": ("bf16",), "last_turn": ("mask_history",),
+}  # fmt: skip
 
 
 def read_settings(context: typer.Context, file: str | None) -> str | None:
@@ -29,7 +41,8 @@ def read_settings(context: typer.Context, file: str | None) -> str | None:
     for key, value in _parsed(Path(file)).items():
         name = key.replace("-", "_")
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
+            meant = [ours for ours, theirs in ELSEWHERE.items() if name in theirs and ours in known]
+            near = meant or difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {shown(near[0])}?" if near else f"known are {', '.join(map(shown, sorted(known)))}"
             raise OptionError(f"{file} has the key {key}, which {context.info_name} does not have; {hint}")
         found[name] = _as_typed(file, key, value, bool(takes_many[name]))

@@ -16,6 +16,7 @@ from chunkft_fx.checkpoints.saving import wait_for_saves
 from chunkft_fx.errors import CheckpointMismatch, ChunkFTWarning, SaveFailed
 from chunkft_fx.module.module import CompiledModule
 from chunkft_fx.optim.optimizer import ChunkedOptimizer
+from chunkft_fx.tools.changes.wanted import ModelChanges
 from chunkft_fx.tools.training.checkpoint_file import read_old
 from chunkft_fx.tools.training.data import Batches
 from chunkft_fx.tools.training.folder import require_finite
@@ -134,6 +135,8 @@ def _steps(path: Path, step: Any, steps: int) -> int:
 
 def _check_options(path: Path, saved: Any, options: TrainOptions) -> None:
     now = options.lasting()
+    if isinstance(saved, Mapping):  # a run of before an option was there had what is its default now
+        saved = {**ModelChanges().lasting(), **saved}
     if not isinstance(saved, Mapping) or saved.keys() != now.keys():
         raise CheckpointMismatch(f"{path} does not name the options of its run: no run of this version wrote it")
     changed = ", ".join(f"{key} {saved[key]} (now {now[key]})" for key in now if saved[key] != now[key])

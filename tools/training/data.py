@@ -15,7 +15,7 @@ from chunkft_fx.tools.data.rows import Batch, Rows
 
 @dataclass
 class Batches:
-    """Endless shuffled batches of ``rows``, in a new order from ``seed`` each epoch.
+    """Endless batches of ``rows``, ``shuffled`` in a new order from ``seed`` each epoch, or as they stand.
 
     ``position`` is the number of batches dealt so far: with the same rows, batch size and seed it is
     all that a resumed run needs. The last rows of an epoch that fill no batch are left out.
@@ -24,6 +24,7 @@ class Batches:
     rows: Rows
     batch_size: int
     seed: int
+    shuffled: bool = True
     position: int = 0
     _order: tuple[int, Tensor] = field(default=(-1, torch.empty(0)), repr=False)
 
@@ -46,7 +47,8 @@ class Batches:
         epoch, index = divmod(self.position, self.in_epoch)
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._order = epoch, torch.randperm(len(self.rows), generator=generator)
+            count = len(self.rows)
+            self._order = epoch, torch.randperm(count, generator=generator) if self.shuffled else torch.arange(count)
         chosen = self._order[1][index * self.batch_size : (index + 1) * self.batch_size]
         batch = self.rows.batch(chosen.tolist(), self.position)
         self.position += 1
@@ -58,6 +60,7 @@ class Batches:
             "position": self.position,
             "batch_size": self.batch_size,
             "seed": self.seed,
+            "shuffled": self.shuffled,
             "sequences": len(self.rows),
             "length": self.rows.length,
             "text": self.rows.digest,
@@ -65,6 +68,7 @@ class Batches:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where a run over the same rows was saved; raises `CheckpointMismatch` for others."""
+        state = {"shuffled": True, **state}  # a run of before there was a choice
         changed = {k: v for k, v in self.state_dict().items() if k != "position" and state.get(k) != v}
         if changed:
             saved = ", ".join(f"{k} {state.get(k)} (now {v})" for k, v in changed.items())

@@ -31,7 +31,10 @@ from chunkft_fx.tools.training.signals import Stopped
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What there is to say after an optimizer step: ``chunk`` is the one that was updated, ``lr`` the rate used."""
+    """What there is to say after an optimizer step: ``chunk`` is the one that was updated, ``lr`` the rate used.
+
+    ``grad_norm`` is the norm before clipping, where there is clipping.
+    """
 
     step: int
     loss: float
@@ -40,16 +43,18 @@ class StepInfo:
     tokens_per_s: float
     peak_nbytes: int
     epoch: float = 0.0
+    grad_norm: float | None = None
 
 
 @dataclass(frozen=True)
 class TrainReport:
-    """A finished run: the loss of each step, wall-clock seconds, tokens seen, and the peak of memory."""
+    """A finished run: the loss of each step, seconds, tokens seen, the peak of memory, and the step it ended at."""
 
     losses: tuple[float, ...]
     seconds: float
     tokens: int
     peak_nbytes: int
+    ended: int = 0
 
 
 @saves_finished
@@ -67,6 +72,7 @@ def train(
     tokenizer: Any = None,
     keep: int = 2,
     stop: Callable[[], int | None] = lambda: None,
+    enough: Callable[[int], bool] = lambda _: False,
 ) -> TrainReport:
     """Train a compiled model on ``data``: rows, or sequences in memory (``i64[count, length]``).
 
@@ -74,7 +80,8 @@ def train(
     checkpoints, which have the ``tokenizer`` and of which the last ``keep`` stay; they are written while training goes
     on, and there when this returns. ``resume`` is a folder with one: the run then continues at its step, as if it had
     never stopped, after ``on_resume`` was told which. ``stop`` is asked after each step: given the number of a signal,
-    the run is saved in ``out`` and `Stopped` raised, unless that step was the last. Raises `OptionError` for a schedule
+    the run is saved in ``out`` and `Stopped` raised, unless that step was the last. ``enough`` is asked for a number of
+    steps that were done, scores among them, whether training ends there. Raises `OptionError` for a schedule
     that does not exist, `DataError` for too few sequences, `CheckpointMismatch` for a checkpoint of another run or a
     damaged one, `TrainingDiverged`, with the latest checkpoint as it was, for a loss or weights that are not finite
     numbers.
@@ -86,17 +93,19 @@ def train(
     torch.manual_seed(options.seed)
     optimizer = options.make_optimizer(model)
     scheduler = make_scheduler(optimizer, options)
-    batches = Batches(rows, options.batch_size, options.seed)
+    batches = Batches(rows, options.batch_size, options.seed, options.shuffle)
     run = Run(model, optimizer, scheduler, batches, options, tokenizer, keep)
     first = 0 if resume is None else run.load(resume)
     if resume is not None:
         on_resume(first)
-    scored_every = options.eval_every or max(1, batches.in_epoch // options.accumulate)
+    scored_every, saved_every = scoring_interval(options, rows), options.counted(options.save_every)
     step_tokens = options.accumulate * options.batch_size * rows.length
     losses: list[float] = []
     model.train()
     begin = last = time.perf_counter()
     for step in range(first, options.steps):
+        if enough(step):
+            break
         loss = float(_backward(run, device))
         _require_finite(loss, step + 1)
         if step == first:
@@ -108,18 +117,27 @@ def train(
         _advance(scheduler, loss)
         now = time.perf_counter()
         rate, epoch = step_tokens / (now - last), batches.position / batches.in_epoch
-        on_step(StepInfo(step + 1, loss, chunk, float(optimizer.last_rates[0]), rate, peak_nbytes(device), epoch))
+        norm = None if optimizer.last_grad_norm is None else float(optimizer.last_grad_norm)
+        on_step(StepInfo(step + 1, loss, chunk, float(optimizer.last_rates[0]), rate, peak_nbytes(device), epoch, norm))
         is_last = step + 1 == options.steps
         if held_out is not None and ((step + 1) % scored_every == 0 or is_last):
             on_score(step + 1, evaluate(model, held_out, options.batch_size, options.task))
-        if out is not None and options.save_every and ((step + 1) % options.save_every == 0 or is_last):
+            is_last = is_last or enough(step + 1)
+        if out is not None and saved_every and ((step + 1) % saved_every == 0 or is_last):
             run.save(out, step + 1)
         signal = None if is_last else stop()
         if signal is not None:
             raise _stopped(signal, run, out, step + 1)
         # scores and checkpoints are no part of a step's time
         last = time.perf_counter()
-    return TrainReport(tuple(losses), time.perf_counter() - begin, len(losses) * step_tokens, peak_nbytes(device))
+    seconds, done = time.perf_counter() - begin, len(losses)
+    return TrainReport(tuple(losses), seconds, done * step_tokens, peak_nbytes(device), first + done)
+
+
+def scoring_interval(options: TrainOptions, rows: Rows) -> int:
+    """Optimizer steps between scores: as the options say, or once an epoch."""
+    in_epoch = len(rows) // options.batch_size
+    return options.counted(options.eval_every) or max(1, in_epoch // options.accumulate)
 
 
 def _backward(run: Run, device: torch.device) -> Tensor:
@@ -185,7 +203,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, options: TrainOptions) -> A
         return get_scheduler(
             options.schedule,
             optimizer,
-            num_warmup_steps=options.warmup,
+            num_warmup_steps=options.counted(options.warmup),
             num_training_steps=options.steps,
             scheduler_specific_kwargs=dict(options.schedule_options),
         )

@@ -15,12 +15,15 @@ from chunkft_fx.plan.schedule import ChunkSchedule, check_interval
 from chunkft_fx.plan.state_spec import MASTERS, STATE_DTYPES, UPDATES
 from chunkft_fx.planning.coverage.asked import check_coverage
 from chunkft_fx.planning.planner import BACKENDS
+from chunkft_fx.tools.changes.wanted import ModelChanges
 from chunkft_fx.tools.models.tasks import check_task
 from chunkft_fx.tools.setup.optimizers import check_optimizer, make_optimizer
 
 # The data order multiplies the seed, and torch's generators take 64 bits.
 MAX_SEED = 2**32 - 1
-_LEAST = {"steps": 1, "batch_size": 1, "accumulate": 1, "warmup": 0, "save_every": 0, "eval_every": 0}
+_LEAST = {"steps": 1, "batch_size": 1, "accumulate": 1, "patience": 0}
+# Counts of steps, or below 1 shares of all.
+_SHARES = ("warmup", "save_every", "eval_every")
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,13 @@ class TrainOptions:
     """What a run does; ``steps`` counts optimizer steps, each over ``accumulate`` batches of ``batch_size``.
 
     ``schedule`` is a name that ``transformers.get_scheduler`` knows, ``schedule_options`` its own arguments.
-    ``save_every`` is in optimizer steps; 0 writes no checkpoints. ``update``, ``master`` and ``state_dtype`` are
-    those of `chunkft_fx.AdamW`: when weights change, how float32 masters of bfloat16 weights are kept, and moments.
+    ``warmup``, ``save_every`` (0 writes no checkpoints) and ``eval_every`` (0 scores once an epoch) are in optimizer
+    steps, or below 1 shares of all (`counted`). ``update``, ``master`` and ``state_dtype`` are those of
+    `chunkft_fx.AdamW`: when weights change, how float32 masters of bfloat16 weights are kept, and moments.
     ``optimizer`` is a name that `chunkft_fx.tools.setup.optimizers` knows, ``optimizer_options`` its own arguments.
-    ``task`` is what the model is trained for. ``eval_every`` is in optimizer steps; 0 evaluates once an epoch.
+    ``task`` is what the model is trained for. Without ``shuffle`` each epoch has the rows in the order of the data.
+    ``patience`` is how many scores in a row may be no better than the best before training ends; 0 trains on.
+    ``changes`` are those of the model before it is trained.
     Raises `OptionError` for a value out of range.
     """
 
@@ -41,18 +47,21 @@ class TrainOptions:
     lr: float = 1e-5
     schedule: str = "cosine"
     schedule_options: Mapping[str, Any] = field(default_factory=dict)
-    warmup: int = 0
+    warmup: float = 0
     weight_decay: float = 0.01
     max_grad_norm: float | None = 1.0
     seed: int = 0
-    save_every: int = 0
+    save_every: float = 0
     update: str = "step"
     master: str = "float32"
     state_dtype: str = "float32"
     optimizer: str = "adamw"
     optimizer_options: Mapping[str, Any] = field(default_factory=dict)
     task: str = "causal"
-    eval_every: int = 0
+    eval_every: float = 0
+    shuffle: bool = True
+    patience: int = 0
+    changes: ModelChanges = field(default_factory=ModelChanges)
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
@@ -65,6 +74,12 @@ class TrainOptions:
                 raise OptionError(f"{name.replace('_', '-')} is {value}; it must be a finite number, 0 or more")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise OptionError(f"max-grad-norm is {self.max_grad_norm}; it must be above 0, or 0 to not clip")
+        for name in _SHARES:
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0) or (value > 1 and value % 1):
+                raise OptionError(
+                    f"{name.replace('_', '-')} is {value}; it must be 0 or more steps, or a share of all steps below 1"
+                )
         if self.warmup > self.steps:
             raise OptionError(f"warmup is {self.warmup}, more than all {self.steps} steps: lr would never be reached")
         for name, known in {"update": UPDATES, "master": MASTERS, "state_dtype": STATE_DTYPES}.items():
@@ -78,6 +93,10 @@ class TrainOptions:
             )
         if not 0 <= self.seed <= MAX_SEED:
             raise OptionError(f"seed is {self.seed}; it must be from 0 to {MAX_SEED}")
+
+    def counted(self, given: float) -> int:
+        """Optimizer steps that are given as a number, or below 1 as a share of all."""
+        return math.ceil(given * self.steps) if given < 1 else int(given)
 
     @property
     def formats(self) -> dict[str, str]:
@@ -102,7 +121,7 @@ class TrainOptions:
         """What must be the same when a run is resumed: all but when it ends and how often it saves."""
         kept = ("accumulate", "lr", "schedule", "warmup", "weight_decay", "max_grad_norm", "optimizer", "task")
         tables = {name: dict(getattr(self, name)) for name in ("schedule_options", "optimizer_options")}
-        return {name: getattr(self, name) for name in kept} | tables
+        return {name: getattr(self, name) for name in kept} | tables | self.changes.lasting()
 
 
 def at_least(name: str, value: int, least: int) -> None:
