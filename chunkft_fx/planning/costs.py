@@ -16,7 +16,15 @@ from chunkft_fx.plan.policy import DEPTH, Policy, StepTimes
 from chunkft_fx.plan.state_spec import ASSUMED, StateSpec, stage_capacity_nbytes
 from chunkft_fx.planning.choice import Choice, Cost, Predicts
 from chunkft_fx.planning.chunk_path import cheapest_chunks
-from chunkft_fx.predict.fixed_memory import Terms, chunk_terms, host_terms, piece_terms, resident_nbytes, weight_terms
+from chunkft_fx.predict.fixed_memory import (
+    Terms,
+    chunk_terms,
+    host_terms,
+    piece_terms,
+    rank_terms,
+    resident_nbytes,
+    weight_terms,
+)
 from chunkft_fx.predict.step_time import (
     BareSteps,
     SweepWork,
@@ -147,8 +155,10 @@ class ChoiceCosts:
         if choice.policy.pieces:
             if where not in self._pieces:
                 names = self.streamed_names(streamed)
-                self._pieces[where] = piece_terms(self.named, chunks[0], choice.policy, self._spec, names)
+                between = rank_terms(self.named, chunks, choice.policy)
+                self._pieces[where] = piece_terms(self.named, chunks[0], choice.policy, self._spec, names) | between
             return self._weights[where] | self._pieces[where]
         if len(chunks) not in self._chunk_terms:
-            self._chunk_terms[len(chunks)] = chunk_terms(self.named, chunks, self._spec)
+            between = rank_terms(self.named, chunks, choice.policy)
+            self._chunk_terms[len(chunks)] = chunk_terms(self.named, chunks, self._spec) | between
         return self._weights[where] | self._chunk_terms[len(chunks)]

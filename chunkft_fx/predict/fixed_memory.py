@@ -9,14 +9,16 @@ from torch import Tensor, nn
 
 from chunkft_fx.copies.weight_ring import ring_buffer_nbytes
 from chunkft_fx.plan.chunk import ALL, Chunk, Share
-from chunkft_fx.plan.pieces import piece_nbytes, waiting_nbytes
+from chunkft_fx.plan.pieces import piece_nbytes, waiting_nbytes, weights_nbytes
 from chunkft_fx.plan.policy import DEPTH, Policy
 from chunkft_fx.plan.state_spec import ASSUMED, StateSpec, stage_capacity_nbytes
+from chunkft_fx.ranks.ranks import SPREAD_NBYTES
 
 # The parts of a predicted peak by name, in bytes.
 Terms = dict[str, int]
 RING_OF_STATES = "ring of optimizer states"
 RING_OF_GRADIENTS = "ring of gradients"
+BETWEEN_RANKS = "gradients and weights between ranks"
 
 
 def resident_nbytes(model: nn.Module) -> int:
@@ -71,6 +73,21 @@ def piece_terms(
     if policy.host_gradients:
         terms[RING_OF_GRADIENTS] = policy.pieces.depth * waiting_nbytes(policy.pieces, parameters)
     return terms
+
+
+def rank_terms(parameters: Mapping[str, Tensor], chunks: Sequence[Chunk], policy: Policy) -> Terms:
+    """What passes between ranks at once: gradients of a piece, where the program takes them, and new weights.
+
+    Weights take a share's room more, for that of this rank.
+    """
+    if policy.ranks == 1:
+        return {}
+    parts = policy.pieces or chunks
+    largest = max(weights_nbytes(part, parameters) for part in parts)
+    slices = (parameters[s.name].nbytes // s.size * s.length for part in parts for s in part.slices)
+    weights = max(min(largest, SPREAD_NBYTES), max(slices))
+    gradients = largest if policy.takes_gradients else 0
+    return {BETWEEN_RANKS: gradients + weights + -(-weights // policy.ranks)}
 
 
 def host_terms(

@@ -10,7 +10,8 @@ import itertools
 import math
 import os
 import socket
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from chunkft_fx.errors import DistributedNotSupported, RanksDisagree
+from chunkft_fx.errors import ChunkFTWarning, DistributedNotSupported, RanksDisagree
 from chunkft_fx.plan.chunk import Share, Slice
 from chunkft_fx.ranks.meeting import Meeting
 from chunkft_fx.torch_internals import store_of_ranks
@@ -31,6 +32,9 @@ _SERIALS = itertools.count()
 
 # What the rate of a link is measured with: long enough for its full rate, small beside any budget.
 PROBE_NBYTES = 256 * 2**20
+
+# Bytes of weights that go to all ranks at once, unless a slice has more: what they take on the device meanwhile.
+SPREAD_NBYTES = 256 * 2**20
 
 
 class Ranks:
@@ -138,7 +142,7 @@ class Several(Ranks):
     def means(self, gradients: Sequence[tuple[Of, Tensor]]) -> list[tuple[Of, Tensor]]:
         """As one collective for each dtype: a call takes the host longer than a GPU takes for most of them."""
         made = [g for _, g in gradients]
-        for dtype in {g.dtype for g in made}:
+        for dtype in dict.fromkeys(g.dtype for g in made):  # in the same order on all ranks
             own = [i for i, g in enumerate(made) if g.dtype == dtype]
             flat = torch.cat([made[i].reshape(-1) for i in own])
             self.wait([self.mean(flat)])
@@ -169,10 +173,11 @@ class Several(Ranks):
         work.wait()
 
     def spread(self, pairs: Sequence[tuple[Slice, Tensor]], device: torch.device) -> None:
-        """As one collective for each dtype, of shares that are packed one behind the other."""
+        """As one collective for up to `SPREAD_NBYTES` of a dtype, of shares that are packed one behind the other."""
         with self._meeting.together():
-            for dtype in {weight.dtype for _, weight in pairs}:
-                self._spread([(s, weight) for s, weight in pairs if weight.dtype == dtype], dtype, device)
+            for dtype in dict.fromkeys(weight.dtype for _, weight in pairs):
+                for batch in _batches([(s, weight) for s, weight in pairs if weight.dtype == dtype]):
+                    self._spread(batch, dtype, device)
 
     def _spread(self, pairs: Sequence[tuple[Slice, Tensor]], dtype: torch.dtype, device: torch.device) -> None:
         shares = [[_part(s, weight, share) for s, weight in pairs] for share in self.share.each]
@@ -220,16 +225,43 @@ class Several(Ranks):
 def ranks_of(device: torch.device) -> Ranks:
     """The ranks that this process is one of, as `torch.distributed` was set up; itself alone where it was not.
 
-    All ranks have to call it together. Raises `DistributedNotSupported` where two of them share a GPU.
+    All ranks have to call it together. Raises `DistributedNotSupported` where two of them share a GPU. A process that a
+    launcher started as one of several, and that was not set up, is warned: it trains alone.
     """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return Ranks()
-    return Several(device)
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return Several(device)
+    if launched() > 1 and not dist.is_initialized():
+        warnings.warn(
+            f"the launcher has started {launched()} processes, but torch.distributed was not set up in this one, so it "
+            "trains by itself; call init_process_group before chunkft_fx.compile to train together",
+            ChunkFTWarning,
+            stacklevel=6,
+        )
+    return Ranks()
+
+
+def launched() -> int:
+    """How many processes the launcher has started, as it says in ``WORLD_SIZE``; 1 without one."""
+    return max(int(os.environ.get("WORLD_SIZE", "1")), 1)
 
 
 def on_this_host() -> int:
     """How many ranks share this machine's memory, as the launcher says in ``LOCAL_WORLD_SIZE``."""
     return max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+
+
+def _batches(pairs: Sequence[tuple[Slice, Tensor]]) -> Iterator[list[tuple[Slice, Tensor]]]:
+    """Weights a few at a time, so that what is copied of them stays small."""
+    batch: list[tuple[Slice, Tensor]] = []
+    filled = 0
+    for s, weight in pairs:
+        if batch and filled + weight.nbytes > SPREAD_NBYTES:
+            yield batch
+            batch, filled = [], 0
+        batch.append((s, weight))
+        filled += weight.nbytes
+    if batch:
+        yield batch
 
 
 def _part(s: Slice, weight: Tensor, share: Share) -> Tensor:

@@ -13,6 +13,7 @@ import typer
 
 import chunkft_fx
 from chunkft_fx.errors import CheckpointMismatch, ChunkFTWarning, OptionError
+from chunkft_fx.ranks.ranks import launched
 from chunkft_fx.tools.changes.wanted import ModelChanges
 from chunkft_fx.tools.console import quiet, run_command
 from chunkft_fx.tools.data.store import Reading
@@ -176,6 +177,11 @@ def command(
 ) -> None:
     """Fine-tune all parameters of MODEL on DATA and save it in the folder given by --out."""
     quiet()
+    if launched() > 1:
+        raise OptionError(
+            f"the launcher has started {launched()} processes, and chunkft train runs as one; start it without "
+            "torchrun, or write a loop for several GPUs (docs/several-gpus.md)"
+        )
     if model is None:
         raise OptionError('there is no model; give MODEL, or "model" in a .toml file')
     where = torch.device("cpu") if rates else pick_device(device)
