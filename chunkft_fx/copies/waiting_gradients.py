@@ -27,6 +27,7 @@ from chunkft_fx.gradients.waiting import Waiting, WaitingGradient, WaitingPart, 
 from chunkft_fx.graph.layout import front, stage_nbytes, wide_dtype
 from chunkft_fx.plan.chunk import Slice
 from chunkft_fx.plan.pieces import Pieces
+from chunkft_fx.ranks.ranks import Ranks
 
 FAILED = (
     "is a sum of which a backward that failed may have added a part: zero_grad() drops it, and the backward passes of "
@@ -40,10 +41,10 @@ class WaitingGradients:
 
     _ring: PieceRing
     _before_writing: Callable[[], None]
-    _average: Callable[[Sequence[Tensor]], None]
 
     def __init__(self, tier: Tier, pieces: Pieces) -> None:
         self._tier, self._given = tier, pieces
+        self._average: Callable[[Sequence[Tensor]], None] = Ranks().average
         self._slices: list[list[ActiveSlice]] = []
         self._rooms: dict[Slice, Tensor] = {}  # uint8
         self._latest: dict[str, Waiting] = {}  # by parameter, what waits or waited last

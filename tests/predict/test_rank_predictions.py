@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def test_shares_cover_every_index_once_and_are_equal(ranks: int) -> None:
     for size in (1, 2, ranks, 600, 601):
         runs = [share.of(size) for share in Share(0, ranks).each]
         assert sum(length for _, length in runs) == size
-        assert all(start + length == after for (start, length), (after, _) in zip(runs, runs[1:], strict=False))
+        assert all(start + length == after for (start, length), (after, _) in pairwise(runs))
         assert max(length for _, length in runs) - min(length for _, length in runs) <= 1
     part = Slice("first", 0, 100, 300, ROWS)
     inside = [own for share in Share(0, ranks).each if (own := share.within(part)) is not None]
