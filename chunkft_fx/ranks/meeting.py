@@ -60,6 +60,9 @@ class Meeting:
         self._reached[0] += 1
         count = self._reached[0]
         with self._named():
+            if self._has_failed[0]:  # and its user went on, as after a batch that was refused
+                self._store.delete_key(_key("failed", 0, self.rank))
+                self._has_failed[0] = False
             self._store.set(_key("word", count, self.rank), word)
         keys = [_key("word", count, rank) for rank in range(self.size)]
         self._await(lambda: self._is_there(keys), count)

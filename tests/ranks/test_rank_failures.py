@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 import chunkft_fx
 from chunkft_fx.errors import RankFailed, RanksDisagree
+from chunkft_fx.ranks.meeting import LOOK_S
 from tests.support.rank_runs import Case, batch, losses_of, made, model_of
 from tests.support.tiny_lm import lm_batch, tiny_lm
 from tests.support.worlds import World
@@ -107,6 +109,22 @@ def test_an_error_of_one_rank_ends_all_with_its_words(world: World) -> None:
     assert time.monotonic() - begin < 60
 
 
+def refused_and_gone_on() -> int:
+    """Train on after a batch that the model cannot take on any rank, the second slowly."""
+    compiled, optimizer = made(Case(ONE))
+    wrong = batch(0, 0)
+    with pytest.raises(RuntimeError):
+        compiled(wrong["ids"], wrong["labels"] + 1000)
+    for step in range(2):
+        time.sleep(2.0 * LOOK_S * dist.get_rank())
+        losses_of(Case(ONE), compiled, optimizer, range(step, step + 1), dist.get_rank(), 2)
+    return 0
+
+
+def test_an_error_that_all_ranks_went_on_from_is_forgotten(world: World) -> None:
+    assert world.run(refused_and_gone_on) == [0, 0]
+
+
 def one_step_more_on_rank_0() -> int:
     """Train a step more on rank 0, which then finds nobody there."""
     compiled, optimizer = made(Case(ONE))
@@ -141,20 +159,22 @@ def test_ranks_are_cut_alike_by_the_smallest_budget(world: World) -> None:
     assert first == second
 
 
-def trains_on(seconds: float) -> None:
-    """Train for so long."""
+def trains_on(seconds: float, folder: str) -> None:
+    """Train for so long; a file in the folder tells that a step was made."""
     compiled, optimizer = made(Case(ONE))
     end, step = time.monotonic() + seconds, 0
     while time.monotonic() < end:
         losses_of(Case(ONE), compiled, optimizer, range(step, step + 1), dist.get_rank(), dist.get_world_size())
         step += 1
+        Path(folder, str(dist.get_rank())).touch()
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_ends_the_others_with_its_name(victim: int) -> None:
+def test_a_killed_rank_ends_the_others_with_its_name(victim: int, tmp_path: Path) -> None:
     with closing(World(3)) as world:
-        world.begin(trains_on, 200.0)
-        time.sleep(20)
+        world.begin(trains_on, 200.0, str(tmp_path))
+        while len([*tmp_path.iterdir()]) < world.size:
+            time.sleep(0.1)
         pid = world.processes[victim].pid
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
