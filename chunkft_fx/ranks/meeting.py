@@ -77,11 +77,11 @@ class Meeting:
         """While inside, an error of this rank is told to those who wait for it."""
         try:
             yield
-        except RankFailed:
-            raise
         except BaseException as error:
             self._has_failed[0] = True
-            _tell(self._store, self.rank, self._reached[0], f"{type(error).__name__}: {error}")
+            # who learned of another's failure passes it on: that one is what everybody has to know
+            message = str(error) if isinstance(error, RankFailed) else f"{type(error).__name__}: {error}"
+            _tell(self._store, self.rank, self._reached[0], message)
             raise
 
     @contextmanager
