@@ -69,6 +69,8 @@ class GradientGate:
         for key, (name, p) in known.items():
             if key in self._guarded:
                 self._guarded[key].name = name  # it may have moved to another module
+                if p.requires_grad:
+                    _set_gradient_dtype(p, wide_dtype(p.dtype))  # it may have another dtype
             elif p.requires_grad:
                 self._guarded[key] = _Guarded(name, weakref.ref(p))
                 self._guarded[key].handle = _admit_through(self._owner, self._guarded[key], p)

@@ -230,3 +230,16 @@ def test_added_weights_without_a_place_in_the_batch_do_not_disturb_other_hooks()
     active = {s.name for s in compiled.active_slices()}
     assert {n for n, g in seen.items() if g is not None} == active
     assert set(seen) == set(dict(compiled.named_parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_that_got_another_dtype_behind_compile_trains_as_one_that_had_it(dtype: torch.dtype) -> None:
+    weights = []
+    for compiled in (lm_compiled(tiny_lm().to(dtype)), lm_compiled(tiny_lm()).to(dtype)):
+        optimizer = chunkft_fx.AdamW(compiled, lr=1e-2)
+        for step in range(3):
+            compiled(**lm_batch(step)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        weights.append([p.detach().clone() for p in compiled.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
