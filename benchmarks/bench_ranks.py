@@ -43,16 +43,7 @@ def ours(args: argparse.Namespace, model: nn.Module, data: list[Tensor]) -> tupl
     update = {"update": "backward"} if args.what == "all" else {}
     states: dict[str, Any] = {"state_dtype": args.state_dtype, "master": args.master} | update
     optimizer = chunkft_fx.AdamW(compiled, lr=1e-5, weight_decay=0.0, **states)
-
-    def step(i: int) -> Tensor:
-        ids = data[i % len(data)]
-        loss: Tensor = compiled(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
-    return step, compiled
+    return stepping(compiled, optimizer, data), compiled
 
 
 def fsdp(args: argparse.Namespace, model: Any, data: list[Tensor]) -> tuple[Step, Any]:
@@ -67,6 +58,11 @@ def fsdp(args: argparse.Namespace, model: Any, data: list[Tensor]) -> tuple[Step
     fully_shard(model, mp_policy=policy)
     model.cuda()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
+    return stepping(model, optimizer, data), None
+
+
+def stepping(model: Any, optimizer: torch.optim.Optimizer, data: list[Tensor]) -> Step:
+    """A training step, which returns its loss."""
 
     def step(i: int) -> Tensor:
         ids = data[i % len(data)]
@@ -76,7 +72,7 @@ def fsdp(args: argparse.Namespace, model: Any, data: list[Tensor]) -> tuple[Step
         optimizer.zero_grad()
         return loss.detach()
 
-    return step, None
+    return step
 
 
 def main() -> None:

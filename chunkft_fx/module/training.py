@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,6 +43,7 @@ from chunkft_fx.planning.example_batch import arguments_of, plan_for_example
 from chunkft_fx.planning.planner import Options, first_plan
 from chunkft_fx.program.instructions import Executable
 from chunkft_fx.program.programs import Programs
+from chunkft_fx.ranks.models import same_model
 from chunkft_fx.ranks.ranks import ranks_of
 from chunkft_fx.runtime.late_updates import LateUpdates
 from chunkft_fx.runtime.session import Session
@@ -84,12 +84,7 @@ class Training(Following):
             return
         refuse_sharded(self.model)
         self.ranks.require_same("options", self.options.described(), "give compile the same options on all ranks")
-        kinds = [(n, tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in self.model.named_parameters()]
-        digest = hashlib.sha256(repr(kinds).encode()).hexdigest()[:12]
-        found = f"{len(kinds)} parameters, their names, shapes, dtypes and requires_grad with digest {digest}"
-        self.ranks.require_same("the model", found, "make the same model on all ranks")
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        self.ranks.same_everywhere([t.detach() for t in tensors], device)
+        same_model(self.ranks, self.model, device)
 
     def standing(self) -> str:
         """What all ranks have to have in common when they run a backward together: place in the sweep, and rates."""

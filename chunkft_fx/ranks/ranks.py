@@ -28,11 +28,8 @@ Of = TypeVar("Of")
 
 # Tells apart the models of one process, which all ranks compile in the same order.
 _SERIALS = itertools.count()
-
-
 # What the rate of a link is measured with: long enough for its full rate, small beside any budget.
 PROBE_NBYTES = 256 * 2**20
-
 # Bytes of weights that go to all ranks at once, unless a slice has more: what they take on the device meanwhile.
 SPREAD_NBYTES = 256 * 2**20
 

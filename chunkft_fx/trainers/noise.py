@@ -25,10 +25,14 @@ class TraceableNoise(TrainerCallback):  # type: ignore[misc, unused-ignore]
         hooks = model.get_input_embeddings()._forward_hooks
         for key, hook in hooks.items():
             if hook is neftune_post_forward_hook:
-                hooks[key] = _noise
+                hooks[key] = noisy
 
 
-def _noise(module: Any, inputs: Any, output: Tensor) -> Tensor:
+def noisy(module: Any, inputs: Any, output: Tensor) -> Tensor:
+    """A hook on an embedding: what it gives (``[rows, length, width]``) with noise while its module trains.
+
+    The noise lies between bounds of ``module.neftune_noise_alpha / sqrt(length * width)`` (arXiv 2310.05914).
+    """
     if not module.training:
         return output
     size = torch.full((), output.size(1) * output.size(2), dtype=torch.float32, device=output.device)

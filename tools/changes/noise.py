@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from chunkft_fx.errors import OptionError
+from chunkft_fx.trainers.noise import noisy
 
 
 def add_noise(model: Any, alpha: float) -> None:
@@ -26,13 +24,4 @@ def add_noise(model: Any, alpha: float) -> None:
             "leave it out"
         )
     embedding.neftune_noise_alpha = alpha
-    embedding.register_forward_hook(_noisy)
-
-
-def _noisy(module: Any, inputs: Any, output: Tensor) -> Tensor:
-    if not module.training:
-        return output
-    # a tensor, of which nothing need be known where lengths vary
-    size = torch.full((), output.size(1) * output.size(2), dtype=torch.float32, device=output.device)
-    bound = module.neftune_noise_alpha / size.sqrt()
-    return output + (torch.rand_like(output) * 2 - 1) * bound.to(output.dtype)
+    embedding.register_forward_hook(noisy)
