@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 from chunkft_fx.errors import OptionError
-from chunkft_fx.trainers.noise import noisy
 
 
 def add_noise(model: Any, alpha: float) -> None:
     """Have the embeddings of a model's tokens give noise too, in training mode; `OptionError` where there are none."""
+    from chunkft_fx.trainers.noise import noisy  # here, because it takes transformers' Trainer along
+
     try:
         embedding = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
